@@ -1,0 +1,10 @@
+# The CUDA room. Until kernels exist it holds no_cuda.cpp: the same symbols, an empty kernel table.
+string(TOUPPER "${FASTATTN_CUDA}" FASTATTN_CUDA_CHOICE)
+if(NOT FASTATTN_CUDA_CHOICE MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "FASTATTN_CUDA: expected AUTO, ON or OFF, got '${FASTATTN_CUDA}'")
+endif()
+if(FASTATTN_CUDA_CHOICE STREQUAL "ON")
+  message(FATAL_ERROR "FASTATTN_CUDA=ON: this version of fastattn has no CUDA kernels yet; use AUTO or OFF")
+endif()
+message(STATUS "fastattn: no CUDA kernels in this version (FASTATTN_CUDA=${FASTATTN_CUDA_CHOICE})")
+set(FASTATTN_CUDA_SOURCES csrc/cuda/no_cuda.cpp)

@@ -1,0 +1,15 @@
+# `cmake --install`: headers, static library and the CMake package fastattn::fastattn (component "cpp").
+include(CMakePackageConfigHelpers)
+set(FASTATTN_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/fastattn)
+
+install(TARGETS fastattn EXPORT fastattnTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT cpp)
+install(DIRECTORY csrc/include/fastattn DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT cpp
+  FILES_MATCHING PATTERN "*.h")
+install(EXPORT fastattnTargets NAMESPACE fastattn:: DESTINATION ${FASTATTN_CMAKE_DIR} COMPONENT cpp)
+configure_package_config_file(cmake/fastattnConfig.cmake.in fastattnConfig.cmake
+  INSTALL_DESTINATION ${FASTATTN_CMAKE_DIR})
+# Before 1.0 a minor version may change the API.
+write_basic_package_version_file(fastattnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fastattnConfig.cmake
+  ${CMAKE_CURRENT_BINARY_DIR}/fastattnConfigVersion.cmake
+  DESTINATION ${FASTATTN_CMAKE_DIR} COMPONENT cpp)

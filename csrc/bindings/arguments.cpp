@@ -1,0 +1,230 @@
+#include "bindings/arguments.h"
+
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <string>
+#include <string_view>
+
+#include <fastattn/attention.h>
+
+#include "bindings/dlpack_interop.h"
+#include "bindings/numpy_interop.h"
+
+namespace fastattn::bindings {
+namespace {
+
+constexpr std::string_view kNames[] = {
+    "q",    "k",       "v",     "layout", "scale",  "causal",  "window", "q_offset",   "mask",           "bias", "alibi_slopes",
+    "softcap", "sinks", "q_lens", "kv_lens", "dropout", "seed",   "return_lse", "return_weights", "out",  "device",
+    "kernel",
+};
+static_assert(std::size(kNames) == kSlots, "one name per slot");
+
+// By content: interned pointers would have to be kept per interpreter, and 22 short comparisons that fail at
+// the length or the first letters cost nanoseconds.
+int find_slot(std::string_view name) noexcept {
+    for (int slot = 0; slot < kSlots; ++slot) {
+        if (kNames[slot] == name) {
+            return slot;
+        }
+    }
+    return -1;
+}
+
+[[noreturn]] void fail_missing(const char* function, const Arguments& arguments) {
+    std::string missing[kPositional];
+    int count = 0;
+    for (int slot = 0; slot < kPositional; ++slot) {
+        if (arguments.values[slot] == nullptr) {
+            missing[count++] = "'" + std::string(kNames[slot]) + "'";
+        }
+    }
+    std::string list = missing[0];
+    for (int i = 1; i < count; ++i) {
+        list += (i + 1 < count ? ", " : count > 2 ? ", and " : " and ") + missing[i];
+    }
+    raise(PyExc_TypeError, "%s() missing %d required positional argument%s: %s", function, count,
+          count == 1 ? "" : "s", list.c_str());
+}
+
+[[noreturn]] void fail_type(const char* name, const char* expected, PyObject* got) {
+    raise(PyExc_TypeError, "%s: expected %s, got %.200s", name, expected, type_name(got));
+}
+
+// An integer, saturated to 64 bits.
+std::int64_t to_saturated(PyObject* object, const char* name, const char* expected, bool& overflowed) {
+    if (!PyIndex_Check(object)) {
+        fail_type(name, expected, object);
+    }
+    const PyRef index = PyRef::checked(PyNumber_Index(object));
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(index.get(), &overflow);
+    if (value == -1 && overflow == 0 && PyErr_Occurred() != nullptr) {
+        throw PythonError{};
+    }
+    overflowed = overflow != 0;
+    if (overflow != 0) {
+        return overflow > 0 ? std::numeric_limits<std::int64_t>::max() : std::numeric_limits<std::int64_t>::min();
+    }
+    return value;
+}
+
+}  // namespace
+
+const char* slot_name(Slot slot) noexcept { return kNames[slot].data(); }
+
+Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    Arguments arguments;
+    if (count > kPositional) {
+        raise(PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", function, kPositional, count);
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        arguments.values[i] = args[i];
+    }
+    const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+    for (Py_ssize_t i = 0; i < keyword_count; ++i) {
+        PyObject* keyword = PyTuple_GET_ITEM(keywords, i);
+        Py_ssize_t length = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(keyword, &length);
+        if (text == nullptr) {
+            PyErr_Clear();  // lone surrogates: certainly none of ours
+        }
+        const int slot = text == nullptr ? -1 : find_slot({text, static_cast<std::size_t>(length)});
+        if (slot < 0) {
+            raise(PyExc_TypeError, "%s() got an unexpected keyword argument %R", function, keyword);
+        }
+        if (arguments.values[slot] != nullptr) {
+            raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", function, kNames[slot].data());
+        }
+        arguments.values[slot] = args[count + i];
+    }
+    for (int slot = 0; slot < kPositional; ++slot) {
+        if (arguments.values[slot] == nullptr) {
+            fail_missing(function, arguments);
+        }
+    }
+    return arguments;
+}
+
+bool to_bool(const Arguments& arguments, Slot slot, bool fallback) {
+    PyObject* object = arguments[slot];
+    if (object == nullptr) {
+        return fallback;
+    }
+    if (object == Py_True || object == Py_False) {
+        return object == Py_True;
+    }
+    if (!is_numpy_bool(object)) {
+        fail_type(slot_name(slot), "a bool", object);
+    }
+    const int truth = PyObject_IsTrue(object);
+    if (truth < 0) {
+        throw PythonError{};
+    }
+    return truth != 0;
+}
+
+double to_double(const Arguments& arguments, Slot slot, double fallback) {
+    PyObject* object = arguments[slot];
+    if (object == nullptr) {
+        return fallback;
+    }
+    if (PyFloat_CheckExact(object)) {
+        return PyFloat_AS_DOUBLE(object);
+    }
+    const PyNumberMethods* number = Py_TYPE(object)->tp_as_number;
+    const bool is_number = number != nullptr && (number->nb_float != nullptr || number->nb_index != nullptr);
+    // bool, complex and arrays have __float__ too, but are more likely a slip than a number.
+    if (!is_number || PyBool_Check(object) || is_numpy_bool(object) || PyComplex_Check(object) ||
+        (is_ndarray(object) && !is_zero_dim_ndarray(object))) {
+        fail_type(slot_name(slot), "a real number", object);
+    }
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred() != nullptr) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            raise_from(PyExc_ValueError, "%s: the integer does not fit in a float64", slot_name(slot));
+        }
+        throw PythonError{};
+    }
+    return value;
+}
+
+const char* to_text(const Arguments& arguments, Slot slot) {
+    PyObject* object = arguments[slot];
+    if (object == nullptr || (object == Py_None && slot != kLayout)) {
+        return nullptr;
+    }
+    if (!PyUnicode_Check(object)) {
+        fail_type(slot_name(slot), slot == kLayout ? "a str" : "a str or None", object);
+    }
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (text == nullptr || length == 0 || std::strlen(text) != static_cast<std::size_t>(length)) {
+        PyErr_Clear();
+        raise(PyExc_ValueError, "%s: %R is not a name", slot_name(slot), object);
+    }
+    return text;
+}
+
+std::uint64_t to_seed(const Arguments& arguments) {
+    PyObject* object = arguments[kSeed];
+    if (object == nullptr) {
+        return 0;
+    }
+    if (!PyIndex_Check(object)) {
+        fail_type("seed", "an int", object);
+    }
+    const PyRef index = PyRef::checked(PyNumber_Index(object));
+    const unsigned long long value = PyLong_AsUnsignedLongLong(index.get());
+    if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            throw PythonError{};
+        }
+        PyErr_Clear();
+        raise(PyExc_ValueError, "seed: expected 0 <= seed < 2**64, got %R", index.get());
+    }
+    return value;
+}
+
+void to_window(const Arguments& arguments, std::optional<std::int64_t>& left, std::optional<std::int64_t>& right) {
+    PyObject* object = arguments[kWindow];
+    constexpr const char* kExpected = "(left, right), each an int >= 0 or None";
+    if (!PyTuple_Check(object) && !PyList_Check(object)) {
+        fail_type("window", kExpected, object);
+    }
+    // A list may change while __index__ runs; a tuple of it may not.
+    const PyRef pair = PyRef::checked(PySequence_Tuple(object));
+    if (PyTuple_GET_SIZE(pair.get()) != 2) {
+        raise(PyExc_ValueError, "window: expected %s, got %zd items", kExpected, PyTuple_GET_SIZE(pair.get()));
+    }
+    std::optional<std::int64_t>* sides[] = {&left, &right};
+    for (Py_ssize_t i = 0; i < 2; ++i) {
+        PyObject* side = PyTuple_GET_ITEM(pair.get(), i);
+        if (side != Py_None) {
+            bool overflowed = false;  // a window wider than 2**63 is as wide as one of 2**63
+            *sides[i] = to_saturated(side, "window", kExpected, overflowed);
+        }
+    }
+}
+
+bool is_integer_scalar(PyObject* object) {
+    if (PyLong_Check(object)) {
+        return true;
+    }
+    if (is_ndarray(object)) {
+        return is_zero_dim_ndarray(object);
+    }
+    return PyIndex_Check(object) && !has_dlpack(object);
+}
+
+std::int64_t to_int64(PyObject* object, const char* name) {
+    bool overflowed = false;
+    const std::int64_t value = to_saturated(object, name, "an int or an integer array of shape (B,)", overflowed);
+    if (overflowed) {
+        raise(PyExc_ValueError, "%s: expected an int of at most 64 bits, got %R", name, object);
+    }
+    return value;
+}
+
+}  // namespace fastattn::bindings

@@ -1,0 +1,47 @@
+// Consumer of DLPack: arrays of other libraries as TensorViews, without a copy.
+#pragma once
+
+#include <utility>
+
+#include <fastattn/tensor_view.h>
+
+#include "bindings/dlpack_abi.h"
+#include "bindings/host_buffer.h"
+#include "bindings/py_util.h"
+
+namespace fastattn::bindings {
+
+// A tensor that a producer lent us: its deleter is called exactly once, when this goes.
+class ManagedTensor {
+public:
+    ManagedTensor() = default;
+    explicit ManagedTensor(dlpack::DLManagedTensor* legacy) noexcept : legacy_(legacy) {}
+    explicit ManagedTensor(dlpack::DLManagedTensorVersioned* versioned) noexcept : versioned_(versioned) {}
+    ManagedTensor(ManagedTensor&& other) noexcept
+        : legacy_(std::exchange(other.legacy_, nullptr)), versioned_(std::exchange(other.versioned_, nullptr)) {}
+    ManagedTensor& operator=(ManagedTensor&&) = delete;
+    ManagedTensor(const ManagedTensor&) = delete;
+    ManagedTensor& operator=(const ManagedTensor&) = delete;
+    ~ManagedTensor();  // needs the GIL: the deleter may be Python's
+
+    bool versioned() const noexcept { return versioned_ != nullptr; }
+    dlpack::DLPackVersion version() const noexcept { return versioned_->version; }
+    std::uint64_t flags() const noexcept { return versioned_ != nullptr ? versioned_->flags : 0; }
+    const dlpack::DLTensor& tensor() const noexcept {
+        return versioned_ != nullptr ? versioned_->dl_tensor : legacy_->dl_tensor;
+    }
+
+private:
+    dlpack::DLManagedTensor* legacy_ = nullptr;
+    dlpack::DLManagedTensorVersioned* versioned_ = nullptr;
+};
+
+bool has_dlpack(PyObject* object);
+
+// Imports `object`, which has __dlpack__. `aligned` as in view_ndarray(): when false, `bytes` describes the
+// array. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not have, a
+// producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
+ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view, bool& aligned,
+                            ByteStridedArray& bytes);
+
+}  // namespace fastattn::bindings

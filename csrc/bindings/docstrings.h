@@ -1,0 +1,140 @@
+// Docstrings of the C functions. The first line up to "--" is what inspect.signature() reads.
+#pragma once
+
+namespace fastattn::bindings {
+
+#define FASTATTN_MHA_SIGNATURE                                                                                   \
+    "($module, q, k, v, *, layout='bshd', scale=None, causal=False, window=None, q_offset=None, mask=None, "    \
+    "bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, kv_lens=None, dropout=0.0, seed=0, " \
+    "return_lse=False, return_weights=False, out=None, device=None, kernel=None)\n--\n\n"
+
+inline constexpr const char* kMhaDoc = "mha" FASTATTN_MHA_SIGNATURE R"doc(Exact multi-head attention, fused: ``softmax(scale * q @ k.T + ...) @ v`` in O(S) memory.
+
+B is the batch, Hq and Hkv are query and key/value heads (Hq a multiple of Hkv: GQA, MQA), Sq and Sk
+sequence lengths, D and Dv the head dimensions of q, k and of v. A score is computed in this order:
+scale, softcap, alibi and bias, mask (all restrictions intersect), softmax with sinks, dropout.
+
+Parameters
+----------
+q : array of float64, float32, float16 or bfloat16
+    (B, Sq, Hq, D); without a batch (Sq, Hq, D); a plain matrix (Sq, D). With ``layout="bhsd"``
+    (B, Hq, Sq, D), (Hq, Sq, D). NumPy (bfloat16 through ml_dtypes), or anything with ``__dlpack__``
+    in CPU memory: PyTorch, JAX, ... Any strides are fine.
+k : array of q's dtype
+    (B, Sk, Hkv, D): q's rank and layout.
+v : array of q's dtype
+    (B, Sk, Hkv, Dv): q's rank and layout.
+layout : {"bshd", "bhsd"}
+    Order of the axes of q, k, v and out.
+scale : float, optional
+    Finite; zero and negative too. Default 1/sqrt(D).
+causal : bool
+    Row i sees key j when j <= p, where p = i + q_offset.
+window : tuple of (left, right), optional
+    Each an int >= 0 or None (unbounded): p - left <= j <= p + right.
+q_offset : int or integer array (B,), optional
+    Position of query row 0 among the keys. Default: kv_len - q_len of the batch entry, so that the
+    last row stands at the last key; 0 aligns the first row with the first key.
+mask : bool array, optional
+    Broadcastable to (B, Hq, Sq, Sk); True: may attend.
+bias : array of q's or lse's dtype, optional
+    Broadcastable to (B, Hq, Sq, Sk); added to the scaled and softcapped scores. -inf counts as masked.
+alibi_slopes : float array (Hq,) or (B, Hq), optional
+    Adds -slope * abs(p - j).
+softcap : float, optional
+    c > 0: a score s becomes c * tanh(s / c).
+sinks : float array (Hq,), optional
+    One more logit per head in the denominator of the softmax, with no value.
+q_lens, kv_lens : integer array (B,), optional
+    Valid lengths. Keys from kv_len on are masked; rows from q_len on have out 0 and lse -inf.
+dropout : float
+    0 <= p < 1; kept weights are scaled by 1 / (1 - p).
+seed : int
+    0 <= seed < 2**64. The dropout mask depends on (seed, b, h, i, j) alone.
+return_lse : bool
+    Return the logarithm of the softmax's denominator too.
+return_weights : bool
+    Return the softmax, before dropout, too. This makes the Sq x Sk array.
+out : array, optional
+    Written in place and returned. The result's shape and q's dtype; may not overlap an input.
+device : str, optional
+    None or "cpu". Default: the environment variable FASTATTN_DEVICE, else where the arrays are.
+kernel : str, optional
+    A name from `kernels`, which is then used or UnsupportedError raised. Default: FASTATTN_KERNEL, else
+    the first that supports the call.
+
+Returns
+-------
+out : array
+    q's kind, dtype and layout, with Dv as its last axis. A row that may attend nothing is 0.
+lse : array (B, Hq, Sq), only with ``return_lse``
+    q's kind; float64 for float64, else float32. Axes that q lacks are dropped. -inf for a row that may
+    attend nothing (with sinks: the sink).
+weights : array (B, Hq, Sq, Sk), only with ``return_weights``
+    As lse. With either of the two the result is a tuple.
+
+Raises
+------
+TypeError
+    Not an array, a wrong dtype, dtypes that differ, foreign byte order, a tensor that requires grad.
+ValueError
+    A rank, shape, head ratio, length or number out of range, or `out` overlapping an input.
+UnsupportedError
+    The forced kernel or device cannot do it. A ValueError.
+MemoryError
+    Names the bytes that were asked for.
+
+Notes
+-----
+The GIL is released. Ctrl-C raises KeyboardInterrupt within 0.2 s; `out` is then incomplete. The result
+has the same bits whatever the number of threads and whatever else is in the batch.
+
+The algorithm is the online softmax over blocks of keys [1]_ [2]_; GQA [3]_, ALiBi [4]_, sinks [5]_, and
+Philox random numbers for dropout [6]_.
+
+References
+----------
+.. [1] Milakov, Gimelshein: Online normalizer calculation for softmax, 2018.
+.. [2] Dao et al.: FlashAttention, NeurIPS 2022; Dao: FlashAttention-2, ICLR 2024.
+.. [3] Ainslie et al.: GQA, EMNLP 2023.
+.. [4] Press et al.: Train short, test long, ICLR 2022.
+.. [5] Xiao et al.: Efficient streaming language models with attention sinks, ICLR 2024.
+.. [6] Salmon et al.: Parallel random numbers: as easy as 1, 2, 3, SC 2011.
+
+Examples
+--------
+>>> import numpy as np, fastattn
+>>> q = np.random.rand(1, 128, 8, 64).astype(np.float32)
+>>> fastattn.mha(q, q, q, causal=True).shape
+(1, 128, 8, 64)
+)doc";
+
+inline constexpr const char* kExplainDoc = "explain" FASTATTN_MHA_SIGNATURE R"doc(The plan of a call of `mha` with these arguments, without running it.
+
+Parameters
+----------
+q, k, v, layout, ...
+    As for `mha`; nothing is allocated for the results.
+
+Returns
+-------
+Explanation
+    The kernel and device that would run it, workspace bytes, FLOPs, bytes of inputs and outputs, and for
+    every other kernel the reason why it was not taken.
+
+Raises
+------
+TypeError, ValueError, UnsupportedError
+    As `mha`.
+
+Examples
+--------
+>>> import numpy as np, fastattn
+>>> q = np.zeros((1, 128, 8, 64), np.float32)
+>>> fastattn.explain(q, q, q).device
+'cpu'
+)doc";
+
+#undef FASTATTN_MHA_SIGNATURE
+
+}  // namespace fastattn::bindings

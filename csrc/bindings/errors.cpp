@@ -1,0 +1,78 @@
+#include "bindings/errors.h"
+
+#include <exception>
+#include <new>
+
+#include <fastattn/attention.h>
+
+namespace fastattn::bindings {
+namespace {
+
+void add_exception(py::module_& m, const char* name, const char* qualified_name, const char* doc, PyObject* base) {
+    py::object type =
+        py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(qualified_name, doc, base, nullptr));
+    if (!type) {
+        throw py::error_already_set();
+    }
+    m.add_object(name, type);
+}
+
+void set_unsupported(PyObject* module, const char* text) noexcept {
+    PyObject* type = PyObject_GetAttrString(module, "UnsupportedError");
+    if (type != nullptr) {
+        PyErr_SetString(type, text);
+        Py_DECREF(type);
+    }
+}
+
+}  // namespace
+
+void add_exceptions(py::module_& m) {
+    add_exception(m, "UnsupportedError", "fastattn.UnsupportedError",
+                  "A kernel or device that was asked for by name cannot do the job; the message says why.",
+                  PyExc_ValueError);
+    add_exception(m, "CudaError", "fastattn.CudaError",
+                  "A CUDA call failed. Where the message says so, the process must be restarted.",
+                  PyExc_RuntimeError);
+    py::register_local_exception_translator([](std::exception_ptr exception) {
+        try {
+            std::rethrow_exception(exception);
+        } catch (const Error&) {
+            const PyRef module = PyRef::steal(PyImport_ImportModule("fastattn._core"));
+            if (module) {
+                set_python_error(module.get());
+            }
+        }
+    });
+}
+
+void set_python_error(PyObject* module) noexcept {
+    try {
+        throw;
+    } catch (const PythonError&) {
+        // set already
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const UnsupportedError& error) {
+        set_unsupported(module, error.what());
+    } catch (const ValueError& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const TypeError& error) {
+        PyErr_SetString(PyExc_TypeError, error.what());
+    } catch (const OutOfMemory& error) {
+        PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const Cancelled&) {
+        // Normally the signal handler's own exception is set.
+        if (PyErr_Occurred() == nullptr) {
+            PyErr_SetNone(PyExc_KeyboardInterrupt);
+        }
+    } catch (const std::bad_alloc&) {
+        PyErr_SetString(PyExc_MemoryError, "fastattn: no memory for the bookkeeping of this call");
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (...) {
+        PyErr_SetString(PyExc_RuntimeError, "fastattn: an unknown C++ exception");
+    }
+}
+
+}  // namespace fastattn::bindings

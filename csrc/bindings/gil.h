@@ -1,0 +1,75 @@
+// Computing without the GIL, and being interrupted meanwhile.
+#pragma once
+
+#include <chrono>
+#include <thread>
+
+#include "bindings/py_util.h"
+
+namespace fastattn::bindings {
+
+inline bool interpreter_is_finalizing() noexcept {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing() != 0;
+#else
+    return _Py_IsFinalizing() != 0;
+#endif
+}
+
+// Detaches this thread from the interpreter while it lives.
+class WithoutGil {
+public:
+    WithoutGil() noexcept : state_(PyEval_SaveThread()) {}
+    ~WithoutGil() { attach(); }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+
+    // Poll callback of RunOptions (context: the WithoutGil): runs pending signal handlers; true once one has
+    // raised. Only Python's main thread ever runs handlers, so the others give up after asking who they are.
+    static bool poll(void* context) {
+        auto& self = *static_cast<WithoutGil*>(context);
+        if (self.thread_ == Thread::other) {
+            return false;
+        }
+        self.attach();
+        if (self.thread_ == Thread::unknown) {
+            self.thread_ = is_main_thread() ? Thread::main : Thread::other;
+        }
+        const bool stop = PyErr_CheckSignals() != 0;
+        self.state_ = PyEval_SaveThread();
+        return stop;
+    }
+
+private:
+    enum class Thread { unknown, main, other };
+
+    void attach() noexcept {
+#if PY_VERSION_HEX < 0x030E0000
+        // A daemon thread that comes back while the interpreter shuts down would be ended by unwinding its
+        // stack without the GIL, through our destructors. Newer CPython parks it; so do we. (The thread that
+        // shuts down never gets here: it keeps the GIL, see may_release.)
+        while (interpreter_is_finalizing()) {
+            std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+#endif
+        PyEval_RestoreThread(state_);
+    }
+
+    static bool is_main_thread() noexcept {
+        try {
+            const py::module_ threading = py::module_::import("threading");
+            const py::object main_ident = threading.attr("main_thread")().attr("ident");
+            return main_ident.equal(threading.attr("get_ident")());
+        } catch (py::error_already_set&) {
+            return true;  // then asking again costs time, and nothing else
+        }
+    }
+
+    PyThreadState* state_;
+    Thread thread_ = Thread::unknown;
+};
+
+// Whether the calling thread may detach: not while it is shutting the interpreter down itself.
+inline bool may_release_gil() noexcept { return !interpreter_is_finalizing(); }
+
+}  // namespace fastattn::bindings

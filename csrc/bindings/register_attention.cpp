@@ -1,0 +1,307 @@
+// fastattn.mha and fastattn.explain: arguments in, AttentionParams, core, results out.
+#include <algorithm>
+#include <string_view>
+
+#include <fastattn/attention.h>
+
+#include "bindings/arguments.h"
+#include "bindings/arrays.h"
+#include "bindings/docstrings.h"
+#include "bindings/errors.h"
+#include "bindings/gil.h"
+#include "bindings/numpy_interop.h"
+#include "bindings/register.h"
+
+namespace fastattn::bindings {
+namespace {
+
+// Below this, releasing and taking back the GIL would be a good part of the call.
+constexpr double kFlopsToReleaseGil = 20e3;
+// Results up to this are allocated before the arguments are checked, larger ones after.
+constexpr std::int64_t kSmallResultBytes = std::int64_t{1} << 20;
+
+// Axes of the caller's q; -1 where q lacks the axis.
+struct QAxes {
+    int seq, head, batch;
+};
+
+QAxes axes_of_q(const AttentionParams& params) noexcept {
+    const int rank = params.q.rank;
+    if (rank == 2) {
+        return {0, -1, -1};
+    }
+    const bool bshd = params.layout == Layout::bshd;
+    return {rank - (bshd ? 3 : 2), rank - (bshd ? 2 : 3), rank == 4 ? 0 : -1};
+}
+
+// One call's arguments, converted.
+struct Call {
+    AttentionParams params;
+    RunOptions options;
+    Arrays arrays;
+    bool return_lse = false, return_weights = false;
+};
+
+Layout to_layout(const Arguments& arguments) {
+    const char* text = to_text(arguments, kLayout);
+    const std::string_view layout = text == nullptr ? "bshd" : text;
+    if (layout != "bshd" && layout != "bhsd") {
+        raise(PyExc_ValueError, "layout: expected 'bshd' or 'bhsd', got %R", arguments[kLayout]);
+    }
+    return layout == "bshd" ? Layout::bshd : Layout::bhsd;
+}
+
+void read_q_offset(const Arguments& arguments, Call& call) {
+    PyObject* object = arguments[kQOffset];
+    if (is_integer_scalar(object) || !(is_ndarray(object) || has_dlpack(object))) {
+        call.params.q_offset = to_int64(object, "q_offset");
+        return;
+    }
+    call.params.q_offsets = call.arrays.input(object, "q_offset");
+    if (call.params.q_offsets.rank == 0) {  // a scalar of another library
+        call.params.q_offsets = {};
+        call.params.q_offset = to_int64(object, "q_offset");
+    }
+}
+
+void read_arguments(const Arguments& arguments, Call& call) {
+    AttentionParams& params = call.params;
+    const auto read = [&](Slot slot, TensorView& view) {
+        if (arguments.given(slot)) {
+            view = call.arrays.input(arguments[slot], slot_name(slot));
+        }
+    };
+    params.layout = to_layout(arguments);
+    params.causal = to_bool(arguments, kCausal, false);
+    call.return_lse = to_bool(arguments, kReturnLse, false);
+    call.return_weights = to_bool(arguments, kReturnWeights, false);
+    if (arguments.given(kScale)) {
+        params.scale = to_double(arguments, kScale, 0.0);
+    }
+    if (arguments.given(kSoftcap)) {
+        params.softcap = to_double(arguments, kSoftcap, 0.0);
+    }
+    params.dropout = to_double(arguments, kDropout, 0.0);
+    params.seed = to_seed(arguments);
+    if (arguments.given(kWindow)) {
+        to_window(arguments, params.window_left, params.window_right);
+    }
+    if (const char* device = to_text(arguments, kDevice)) {
+        call.options.device = device;
+    }
+    if (const char* kernel = to_text(arguments, kKernel)) {
+        call.options.kernel = kernel;
+    }
+    params.q = call.arrays.input(arguments[kQ], "q");
+    params.k = call.arrays.input(arguments[kK], "k");
+    params.v = call.arrays.input(arguments[kV], "v");
+    read(kMask, params.mask);
+    read(kBias, params.bias);
+    read(kAlibiSlopes, params.alibi_slopes);
+    read(kSinks, params.sinks);
+    read(kQLens, params.q_lens);
+    read(kKvLens, params.kv_lens);
+    if (arguments.given(kQOffset)) {
+        read_q_offset(arguments, call);
+    }
+    if (arguments.given(kOut)) {
+        params.out = call.arrays.output(arguments[kOut], "out");
+        call.arrays.check_overlap_of_copies(params.out, {{"q", params.q},
+                                                         {"k", params.k},
+                                                         {"v", params.v},
+                                                         {"mask", params.mask},
+                                                         {"bias", params.bias},
+                                                         {"alibi_slopes", params.alibi_slopes},
+                                                         {"sinks", params.sinks},
+                                                         {"q_lens", params.q_lens},
+                                                         {"kv_lens", params.kv_lens},
+                                                         {"q_offset", params.q_offsets}});
+    }
+}
+
+void set_shape(TensorView& view, DType dtype, int rank, const std::int64_t* shape) noexcept {
+    view = TensorView{};
+    view.dtype = dtype;
+    view.rank = rank;
+    std::copy_n(shape, rank, view.shape);
+    set_compact_strides(view);
+}
+
+// Gives the outputs that are still to be made their dtype and shape. False when q, k and v fit together so
+// badly that there is none; make_problem() says how.
+bool shape_results(Call& call, bool with_out) noexcept {
+    AttentionParams& params = call.params;
+    const int rank = params.q.rank;
+    if (rank < 2 || rank > 4 || params.k.rank != rank || params.v.rank != rank || !is_float(params.q.dtype)) {
+        return false;
+    }
+    std::int64_t shape[kMaxRank] = {};
+    if (with_out) {
+        std::copy_n(params.q.shape, rank - 1, shape);
+        shape[rank - 1] = params.v.shape[rank - 1];
+        set_shape(params.out, params.q.dtype, rank, shape);
+    }
+    const QAxes axes = axes_of_q(params);
+    const DType lse_dtype = params.q.dtype == DType::f64 ? DType::f64 : DType::f32;
+    int score_rank = 0;
+    for (const int axis : {axes.batch, axes.head, axes.seq}) {
+        if (axis >= 0) {
+            shape[score_rank++] = params.q.shape[axis];
+        }
+    }
+    if (call.return_lse) {
+        set_shape(params.lse, lse_dtype, score_rank, shape);
+    }
+    if (call.return_weights) {
+        shape[score_rank++] = params.k.shape[axes.seq];
+        set_shape(params.weights, lse_dtype, score_rank, shape);
+    }
+    return true;
+}
+
+std::int64_t saturated_bytes(const TensorView& view) {
+    try {
+        return view.given() ? checked_bytes("", view.dtype, view.rank, view.shape) : 0;
+    } catch (const ValueError&) {
+        return kSmallResultBytes + 1;
+    }
+}
+
+struct Results {
+    Result out, lse, weights;
+};
+
+void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) {
+    AttentionParams& params = call.params;
+    const auto allocate = [q](Result& result, const char* name, TensorView& view) {
+        const TensorView wanted = view;
+        result.allocate(q, name, wanted.dtype, wanted.rank, wanted.shape, view);
+    };
+    if (with_out) {
+        allocate(results.out, "out", params.out);
+    }
+    if (call.return_lse) {
+        allocate(results.lse, "lse", params.lse);
+    }
+    if (call.return_weights) {
+        allocate(results.weights, "weights", params.weights);
+    }
+}
+
+double flops_at_most(const AttentionProblem& p) noexcept {
+    return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.batch) *
+           static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) * static_cast<double>(p.kv_size);
+}
+
+void compute(const AttentionProblem& problem, RunOptions& options) {
+    if (flops_at_most(problem) < kFlopsToReleaseGil || !may_release_gil()) {
+        attention_forward(problem, options);
+        return;
+    }
+    WithoutGil detached;
+    options.poll = &WithoutGil::poll;
+    options.poll_context = &detached;
+    attention_forward(problem, options);
+}
+
+PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results) {
+    PyRef out = given_out != nullptr ? PyRef::borrow(given_out) : results.out.take(q);
+    if (!call.return_lse && !call.return_weights) {
+        return out;
+    }
+    PyRef tuple = PyRef::checked(PyTuple_New(1 + int{call.return_lse} + int{call.return_weights}));
+    Py_ssize_t next = 0;
+    PyTuple_SET_ITEM(tuple.get(), next++, out.release());
+    if (call.return_lse) {
+        PyTuple_SET_ITEM(tuple.get(), next++, results.lse.take(q).release());
+    }
+    if (call.return_weights) {
+        PyTuple_SET_ITEM(tuple.get(), next++, results.weights.take(q).release());
+    }
+    return tuple;
+}
+
+PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    const Arguments arguments = parse_arguments("mha", args, count, keywords);
+    Call call;
+    read_arguments(arguments, call);
+    PyObject* q = arguments[kQ];
+    PyObject* given_out = arguments.given(kOut) ? arguments[kOut] : nullptr;
+    const bool with_out = given_out == nullptr;
+    AttentionParams& params = call.params;
+    const bool shaped = shape_results(call, with_out);
+    const bool small = shaped && saturated_bytes(params.out) <= kSmallResultBytes &&
+                       saturated_bytes(params.lse) + saturated_bytes(params.weights) <= kSmallResultBytes;
+    if (!small) {
+        // An error in the arguments is worth more than "no memory" for a result of a nonsensical shape.
+        make_problem(params, false);
+        if (!shaped) {
+            raise(PyExc_RuntimeError, "fastattn: make_problem accepted arrays that have no result shape");
+        }
+    }
+    Results results;
+    allocate_results(q, call, with_out, results);
+    compute(make_problem(params), call.options);
+    if (PyErr_Occurred() != nullptr) {  // a signal handler raised when the work was already done
+        throw PythonError{};
+    }
+    if (given_out != nullptr) {
+        call.arrays.write_back();
+        mark_written(given_out);
+    }
+    return pack(q, given_out, call, results);
+}
+
+PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    const Arguments arguments = parse_arguments("explain", args, count, keywords);
+    Call call;
+    read_arguments(arguments, call);
+    shape_results(call, !arguments.given(kOut));
+    const Explanation plan = explain(make_problem(call.params, false), call.options);
+    py::dict refused;
+    for (const Refusal& refusal : plan.refused) {
+        refused[py::str(refusal.kernel)] = refusal.reason;
+    }
+    // Looked up per call: a class kept here would outlive its interpreter.
+    const py::object type = py::module_::import("fastattn._attention").attr("Explanation");
+    using namespace py::literals;
+    py::object result = type("kernel"_a = plan.kernel, "device"_a = plan.device, "algorithm"_a = plan.algorithm,
+                             "workspace_bytes"_a = plan.workspace_bytes, "work_items"_a = plan.work_items,
+                             "threads"_a = plan.threads, "flops"_a = plan.flops, "bytes"_a = plan.bytes,
+                             "refused"_a = refused);
+    return PyRef::steal(result.release().ptr());
+}
+
+using Run = PyRef (*)(PyObject* const*, Py_ssize_t, PyObject*);
+
+template <Run run>
+PyObject* entry(PyObject* module, PyObject* const* args, Py_ssize_t count, PyObject* keywords) noexcept {
+    try {
+        return run(args, count, keywords).release();
+    } catch (...) {
+        set_python_error(module);
+        return nullptr;
+    }
+}
+
+template <Run run>
+PyCFunction c_function() noexcept {
+    // Through a type without a prototype, as CPython's documentation asks for (-Wcast-function-type).
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<run>));
+}
+
+}  // namespace
+
+void register_attention(py::module_& m) {
+    // CPython keeps pointers to this table; it holds no Python objects.
+    static PyMethodDef methods[] = {
+        {"mha", c_function<run_mha>(), METH_FASTCALL | METH_KEYWORDS, kMhaDoc},
+        {"explain", c_function<run_explain>(), METH_FASTCALL | METH_KEYWORDS, kExplainDoc},
+        {nullptr, nullptr, 0, nullptr},
+    };
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0) {
+        throw py::error_already_set();
+    }
+}
+
+}  // namespace fastattn::bindings

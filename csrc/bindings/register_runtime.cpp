@@ -1,0 +1,132 @@
+// Kernels, threads, version, CPU features, and the C symbols through which threadpoolctl finds us.
+#include <limits>
+#include <string>
+
+#include <fastattn/attention.h>
+
+#include "bindings/register.h"
+#include "cpu/cpu_features.h"
+
+#if defined(_WIN32)
+#define FASTATTN_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// threadpoolctl calls these through ctypes.
+FASTATTN_EXPORT int fastattn_get_num_threads() { return fastattn::get_num_threads(); }
+
+FASTATTN_EXPORT void fastattn_set_num_threads(int n) {
+    try {
+        fastattn::set_num_threads(n);
+    } catch (const fastattn::Error&) {
+        // No exception may cross a C boundary; a count below 1 leaves things as they are.
+    }
+}
+
+FASTATTN_EXPORT const char* fastattn_version() { return fastattn::version(); }
+
+namespace fastattn::bindings {
+namespace {
+
+// One row per kernel; fastattn._attention makes KernelInfo of it.
+py::list kernel_rows() {
+    py::list rows;
+    for (const KernelInfo& kernel : kernels()) {
+        py::tuple dtypes(kernel.dtypes.size());
+        for (std::size_t i = 0; i < kernel.dtypes.size(); ++i) {
+            dtypes[i] = dtype_name(kernel.dtypes[i]);
+        }
+        rows.append(py::make_tuple(kernel.name, kernel.device, dtypes, kernel.usable, kernel.reason));
+    }
+    return rows;
+}
+
+void set_threads(const py::object& n) {
+    if (!PyIndex_Check(n.ptr()) || py::isinstance<py::bool_>(n)) {
+        throw py::type_error("n: expected an int, got " + std::string(Py_TYPE(n.ptr())->tp_name));
+    }
+    const PyRef index = PyRef::steal(PyNumber_Index(n.ptr()));
+    if (!index) {
+        throw py::error_already_set();
+    }
+    int overflow = 0;
+    const long value = PyLong_AsLongAndOverflow(index.get(), &overflow);
+    if (overflow != 0 || value < 1 || value > std::numeric_limits<int>::max()) {
+        throw py::value_error("n: expected an int from 1 to 2**31 - 1, got " +
+                              py::repr(py::handle(index.get())).cast<std::string>());
+    }
+    set_num_threads(static_cast<int>(value));
+}
+
+// Name of an instruction set -> None when this machine has it, else the reason.
+py::dict cpu_features() {
+    py::dict features;
+    const auto add = [&](const char* name, const char* missing) {
+        features[name] = missing == nullptr ? py::object(py::none()) : py::object(py::str(missing));
+    };
+    add("avx2", missing_avx2());
+    add("avx512", missing_avx512());
+    add("avx512bf16", missing_avx512bf16());
+    add("neon", missing_neon());
+    return features;
+}
+
+std::string build_info() {
+#if defined(__clang__)
+    const std::string compiler = "Clang " __clang_version__;
+#elif defined(__GNUC__)
+    const std::string compiler = "GCC " __VERSION__;
+#else
+    const std::string compiler = "an unknown compiler";
+#endif
+#if defined(NDEBUG)
+    return compiler;
+#else
+    return compiler + ", with assertions";
+#endif
+}
+
+}  // namespace
+
+void register_runtime(py::module_& m) {
+    py::options options;
+    options.disable_function_signatures();  // the docstrings carry them, where inspect finds them
+    m.attr("__version__") = version();
+    m.def("kernel_rows", &kernel_rows, "kernel_rows()\n--\n\n(name, device, dtypes, usable, reason) of each kernel.");
+    m.def("cpu_features", &cpu_features,
+          "cpu_features()\n--\n\nInstruction set -> None where this machine has it, else why not.");
+    m.def("build_info", &build_info, "build_info()\n--\n\nThe compiler that made this module.");
+    m.def("get_num_threads", &get_num_threads, R"doc(get_num_threads()
+--
+
+The number of CPU threads that a call may use, the calling one included.
+
+Returns
+-------
+int
+    What `set_num_threads` set last; before that FASTATTN_NUM_THREADS, else the CPUs that this process
+    may use (affinity and cgroup quota).
+)doc");
+    m.def("set_num_threads", &set_threads, py::arg("n"), R"doc(set_num_threads(n)
+--
+
+Set the number of CPU threads of the calls that follow, in all Python threads.
+
+Results do not depend on it. `threadpoolctl.threadpool_limits` works too.
+
+Parameters
+----------
+n : int
+    At least 1.
+
+Raises
+------
+TypeError
+    n is not an int.
+ValueError
+    n is below 1.
+)doc");
+}
+
+}  // namespace fastattn::bindings

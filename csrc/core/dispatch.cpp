@@ -1,0 +1,250 @@
+// From a problem to a kernel: walk the device's table, the first row that can compute the problem wins,
+// and every refusal keeps its reason. A forced kernel or device is used or refused, never replaced.
+#include <fastattn/attention.h>
+
+#include <atomic>
+#include <charconv>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <utility>
+
+#include "core/environment.h"
+#include "core/flops.h"
+#include "core/kernel.h"
+#include "core/problem_errors.h"
+#include "core/workspace_memory.h"
+#include "cpu/thread_pool.h"
+
+#if !defined(FASTATTN_VERSION)
+#define FASTATTN_VERSION "0+unknown"
+#endif
+
+namespace fastattn {
+
+const char* version() noexcept { return FASTATTN_VERSION; }
+
+const Environment& environment() {
+    // Published by pointer: a static's guard could be held by another thread when the process forks.
+    static std::atomic<const Environment*> published{nullptr};
+    if (const Environment* known = published.load(std::memory_order_acquire)) return *known;
+    const auto text = [](const char* name) {
+        const char* value = std::getenv(name);
+        return std::string(value == nullptr ? "" : value);
+    };
+    const auto* fresh =
+        new Environment{text("FASTATTN_KERNEL"), text("FASTATTN_DEVICE"), text("FASTATTN_VERBOSE") == "1"};
+    const Environment* earlier = nullptr;
+    if (published.compare_exchange_strong(earlier, fresh, std::memory_order_acq_rel)) return *fresh;
+    delete fresh;
+    return *earlier;
+}
+
+namespace {
+
+// ---- the device -----------------------------------------------------------------------------------
+std::string quoted(std::string_view text) { return "\"" + std::string(text) + "\""; }
+
+// "cpu", "cuda" (the arrays' own CUDA device, else the first), "cuda:N".
+Device parse_device(std::string_view text, Device arrays) {
+    if (text == "cpu") return {DeviceType::cpu, 0};
+    if (text == "cuda") return arrays.type == DeviceType::cuda ? arrays : Device{DeviceType::cuda, 0};
+    constexpr std::string_view prefix = "cuda:";
+    Device device{DeviceType::cuda, 0};
+    if (text.starts_with(prefix)) {
+        const char* first = text.data() + prefix.size();
+        const char* last = text.data() + text.size();
+        const auto [end, error] = std::from_chars(first, last, device.index);
+        if (error == std::errc{} && end == last && first != last && device.index >= 0) return device;
+    }
+    throw ValueError("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got " + quoted(text));
+}
+
+Device choose_device(const AttentionProblem& problem, std::string_view asked) {
+    if (asked.empty()) asked = environment().device;
+    const Device device = asked.empty() ? problem.device : parse_device(asked, problem.device);
+    if (device.type == DeviceType::cuda) {
+        if (const char* reason = cuda_unavailable())
+            throw UnsupportedError("device: " + device_string(device) + " cannot be used: " + reason);
+    }
+    if (problem.device.type == DeviceType::cuda && !(device == problem.device))
+        throw UnsupportedError("device: the arrays are on " + device_string(problem.device) +
+                               ", so the call cannot run on " + device_string(device));
+    return device;
+}
+
+std::span<const Kernel> kernels_of(DeviceType device) {
+    return device == DeviceType::cpu ? cpu_kernels() : cuda_kernels();
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------
+bool takes_dtype(const Kernel& kernel, DType dtype) noexcept {
+    for (const DType known : kernel.dtypes)
+        if (known == dtype) return true;
+    return false;
+}
+
+bool supports(const Kernel& kernel, const AttentionProblem& problem) {
+    return kernel.unavailable() == nullptr && takes_dtype(kernel, problem.dtype) &&
+           kernel.refuses(problem) == nullptr;
+}
+
+// Why supports() is false; empty when it is true.
+std::string refusal(const Kernel& kernel, const AttentionProblem& problem) {
+    if (const char* reason = kernel.unavailable()) return reason;
+    if (!takes_dtype(kernel, problem.dtype)) {
+        std::string takes;
+        for (const DType known : kernel.dtypes)
+            takes += (takes.empty() ? "" : ", ") + std::string(dtype_name(known));
+        return "takes " + takes + ", not " + dtype_name(problem.dtype);
+    }
+    const char* reason = kernel.refuses(problem);
+    return reason == nullptr ? "" : reason;
+}
+
+const Kernel& forced_kernel(const AttentionProblem& problem, Device device, std::string_view name) {
+    std::string known;
+    for (const DeviceType type : {DeviceType::cpu, DeviceType::cuda}) {
+        for (const Kernel& kernel : kernels_of(type)) {
+            known += (known.empty() ? "" : ", ") + std::string(kernel.name);
+            if (kernel.name != name) continue;
+            if (type != device.type)
+                throw UnsupportedError("kernel: " + quoted(name) + " does not run on device " +
+                                       device_string(device));
+            const std::string reason = refusal(kernel, problem);
+            if (reason.empty()) return kernel;
+            throw UnsupportedError("kernel: " + quoted(name) + " cannot compute this call: " + reason);
+        }
+    }
+    throw UnsupportedError("kernel: expected one of " + known + ", got " + quoted(name));
+}
+
+// What was asked for by option or environment; empty: free to choose.
+std::string_view asked_kernel(const RunOptions& options) {
+    return options.kernel.empty() ? std::string_view(environment().kernel) : options.kernel;
+}
+
+const Kernel& choose_kernel(const AttentionProblem& problem, Device device, const RunOptions& options) {
+    const std::string_view asked = asked_kernel(options);
+    if (!asked.empty()) return forced_kernel(problem, device, asked);
+    for (const Kernel& kernel : kernels_of(device.type))
+        if (supports(kernel, problem)) return kernel;
+    std::string reasons;
+    for (const Kernel& kernel : kernels_of(device.type))
+        reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + refusal(kernel, problem);
+    throw UnsupportedError("device: no kernel on " + device_string(device) + " can compute this call (" +
+                           reasons + ")");
+}
+
+// ---- the plan -------------------------------------------------------------------------------------
+struct Plan {
+    Device device;
+    const Kernel* kernel;
+    int threads;
+    KernelPlan details;
+    std::size_t shared_bytes, per_thread_stride, total_bytes;
+};
+
+std::size_t aligned(std::size_t bytes) {
+    constexpr std::size_t mask = WorkspaceMemory::kAlignment - 1;
+    if (bytes > std::numeric_limits<std::size_t>::max() - mask) throw OutOfMemory("the workspace", bytes);
+    return (bytes + mask) & ~mask;
+}
+
+Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
+    const Device device = choose_device(problem, options.device);
+    const Kernel& kernel = choose_kernel(problem, device, options);
+    int threads = options.num_threads > 0 ? options.num_threads : get_num_threads();
+    if (threads > kMaxThreads) threads = kMaxThreads;
+    KernelPlan details = kernel.plan(problem, threads, describe);
+    if (details.work_items < threads) {  // fewer slots, less workspace
+        threads = details.work_items < 1 ? 1 : static_cast<int>(details.work_items);
+        details = kernel.plan(problem, threads, describe);
+    }
+    Plan plan{device, &kernel, threads, std::move(details), 0, 0, 0};
+    plan.shared_bytes = aligned(plan.details.shared_bytes);
+    plan.per_thread_stride = aligned(plan.details.per_thread_bytes);
+    const auto slots = static_cast<std::size_t>(threads);
+    constexpr std::size_t limit = std::numeric_limits<std::ptrdiff_t>::max();
+    if (plan.shared_bytes > limit || plan.per_thread_stride > (limit - plan.shared_bytes) / slots)
+        throw OutOfMemory("the workspace", std::numeric_limits<std::size_t>::max());
+    plan.total_bytes = plan.shared_bytes + slots * plan.per_thread_stride;
+    return plan;
+}
+
+void execute(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
+    const WorkspaceMemory memory(plan.total_bytes);
+    const Workspace workspace{memory.data(), memory.data() + plan.shared_bytes, plan.per_thread_stride};
+    ThreadPoolExecutor executor(plan.threads, options.poll, options.poll_context);
+    plan.kernel->run(problem, workspace, executor);
+}
+
+// ---- FASTATTN_VERBOSE -------------------------------------------------------------------------------
+using Clock = std::chrono::steady_clock;
+
+void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds) {
+    const auto n = [](std::int64_t x) { return static_cast<long long>(x); };
+    const double gflops = count_flops(p) / (milliseconds * 1e6);
+    std::fprintf(stderr,
+                 "fastattn: %s %s B=%lld Sq=%lld Sk=%lld Hq=%lld Hkv=%lld D=%lld Dv=%lld%s%s%s%s | %s | "
+                 "threads=%d items=%lld workspace=%zu B | %.4f ms, %.1f GFLOP/s\n",
+                 plan.kernel->name, dtype_name(p.dtype), n(p.batch), n(p.q_size), n(p.kv_size), n(p.q_heads),
+                 n(p.kv_heads), n(p.head_dim), n(p.value_dim), p.causal ? " causal" : "",
+                 p.window_left >= 0 || p.window_right >= 0 ? " window" : "",
+                 p.mask.data != nullptr ? " mask" : "", p.bias.data != nullptr ? " bias" : "",
+                 plan.details.algorithm.c_str(), plan.threads, n(plan.details.work_items), plan.total_bytes,
+                 milliseconds, gflops);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& problem, const RunOptions& options) {
+    const bool verbose = environment().verbose;
+    const Plan plan = make_plan(problem, options, verbose);
+    if (!verbose) return execute(problem, plan, options);
+    const auto start = Clock::now();
+    execute(problem, plan, options);
+    print_call(problem, plan, std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+}
+
+Explanation explain(const AttentionProblem& problem, const RunOptions& options) {
+    const Plan plan = make_plan(problem, options, true);
+    Explanation e;
+    e.kernel = plan.kernel->name;
+    e.device = device_string(plan.device);
+    e.algorithm = plan.details.algorithm;
+    e.workspace_bytes = static_cast<std::int64_t>(plan.total_bytes);
+    e.work_items = plan.details.work_items;
+    e.threads = plan.threads;
+    e.flops = count_flops(problem);
+    e.bytes = count_bytes(problem);
+    const bool forced = !asked_kernel(options).empty();
+    for (const DeviceType type : {DeviceType::cpu, DeviceType::cuda}) {
+        for (const Kernel& kernel : kernels_of(type)) {
+            if (&kernel == plan.kernel) continue;
+            std::string reason = refusal(kernel, problem);
+            if (type != plan.device.type) reason = "the call runs on " + e.device;
+            if (reason.empty()) reason = (forced ? "the call asks for " : "comes after ") + e.kernel;
+            e.refused.push_back({kernel.name, reason});
+        }
+    }
+    return e;
+}
+
+std::vector<KernelInfo> kernels() {
+    std::vector<KernelInfo> infos;
+    for (const DeviceType type : {DeviceType::cpu, DeviceType::cuda}) {
+        for (const Kernel& kernel : kernels_of(type)) {
+            const char* reason = kernel.unavailable();
+            infos.push_back({kernel.name,
+                             type == DeviceType::cpu ? "cpu" : "cuda",
+                             {kernel.dtypes.begin(), kernel.dtypes.end()},
+                             reason == nullptr,
+                             reason == nullptr ? "" : reason});
+        }
+    }
+    return infos;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,81 @@
+#include "core/flops.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+namespace fastattn {
+namespace {
+
+using Index = std::int64_t;
+
+// sum of clamp(i + shift, 0, limit) over rows i in [0, rows): 0, then an arithmetic series, then limit.
+// In double, since the sums pass 2^63; sizes and shifts below 2^53 are exact.
+double sum_of_clamped(double shift, double limit, double rows) noexcept {
+    const double rise = std::clamp(-shift, 0.0, rows);
+    const double flat = std::clamp(limit - shift, rise, rows);
+    return (flat - rise) * (rise + flat - 1.0 + 2.0 * shift) / 2.0 + (rows - flat) * limit;
+}
+
+// Pairs (row, key) of one head of batch entry b: the sum of key_range(b, i) over its rows.
+double count_pairs(const AttentionProblem& p, Index b) noexcept {
+    const auto rows = static_cast<double>(p.q_len(b)), keys = static_cast<double>(p.kv_len(b));
+    const auto offset = static_cast<double>(p.offset(b));
+    double pairs = rows * keys;
+    if (p.causal || p.window_right >= 0) {
+        const double right = p.causal ? 0.0 : static_cast<double>(p.window_right);
+        pairs = sum_of_clamped(offset + right + 1.0, keys, rows);
+    }
+    if (p.window_left >= 0) {
+        // Both ends are clamped to [0, keys] and begin <= end, so the sums may be taken apart.
+        pairs -= sum_of_clamped(offset - static_cast<double>(p.window_left), keys, rows);
+    }
+    return pairs;
+}
+
+double count_elements(std::initializer_list<Index> sizes, std::initializer_list<Index> strides) noexcept {
+    double count = 1.0;
+    const Index* stride = strides.begin();
+    for (const Index size : sizes) {
+        if (size == 0) return 0.0;
+        if (*stride++ != 0) count *= static_cast<double>(size);
+    }
+    return count;
+}
+
+}  // namespace
+
+double count_flops(const AttentionProblem& p) noexcept {
+    double pairs = 0.0;
+    const bool differ = p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr;
+    if (differ) {
+        for (Index b = 0; b < p.batch; ++b) pairs += count_pairs(p, b);
+    } else if (p.batch > 0) {
+        pairs = static_cast<double>(p.batch) * count_pairs(p, 0);
+    }
+    return pairs * static_cast<double>(p.q_heads) * 2.0 * static_cast<double>(p.head_dim + p.value_dim);
+}
+
+double count_bytes(const AttentionProblem& p) noexcept {
+    const auto item = static_cast<double>(item_size(p.dtype));
+    const auto operand = [&](const Operand& x, Index seq, Index heads, Index dim) {
+        return item * count_elements({p.batch, seq, heads, dim}, {x.batch, x.seq, x.head, x.dim});
+    };
+    const auto scores = [&](const ScoreOperand& x, Index keys) {
+        if (x.data == nullptr) return 0.0;
+        return static_cast<double>(item_size(x.dtype)) *
+               count_elements({p.batch, p.q_heads, p.q_size, keys}, {x.batch, x.head, x.query, x.key});
+    };
+    const auto per_head = [&](const HeadOperand& x, Index heads) {
+        if (x.data == nullptr) return 0.0;
+        return static_cast<double>(item_size(x.dtype)) * count_elements({p.batch, heads}, {x.batch, x.head});
+    };
+    const double out = item * static_cast<double>(p.batch) * static_cast<double>(p.q_size) *
+                       static_cast<double>(p.q_heads) * static_cast<double>(p.value_dim);
+    return operand(p.q, p.q_size, p.q_heads, p.head_dim) + operand(p.k, p.kv_size, p.kv_heads, p.head_dim) +
+           operand(p.v, p.kv_size, p.kv_heads, p.value_dim) + out + scores(p.mask, p.kv_size) +
+           scores(p.bias, p.kv_size) + scores(p.lse, 1) + scores(p.weights, p.kv_size) +
+           per_head(p.alibi_slopes, p.q_heads) + per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) +
+           per_head(p.kv_lens, 1) + per_head(p.q_offsets, 1);
+}
+
+}  // namespace fastattn

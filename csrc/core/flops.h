@@ -1,0 +1,14 @@
+// How much work and traffic a call is, for explain() and for choosing a device.
+#pragma once
+
+#include <fastattn/attention.h>
+
+namespace fastattn {
+
+// 2 * (D + Dv) for each (head, row, key) within causal, window and lengths. Closed form per batch entry.
+double count_flops(const AttentionProblem& problem) noexcept;
+
+// Every element of the inputs and outputs once; what a zero stride repeats is counted once.
+double count_bytes(const AttentionProblem& problem) noexcept;
+
+}  // namespace fastattn

@@ -1,0 +1,48 @@
+// What dispatch knows of a kernel. A kernel never validates, never allocates and never sees Python:
+// it asks for workspace through plan() and is handed it in run().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include <fastattn/attention.h>
+
+#include "core/executor.h"
+
+namespace fastattn {
+
+struct KernelPlan {
+    std::size_t shared_bytes = 0;      // once per call
+    std::size_t per_thread_bytes = 0;  // once per executing thread
+    std::int64_t work_items = 0;
+    std::string algorithm;             // filled only when describe is set
+};
+
+struct Workspace {
+    std::byte* shared = nullptr;       // 64-byte aligned
+    std::byte* per_thread = nullptr;   // slot s starts at per_thread + s * per_thread_stride
+    std::size_t per_thread_stride = 0;
+};
+
+struct Kernel {
+    const char* name;
+    DeviceType device;
+    std::span<const DType> dtypes;
+    // nullptr when usable on this machine, else the reason.
+    const char* (*unavailable)();
+    // nullptr when the kernel can compute this problem (dtype already checked), else the reason.
+    const char* (*refuses)(const AttentionProblem&);
+    // A pure function of the problem and the thread count; results may not depend on the latter.
+    KernelPlan (*plan)(const AttentionProblem&, int threads, bool describe);
+    void (*run)(const AttentionProblem&, const Workspace&, Executor&);
+};
+
+// Best first; the last one supports every problem of its device. A missing backend is an empty list.
+std::span<const Kernel> cpu_kernels();
+std::span<const Kernel> cuda_kernels();
+// Why device="cuda" cannot be used, or nullptr when it can.
+const char* cuda_unavailable();
+
+}  // namespace fastattn

@@ -1,0 +1,372 @@
+// AttentionParams -> AttentionProblem: the one place that checks ranks, shapes, dtypes, sizes, ranges
+// and overlap. Kernels trust what leaves here. The good path does no heap or string work.
+#include <fastattn/attention.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/memory_overlap.h"
+#include "core/problem_errors.h"
+#include "core/scalar_access.h"
+
+namespace fastattn {
+namespace {
+
+using Index = std::int64_t;
+
+// ---- axes -------------------------------------------------------------------------------------
+// Where (batch, seq, head, dim) lie in the caller's array; -1: the axis is absent and has size 1.
+struct Axes {
+    int batch, seq, head, dim;
+};
+
+constexpr Axes axes_of(int rank, Layout layout) noexcept {
+    if (rank == 2) return {-1, 0, -1, 1};
+    const bool bshd = layout == Layout::bshd;
+    if (rank == 3) return bshd ? Axes{-1, 0, 1, 2} : Axes{-1, 1, 0, 2};
+    return bshd ? Axes{0, 1, 2, 3} : Axes{0, 2, 1, 3};
+}
+
+Index size_at(const TensorView& view, int axis) noexcept { return axis < 0 ? 1 : view.shape[axis]; }
+// Sizes 0 and 1 and arrays without elements may come with any stride; kernels get a harmless one.
+bool is_empty(const TensorView& view) noexcept {
+    bool empty = false;
+    for (int axis = 0; axis < view.rank; ++axis) empty |= view.shape[axis] == 0;
+    return empty;
+}
+Index stride_at(const TensorView& view, int axis) noexcept {
+    return axis < 0 || view.shape[axis] <= 1 ? 0 : view.strides[axis];
+}
+
+Operand to_operand(const TensorView& view, const Axes& axes) noexcept {
+    if (is_empty(view)) return {view.data, 0, 0, 0, 1};
+    return {view.data, stride_at(view, axes.batch), stride_at(view, axes.seq), stride_at(view, axes.head),
+            view.shape[axes.dim] == 1 ? 1 : view.strides[axes.dim]};
+}
+
+// ---- single arrays ------------------------------------------------------------------------------
+// Collects every array of the call, to check the outputs against all of them at the end.
+class Arrays {
+public:
+    explicit Arrays(Device device) noexcept : device_(device) {}
+
+    void input(const char* name, const TensorView& view) { add(name, view, false); }
+
+    // Outputs must be writable and no two of their elements may share memory.
+    void output(const char* name, const TensorView& view) {
+        if (view.readonly) fail_value(name, "expected a writable array, got a read-only one");
+        add(name, view, true);
+    }
+
+    void check_overlaps() const {
+        for (int i = 0; i < count_; ++i) {
+            if (!entries_[i].written) continue;
+            for (int j = 0; j < count_; ++j) {
+                if (j == i || (entries_[j].written && j < i)) continue;
+                if (!extents_meet(entries_[i].extent, entries_[j].extent)) continue;
+                if (may_share_memory(*entries_[i].view, *entries_[j].view))
+                    fail_overlap(entries_[i].name, entries_[j].name);
+            }
+        }
+    }
+
+private:
+    struct Entry {
+        const char* name;
+        const TensorView* view;
+        ByteExtent extent;
+        bool written;
+    };
+
+    void add(const char* name, const TensorView& view, bool written) {
+        if (!(view.device == device_)) fail_device(name, view.device, device_);
+        const ViewCheck check = measure(view);
+        if (check.fault != ViewFault::none) fail_view(name, view, check.fault);
+        if (written && overlaps_itself(view)) fail_self_overlap(name, view);
+        entries_[count_++] = {name, &view, check.extent, written};
+    }
+
+    static constexpr int kMaxArrays = 13;
+    Device device_;
+    int count_ = 0;
+    Entry entries_[kMaxArrays];
+};
+
+void check_float(const char* name, const TensorView& view) {
+    if (!is_float(view.dtype)) fail_dtype(name, "a float dtype", view.dtype);
+}
+
+void check_same_dtype(const char* name, const TensorView& view, DType expected) {
+    if (view.dtype != expected) fail_dtype_match(name, expected, view.dtype);
+}
+
+// Bytes of an array that the caller has not made yet.
+void check_byte_count(const char* name, std::initializer_list<Index> shape, DType dtype) {
+    Index bytes = static_cast<Index>(item_size(dtype));
+    for (const Index n : shape)
+        if (n != 0 && multiply_overflows(bytes, n, &bytes))
+            fail_value(name, "the number of bytes of " + shape_string(shape) + " overflows 64 bits");
+}
+
+// ---- optional arrays ------------------------------------------------------------------------------
+ScoreOperand to_score_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
+    if (view.rank > kMaxRank) fail_rank(name, "at most 4 axes", view);
+    const Index target[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
+    Index strides[4] = {0, 0, 0, 0};
+    for (int axis = 0; axis < view.rank; ++axis) {
+        const int to = 4 - view.rank + axis;  // right-aligned, as NumPy broadcasts
+        if (view.shape[axis] == 1) continue;
+        if (view.shape[axis] != target[to])
+            fail_value(name, "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " +
+                                 shape_string(target, 4) + ", got " + shape_string(view));
+        strides[to] = view.strides[axis];
+    }
+    if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0};
+    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3]};
+}
+
+// One value per batch entry, integer.
+HeadOperand to_batch_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
+    if (!is_integer(view.dtype)) fail_dtype(name, "an integer dtype", view.dtype);
+    if (view.rank != 1 || view.shape[0] != p.batch)
+        fail_shape(name, "(B,) = " + shape_string({p.batch}), view);
+    return {view.data, view.dtype, stride_at(view, 0), 0};
+}
+
+void check_lengths(const char* name, const HeadOperand& lens, Index batch, Index limit) {
+    const Index distinct = lens.batch == 0 ? std::min<Index>(batch, 1) : batch;
+    for (Index b = 0; b < distinct; ++b) {
+        const Index length = load_integer(lens.data, lens.dtype, b * lens.batch);
+        if (length < 0 || length > limit) fail_length(name, b, length, limit);
+    }
+}
+
+void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& arrays) {
+    if (a.mask.given()) {
+        if (a.mask.dtype != DType::boolean) fail_dtype("mask", "bool", a.mask.dtype);
+        p.mask = to_score_operand("mask", a.mask, p);
+        arrays.input("mask", a.mask);
+    }
+    if (a.bias.given()) {
+        if (a.bias.dtype != p.dtype && a.bias.dtype != p.lse_dtype)
+            fail_bias_dtype(p.dtype, p.lse_dtype, a.bias.dtype);
+        p.bias = to_score_operand("bias", a.bias, p);
+        arrays.input("bias", a.bias);
+    }
+    if (a.alibi_slopes.given()) {
+        const TensorView& s = a.alibi_slopes;
+        check_float("alibi_slopes", s);
+        const bool per_batch = s.rank == 2 && s.shape[0] == p.batch && s.shape[1] == p.q_heads;
+        if (!per_batch && !(s.rank == 1 && s.shape[0] == p.q_heads))
+            fail_shape("alibi_slopes",
+                       "(Hq,) = " + shape_string({p.q_heads}) +
+                           " or (B, Hq) = " + shape_string({p.batch, p.q_heads}),
+                       s);
+        p.alibi_slopes = {s.data, s.dtype, per_batch ? stride_at(s, 0) : 0, stride_at(s, s.rank - 1)};
+        arrays.input("alibi_slopes", s);
+    }
+    if (a.sinks.given()) {
+        check_float("sinks", a.sinks);
+        if (a.sinks.rank != 1 || a.sinks.shape[0] != p.q_heads)
+            fail_shape("sinks", "(Hq,) = " + shape_string({p.q_heads}), a.sinks);
+        p.sinks = {a.sinks.data, a.sinks.dtype, 0, stride_at(a.sinks, 0)};
+        arrays.input("sinks", a.sinks);
+    }
+    // Values on a CUDA device cannot be read here; its kernels clamp them.
+    const bool readable = p.device.type == DeviceType::cpu;
+    if (a.q_lens.given()) {
+        p.q_lens = to_batch_operand("q_lens", a.q_lens, p);
+        arrays.input("q_lens", a.q_lens);
+        if (readable) check_lengths("q_lens", p.q_lens, p.batch, p.q_size);
+        p.has_q_lens = true;
+    }
+    if (a.kv_lens.given()) {
+        p.kv_lens = to_batch_operand("kv_lens", a.kv_lens, p);
+        arrays.input("kv_lens", a.kv_lens);
+        if (readable) check_lengths("kv_lens", p.kv_lens, p.batch, p.kv_size);
+        p.has_kv_lens = true;
+    }
+    if (a.q_offsets.given()) {
+        if (a.q_offset) fail_value("q_offset", "expected one value or one per batch entry, got both");
+        p.q_offsets = to_batch_operand("q_offset", a.q_offsets, p);
+        arrays.input("q_offset", a.q_offsets);
+        p.has_q_offset = true;
+    } else if (a.q_offset) {
+        p.q_offset = *a.q_offset;
+        p.has_q_offset = true;
+    }
+}
+
+// ---- numbers --------------------------------------------------------------------------------------
+void set_numbers(const AttentionParams& a, AttentionProblem& p) {
+    p.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+    if (!std::isfinite(p.scale)) fail_number("scale", "a finite number", p.scale);
+    if (a.softcap) {
+        p.softcap = *a.softcap;
+        if (!(p.softcap > 0) || !std::isfinite(p.softcap))
+            fail_number("softcap", "a finite number above 0", p.softcap);
+    }
+    p.dropout = a.dropout;
+    if (!(p.dropout >= 0 && p.dropout < 1)) fail_number("dropout", "0 <= p < 1", p.dropout);
+    p.seed = a.seed;
+    p.causal = a.causal;
+    if (a.window_left) {
+        if (*a.window_left < 0) fail_integer("window", "a left size >= 0 or None", *a.window_left);
+        p.window_left = *a.window_left;
+    }
+    if (a.window_right) {
+        if (*a.window_right < 0) fail_integer("window", "a right size >= 0 or None", *a.window_right);
+        p.window_right = *a.window_right;
+    }
+}
+
+// ---- q, k, v ----------------------------------------------------------------------------------------
+void set_operands(const AttentionParams& a, AttentionProblem& p, const Axes& axes, Arrays& arrays) {
+    const TensorView &q = a.q, &k = a.k, &v = a.v;
+    arrays.input("q", q);
+    arrays.input("k", k);
+    arrays.input("v", v);
+    p.batch = size_at(q, axes.batch);
+    p.q_size = size_at(q, axes.seq);
+    p.q_heads = size_at(q, axes.head);
+    p.head_dim = size_at(q, axes.dim);
+    p.kv_size = size_at(k, axes.seq);
+    p.kv_heads = size_at(k, axes.head);
+    p.value_dim = size_at(v, axes.dim);
+    if (p.head_dim == 0) fail_empty_dim("q", q);
+    if (size_at(k, axes.batch) != p.batch || size_at(k, axes.dim) != p.head_dim)
+        fail_operand("k", a.layout, {p.batch, kAnySize, kKvHeads, p.head_dim}, "q", q, k);
+    if (size_at(v, axes.batch) != p.batch || size_at(v, axes.seq) != p.kv_size ||
+        size_at(v, axes.head) != p.kv_heads)
+        fail_operand("v", a.layout, {p.batch, p.kv_size, p.kv_heads, kAnySize}, "k", k, v);
+    if (p.value_dim == 0) fail_empty_dim("v", v);
+    if ((p.kv_heads == 0) != (p.q_heads == 0) || (p.kv_heads != 0 && p.q_heads % p.kv_heads != 0))
+        fail_heads(q, k, p.q_heads, p.kv_heads);
+    p.group = p.kv_heads == 0 ? 1 : p.q_heads / p.kv_heads;
+    p.q = to_operand(q, axes);
+    p.k = to_operand(k, axes);
+    p.v = to_operand(v, axes);
+}
+
+// ---- outputs ----------------------------------------------------------------------------------------
+// explain() may name an output before it exists; this place is never read or written, only not null.
+alignas(64) unsigned char not_yet_made[64];
+
+void* add_output(const char* name, const TensorView& view, Arrays& arrays, bool for_execution) {
+    if (!for_execution && view.data == nullptr) return not_yet_made;
+    arrays.output(name, view);
+    return view.data;
+}
+
+// lse and weights: axes (B, Hq, Sq[, Sk]) less those that q lacks.
+ScoreOperand to_score_output(const char* name, const TensorView& view, const AttentionProblem& p, int q_rank,
+                             bool with_keys) {
+    check_same_dtype(name, view, p.lse_dtype);
+    const Index full[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
+    const int first = 4 - q_rank, last = with_keys ? 4 : 3;
+    bool fits = view.rank == last - first;
+    for (int axis = first; fits && axis < last; ++axis) fits = view.shape[axis - first] == full[axis];
+    if (!fits) fail_score_output(name, full, first, last, view);
+    Index strides[4] = {0, 0, 0, 0};
+    if (!is_empty(view))
+        for (int axis = first; axis < last; ++axis) strides[axis] = stride_at(view, axis - first);
+    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3]};
+}
+
+void set_outputs(const AttentionParams& a, AttentionProblem& p, const Axes& axes, Arrays& arrays,
+                 bool for_execution) {
+    const SizePattern out_shape{p.batch, p.q_size, p.q_heads, p.value_dim};
+    if (a.out.given()) {
+        check_same_dtype("out", a.out, p.dtype);
+        if (a.out.rank != a.q.rank || size_at(a.out, axes.batch) != p.batch ||
+            size_at(a.out, axes.seq) != p.q_size || size_at(a.out, axes.head) != p.q_heads ||
+            size_at(a.out, axes.dim) != p.value_dim)
+            fail_operand("out", a.layout, out_shape, "q", a.q, a.out);
+        p.out = to_operand(a.out, axes);
+        p.out.data = add_output("out", a.out, arrays, for_execution);
+    } else if (for_execution) {
+        fail_value("out", "expected an array for the result, got none");
+    } else {
+        check_byte_count("out", {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype);
+    }
+    if (a.lse.given()) {
+        p.lse = to_score_output("lse", a.lse, p, a.q.rank, false);
+        p.lse.data = add_output("lse", a.lse, arrays, for_execution);
+    }
+    if (a.weights.given()) {
+        p.weights = to_score_output("weights", a.weights, p, a.q.rank, true);
+        p.weights.data = add_output("weights", a.weights, arrays, for_execution);
+    }
+}
+
+Index saturating_add(Index a, Index b) noexcept {
+    constexpr Index low = std::numeric_limits<Index>::min(), high = std::numeric_limits<Index>::max();
+    if (b > 0 && a > high - b) return high;
+    if (b < 0 && a < low - b) return low;
+    return a + b;
+}
+
+}  // namespace
+
+// ---- the problem ------------------------------------------------------------------------------------
+// The lengths are clamped although make_problem checked them: another thread may write to the array
+// meanwhile, and that must not become an access out of bounds.
+Index AttentionProblem::q_len(Index b) const noexcept {
+    if (!has_q_lens) return q_size;
+    return std::clamp<Index>(load_integer(q_lens.data, q_lens.dtype, b * q_lens.batch), 0, q_size);
+}
+
+Index AttentionProblem::kv_len(Index b) const noexcept {
+    if (!has_kv_lens) return kv_size;
+    return std::clamp<Index>(load_integer(kv_lens.data, kv_lens.dtype, b * kv_lens.batch), 0, kv_size);
+}
+
+Index AttentionProblem::offset(Index b) const noexcept {
+    if (!has_q_offset) return kv_len(b) - q_len(b);
+    if (q_offsets.data == nullptr) return q_offset;
+    return load_integer(q_offsets.data, q_offsets.dtype, b * q_offsets.batch);
+}
+
+KeyRange AttentionProblem::key_range(Index b, Index i) const noexcept {
+    const Index keys = kv_len(b), first_position = offset(b);
+    KeyRange range{0, keys};
+    // i is added last: i >= 0 and sizes are far below 2^63, so a sum that saturated before is still
+    // on the right side of [0, keys] after it.
+    if (window_left >= 0)
+        range.begin =
+            std::clamp<Index>(saturating_add(saturating_add(first_position, -window_left), i), 0, keys);
+    if (causal || window_right >= 0) {
+        const Index reach = causal ? 0 : window_right;  // causal is the tighter of the two
+        const Index past = saturating_add(saturating_add(first_position, reach), 1);
+        range.end = std::clamp<Index>(saturating_add(past, i), range.begin, keys);
+    }
+    return range;
+}
+
+AttentionProblem make_problem(const AttentionParams& a, bool for_execution) {
+    if (!a.q.given()) fail_value("q", "expected an array, got none");
+    if (!a.k.given()) fail_value("k", "expected an array, got none");
+    if (!a.v.given()) fail_value("v", "expected an array, got none");
+    if (a.q.rank < 2 || a.q.rank > 4) fail_rank("q", "2, 3 or 4 axes", a.q);
+    if (a.k.rank != a.q.rank) fail_rank_match("k", a.q, a.k);
+    if (a.v.rank != a.q.rank) fail_rank_match("v", a.q, a.v);
+    check_float("q", a.q);
+    check_same_dtype("k", a.k, a.q.dtype);
+    check_same_dtype("v", a.v, a.q.dtype);
+
+    AttentionProblem p;
+    p.dtype = a.q.dtype;
+    p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    p.device = a.q.device;
+    const Axes axes = axes_of(a.q.rank, a.layout);
+    Arrays arrays(p.device);
+    set_operands(a, p, axes, arrays);
+    set_numbers(a, p);
+    set_optional_inputs(a, p, arrays);
+    set_outputs(a, p, axes, arrays, for_execution);
+    arrays.check_overlaps();
+    return p;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,137 @@
+// The table of the CPU's kernels: kernels.inc joined with what this build holds of it.
+#include <array>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "core/kernel.h"
+#include "cpu/cpu_features.h"
+#include "cpu/isa_kernels.h"
+#include "cpu/reference_kernel.h"
+
+// Which ISA files this build has (cmake/isa.cmake).
+#if !defined(FASTATTN_HAVE_AVX512BF16)
+#define FASTATTN_HAVE_AVX512BF16 0
+#endif
+#if !defined(FASTATTN_HAVE_AVX512)
+#define FASTATTN_HAVE_AVX512 0
+#endif
+#if !defined(FASTATTN_HAVE_AVX2)
+#define FASTATTN_HAVE_AVX2 0
+#endif
+#if !defined(FASTATTN_HAVE_NEON)
+#define FASTATTN_HAVE_NEON 0
+#endif
+
+namespace fastattn {
+namespace cpu {
+namespace {
+
+using TableFn = const IsaKernels& (*)();
+
+#if FASTATTN_HAVE_AVX512BF16
+constexpr TableFn avx512bf16_table = &avx512bf16_kernels;
+#else
+constexpr TableFn avx512bf16_table = nullptr;
+#endif
+#if FASTATTN_HAVE_AVX512
+constexpr TableFn avx512_table = &avx512_kernels;
+#else
+constexpr TableFn avx512_table = nullptr;
+#endif
+#if FASTATTN_HAVE_AVX2
+constexpr TableFn avx2_table = &avx2_kernels;
+#else
+constexpr TableFn avx2_table = nullptr;
+#endif
+#if FASTATTN_HAVE_NEON
+constexpr TableFn neon_table = &neon_kernels;
+#else
+constexpr TableFn neon_table = nullptr;
+#endif
+constexpr TableFn scalar_table = &scalar_kernels;
+
+[[maybe_unused]] const char* missing_nothing() noexcept { return nullptr; }
+
+std::string describe(const AttentionProblem& p, const FlashPlan& plan, const TileShape& tile) {
+    std::string text = plan.decode ? "decode" : "prefill";
+    text += ", tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr);
+    text += ", key block " + std::to_string(plan.key_block);
+    text += ", rows per item " + std::to_string(plan.rows_per_item);
+    if (plan.key_splits > 1) text += ", key splits " + std::to_string(plan.key_splits);
+    if (p.weights.data != nullptr) text += ", second pass for the weights";
+    return text;
+}
+
+template <TableFn table>
+KernelPlan flash_plan(const AttentionProblem& p, int threads, bool with_text) {
+    const DtypeKernel& kernel = table().of(p.dtype);
+    const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, threads);
+    KernelPlan result;
+    result.shared_bytes = plan.shared_bytes;
+    result.per_thread_bytes = plan.per_thread_bytes;
+    result.work_items = plan.items;
+    if (with_text) result.algorithm = describe(p, plan, plan.decode ? kernel.decode : kernel.prefill);
+    return result;
+}
+
+template <TableFn table>
+void flash_run(const AttentionProblem& p, const Workspace& workspace, Executor& executor) {
+    const DtypeKernel& kernel = table().of(p.dtype);
+    const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, executor.threads());
+    const FlashCall call{p, plan, workspace.shared, executor};
+    auto forward = [&](std::int64_t item, int slot) {
+        kernel.forward(call, item, workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+    };
+    executor.for_each(plan.items, forward);
+    if (plan.merge_items > 0) {
+        auto merge = [&](std::int64_t item, int) { kernel.merge(call, item); };
+        executor.for_each(plan.merge_items, merge);
+    }
+}
+
+// A kernel that this build does not hold is listed all the same, with the reason.
+template <TableFn table, const char* (*missing)() noexcept>
+constexpr Kernel row(const char* name, std::span<const DType> dtypes, const char* (*not_built)()) {
+    if constexpr (table == nullptr) {
+        return {name, DeviceType::cpu, dtypes, not_built, nullptr, nullptr, nullptr};
+    } else {
+        return {name, DeviceType::cpu, dtypes, [] { return missing(); },
+                [](const AttentionProblem&) -> const char* { return nullptr; }, &flash_plan<table>, &flash_run<table>};
+    }
+}
+
+#define FASTATTN_UNPACK(...) __VA_ARGS__
+#define FASTATTN_CPU_KERNEL(id, architecture, dtypes, missing)         \
+    constexpr std::array id##_dtypes{FASTATTN_UNPACK dtypes};          \
+    [[maybe_unused]] const char* id##_not_built() {                    \
+        return "not in this build: it is for " architecture;           \
+    }
+#include "cpu/kernels.inc"
+#undef FASTATTN_CPU_KERNEL
+
+}  // namespace
+
+const IsaKernels* find_isa_kernels(std::string_view kernel) {
+    TableFn table = nullptr;
+#define FASTATTN_CPU_KERNEL(id, architecture, dtypes, missing) \
+    if (kernel == "cpu-" #id) table = id##_table;
+#include "cpu/kernels.inc"
+#undef FASTATTN_CPU_KERNEL
+    return table == nullptr ? nullptr : &table();
+}
+
+}  // namespace cpu
+
+std::span<const Kernel> cpu_kernels() {
+    using namespace cpu;
+    static const std::array table{
+#define FASTATTN_CPU_KERNEL(id, architecture, dtypes, missing) \
+    row<id##_table, missing>("cpu-" #id, id##_dtypes, &id##_not_built),
+#include "cpu/kernels.inc"
+#undef FASTATTN_CPU_KERNEL
+        cpu_reference_kernel};
+    return table;
+}
+
+}  // namespace fastattn

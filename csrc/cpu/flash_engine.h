@@ -1,0 +1,41 @@
+// Engines: what a matrix product is made of. The algorithms see units - a float, a double, or a pair of
+// bf16 that one dot-product instruction takes - and never how many scalars a unit holds.
+//
+//   acc[m][n] += sum_k a[m][k] . b[k][n]      a: units broadcast one by one, b: rows of units
+#pragma once
+
+#include "cpu/simd/math.h"
+#include "cpu/simd/vec.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// Products by fused multiply-add in the compute type (f64 for f64, f32 for the others).
+template <class T, class Isa, int kRows, int kVecs>
+struct FmaEngine {
+    using V = Vec<T, Isa>;
+    using Acc = T;
+    using Unit = T;             // storage of packed q, k, v and of the weights
+    static constexpr int mr = kRows;           // register tile: mr rows x nv vectors
+    static constexpr int nv = kVecs;
+    static constexpr int nr = kVecs * V::width;
+    static constexpr int scalars = 1;          // scalars in a unit, along the summed axis
+    static constexpr Accuracy accuracy = Accuracy::full;
+
+    static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
+    static FASTATTN_INLINE void store_weights(V p, Unit* row, std::int64_t column) { p.store(row + column); }
+    static FASTATTN_INLINE T weight(const Unit* row, std::int64_t column) { return row[column]; }
+    static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, T p) { row[column] = p; }
+
+    // One vector of units from the `scalars` rows that they combine (as numbers, one vector per row).
+    static FASTATTN_INLINE V combine(const V (&rows)[scalars]) { return rows[0]; }
+
+    // Loads units [u, u + width) of a row of n scalars with the given stride; zeros beyond it.
+    template <class S>
+    static FASTATTN_INLINE V load_units(const S* row, std::int64_t stride, std::int64_t u, std::int64_t n) {
+        return load_strided<V>(row + u * stride, stride, n - u);
+    }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu

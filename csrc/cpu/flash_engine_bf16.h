@@ -1,0 +1,55 @@
+// The engine of AVX512_BF16: a unit is a pair of bf16, vdpbf16ps sums two products into f32.
+#pragma once
+
+#include "cpu/flash_engine.h"
+#include "cpu/simd/vec_avx512.h"
+
+namespace fastattn::cpu {
+namespace {
+
+struct Bf16DotEngine {
+    using V = Vec<float, Avx512>;
+    using Acc = float;
+    using Unit = float;  // the bits of two bf16, the lower index in the lower half; never used as a number
+    static constexpr int mr = 6;
+    static constexpr int nv = 4;
+    static constexpr int nr = nv * V::width;
+    static constexpr int scalars = 2;
+    static constexpr Accuracy accuracy = Accuracy::bf16;
+
+    static FASTATTN_INLINE V mma(V a, V b, V acc) {
+        return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+    }
+    static FASTATTN_INLINE void store_weights(V p, Unit* row, std::int64_t column) {
+        const __m256bh h = _mm512_cvtneps_pbh(p.v);
+        __m256i bits;
+        std::memcpy(&bits, &h, sizeof bits);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16_t*>(row) + column), bits);
+    }
+    static FASTATTN_INLINE float weight(const Unit* row, std::int64_t column) {
+        bf16_t x;
+        std::memcpy(&x, reinterpret_cast<const char*>(row) + column * 2, 2);
+        return to_scalar(x);
+    }
+    static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, float p) {
+        bf16_t x;
+        from_scalar(p, &x);
+        std::memcpy(reinterpret_cast<char*>(row) + column * 2, &x, 2);
+    }
+    static FASTATTN_INLINE V combine(const V (&rows)[scalars]) {
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(rows[0].v), 16);
+        return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(rows[1].v)))};
+    }
+    static FASTATTN_INLINE V load_units(const bf16_t* row, std::int64_t stride, std::int64_t u, std::int64_t n) {
+        const std::int64_t first = 2 * u, left = n - first;
+        if (stride == 1 && left >= 2 * V::width) {
+            return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + first))};
+        }
+        alignas(64) bf16_t buffer[2 * V::width] = {};
+        for (std::int64_t i = 0; i < left && i < 2 * V::width; ++i) buffer[i] = row[(first + i) * stride];
+        return {_mm512_load_ps(reinterpret_cast<const float*>(buffer))};
+    }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu

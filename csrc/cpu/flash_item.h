@@ -1,0 +1,135 @@
+// What prefill and decode items have in common: which rows and keys an item has, and its end.
+#pragma once
+
+#include <fastattn/attention.h>
+
+#include "cpu/flash_output.h"
+#include "cpu/isa_kernels.h"
+
+namespace fastattn::cpu {
+namespace {
+
+template <class E>
+constexpr TileShape tile_shape() {
+    return {E::mr, E::nr, E::V::width, E::scalars, sizeof(typename E::Unit)};
+}
+
+struct ItemRange {
+    std::int64_t batch, kv_head, split;
+    std::int64_t row_begin, rows;   // rows of the (batch, kv head): row r is query r / G, head r % G
+    std::int64_t key_begin, key_end;
+};
+
+// The order of items: later row blocks first, since under a causal mask they are the longest.
+inline ItemRange item_range(const FlashCall& call, std::int64_t item) {
+    const FlashPlan& plan = call.plan;
+    ItemRange x{};
+    x.row_begin = (plan.row_items - 1 - item % plan.row_items) * plan.rows_per_item;
+    item /= plan.row_items;
+    x.split = item % plan.key_splits;
+    item /= plan.key_splits;
+    x.kv_head = item % call.problem.kv_heads;
+    x.batch = item / call.problem.kv_heads;
+    const std::int64_t left = plan.rows - x.row_begin;
+    x.rows = left < plan.rows_per_item ? left : plan.rows_per_item;
+    x.key_begin = x.split * plan.split_keys;
+    const std::int64_t end = x.key_begin + plan.split_keys;
+    x.key_end = end < call.problem.kv_size ? end : call.problem.kv_size;
+    return x;
+}
+
+inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t kv_head, std::int64_t row) {
+    RowInfo info{};
+    info.query = row / p.group;
+    info.head = kv_head * p.group + row % p.group;
+    if (info.query < p.q_len(b)) {
+        const KeyRange range = p.key_range(b, info.query);
+        info.begin = range.begin;
+        info.end = range.end;
+    }
+    return info;
+}
+
+// The buffers of an item, from the thread's workspace; sums are cleared.
+template <class E>
+struct ItemBuffers {
+    using Unit = typename E::Unit;
+    using Acc = typename E::Acc;
+    Unit *q, *k, *v, *p;
+    Acc* scores;
+    std::uint8_t* bad;
+};
+
+// Fills block and buffers for the rows of an item. Returns the keys that any of the rows may attend.
+template <class E>
+KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t padded_rows, std::byte* workspace,
+                    FlashBlock<E>& x, ItemBuffers<E>& buffers) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const FlashOffsets at = flash_offsets(call.problem, call.plan, tile_shape<E>());
+    auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
+    auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
+    buffers = {units(at.q), units(at.k), units(at.v), units(at.p), accs(at.scores),
+               reinterpret_cast<std::uint8_t*>(workspace + at.bad)};
+    x.o_stride = call.plan.o_stride;
+    x.info = reinterpret_cast<RowInfo*>(workspace + at.info);
+    x.row_max = accs(at.row_max);
+    x.row_sum = accs(at.row_sum);
+    x.o = accs(at.o);
+    KeyRange keys{item.key_end, item.key_begin};
+    for (std::int64_t r = 0; r < padded_rows; ++r) {
+        if (r >= item.rows) {
+            x.info[r] = x.info[item.rows - 1];
+        } else {
+            RowInfo info = row_info(call.problem, item.batch, item.kv_head, item.row_begin + r);
+            if (info.begin < item.key_begin) info.begin = item.key_begin;
+            if (info.end > item.key_end) info.end = item.key_end;
+            if (info.end <= info.begin) info.begin = info.end = item.key_begin;
+            x.info[r] = info;
+            if (info.end > info.begin) {
+                if (info.begin < keys.begin) keys.begin = info.begin;
+                if (info.end > keys.end) keys.end = info.end;
+            }
+        }
+        x.row_max[r] = -kInf<Acc>;
+        V::zero().store(x.row_sum + r * V::width);
+        for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::zero().store(x.o + r * x.o_stride + c);
+    }
+    return keys;
+}
+
+template <class E>
+typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64_t row, std::int64_t split) {
+    const FlashPlan& plan = call.plan;
+    return reinterpret_cast<typename E::Acc*>(call.shared) +
+           ((head * plan.rows + row) * plan.key_splits + split) * plan.partial_stride;
+}
+
+// Writes the rows of an item: their outputs, or partial results where the keys are split.
+template <class E, class S>
+void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
+    const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head;
+    for (std::int64_t r = 0; r < item.rows; ++r) {
+        if (call.plan.key_splits > 1) {
+            write_partial(x, r, partial_of<E>(call, head, item.row_begin + r, item.split));
+        } else {
+            auto* l = x.row_sum + r * E::V::width;
+            const double sum = double(E::V::reduce_add(E::V::load(l)));
+            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), sum, x.o + r * x.o_stride);
+            *l = static_cast<typename E::Acc>(factor);  // for the weights
+        }
+    }
+}
+
+template <class E, class S>
+void flash_merge(const FlashCall& call, std::int64_t item) {
+    const std::int64_t head = item / call.plan.rows, row = item % call.plan.rows;
+    const std::int64_t b = head / call.problem.kv_heads;
+    FlashBlock<E> x = make_block<E>(call.problem, b);
+    x.o_stride = call.plan.o_stride;
+    merge_row<E, S>(x, row_info(call.problem, b, head % call.problem.kv_heads, row), partial_of<E>(call, head, row, 0),
+                    call.plan.key_splits, call.plan.partial_stride);
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

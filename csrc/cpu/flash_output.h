@@ -1,0 +1,102 @@
+// From the sums of a row to what the caller gets: out, lse, weights; and merging of key splits.
+//
+//   out = O * 2^(m-M) / L / (1 - dropout),   L = l * 2^(m-M) + 2^(sink*log2e - M),   lse = (M + log2 L) * ln 2
+#pragma once
+
+#include "cpu/flash_softmax.h"
+
+namespace fastattn::cpu {
+namespace {
+
+template <class S>
+S* row_pointer(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h) {
+    return static_cast<S*>(x.data) + b * x.batch + i * x.seq + h * x.head;
+}
+
+inline void write_lse(const AttentionProblem& p, std::int64_t b, const RowInfo& row, double lse) {
+    if (p.lse.data == nullptr) return;
+    const std::int64_t at = score_offset(p.lse, b, row.head, row.query, 0);
+    if (p.lse.dtype == DType::f64) {
+        static_cast<double*>(p.lse.data)[at] = lse;
+    } else {
+        static_cast<float*>(p.lse.data)[at] = static_cast<float>(lse);
+    }
+}
+
+// Writes out and lse of one row from m, l and O; returns the factor that turns 2^t into a weight.
+template <class E, class S>
+double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, double l, const typename E::Acc* o) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = x.problem;
+    constexpr double inf = kInf<double>;
+    const bool exists = row.query < p.q_len(x.batch);
+    double sink = -inf;
+    if (exists && p.sinks.data != nullptr) sink = read_head(p.sinks, 0, row.head) * kLog2E;
+
+    double factor, lse;
+    if (sink == inf) {
+        factor = l == l ? 0.0 : l;
+        lse = inf;
+    } else if (l == 0 || m == -inf) {
+        // l is 0, or NaN: no finite or infinite score, or only masked ones.
+        const bool nothing = l == 0 && !attends_any(x, row);
+        const double denominator = l + (sink == -inf ? 0.0 : 1.0);
+        factor = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
+        lse = l == 0 ? sink / kLog2E : l;
+    } else {
+        const double top = sink > m ? sink : m;
+        const double share = ::exp2(m - top);
+        const double denominator = l * share + (sink == -inf ? 0.0 : ::exp2(sink - top));
+        factor = share / denominator;
+        lse = (top + ::log2(denominator)) / kLog2E;
+    }
+    write_lse(p, x.batch, row, lse);
+    const double keep = factor / (1.0 - p.dropout);
+    const V scale = V::set1(static_cast<Acc>(keep));
+    S* out = row_pointer<S>(p.out, x.batch, row.query, row.head);
+    for (std::int64_t c = 0; c < p.value_dim; c += V::width) {
+        store_strided(V::load(o + c) * scale, out + c * p.out.dim, p.out.dim, p.value_dim - c);
+    }
+    return factor;
+}
+
+// One partial result of a split: m, l, then O from `width` on.
+template <class E>
+void write_partial(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* partial) {
+    using V = typename E::V;
+    partial[0] = x.row_max[r];
+    partial[1] = V::reduce_add(V::load(x.row_sum + r * V::width));
+    const auto* o = x.o + r * x.o_stride;
+    for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::load(o + c).store(partial + V::width + c);
+}
+
+// Merges the partial results of one row in the order of the keys and writes the output.
+template <class E, class S>
+void merge_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* partials, std::int64_t splits,
+               std::int64_t stride) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    Acc top = -kInf<Acc>;
+    for (std::int64_t s = 0; s < splits; ++s) {
+        if (partials[s * stride] > top) top = partials[s * stride];
+    }
+    double l = 0;
+    Acc* o = partials + V::width;  // summed in place, into the first one
+    for (std::int64_t s = 0; s < splits; ++s) {
+        const Acc* part = partials + s * stride;
+        const Acc m = part[0];
+        // m is an integer or infinite; a split that saw nothing (-inf) has l = 0 or NaN, as it is.
+        const double share = m == -kInf<Acc> || m == top ? 1.0 : ::exp2(double(m) - double(top));
+        l += double(part[1]) * share;
+        const V factor = V::set1(Acc(share));
+        for (std::int64_t c = 0; c < x.o_stride; c += V::width) {
+            const V y = V::load(part + V::width + c) * factor;
+            (s == 0 ? y : V::load(o + c) + y).store(o + c);
+        }
+    }
+    finish_output<E, S>(x, row, double(top), l, o);
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,252 @@
+// Online softmax over a tile of scores (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
+// FlashAttention, arXiv:2205.14135), in powers of two:
+//
+//   t = score * log2(e) - m,   p = 2^t,   l += p,   O += p . v
+//
+// m follows the row's maximum lazily: only when t exceeds kSlack is m raised (to an integer, so that the
+// correction is an exact power of two) and what was summed so far scaled down. m = -inf: nothing seen.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "core/philox.h"
+#include "cpu/flash_engine.h"
+#include "cpu/flash_workspace.h"
+
+namespace fastattn::cpu {
+namespace {
+
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr int kSlack = 8;
+
+template <class T>
+inline constexpr T kInf = std::numeric_limits<T>::infinity();
+
+inline double read_float(const void* data, DType dtype, std::int64_t i) {
+    switch (dtype) {
+        case DType::f64: return static_cast<const double*>(data)[i];
+        case DType::f32: return double(static_cast<const float*>(data)[i]);
+        case DType::f16: return double(to_scalar(static_cast<const f16_t*>(data)[i]));
+        default: return double(to_scalar(static_cast<const bf16_t*>(data)[i]));
+    }
+}
+
+inline double read_head(const HeadOperand& x, std::int64_t b, std::int64_t h) {
+    return read_float(x.data, x.dtype, b * x.batch + h * x.head);
+}
+
+// n values of a bias row, in the compute type.
+template <class V>
+FASTATTN_INLINE V load_bias(const ScoreOperand& bias, std::int64_t at, std::int64_t n) {
+    if constexpr (sizeof(typename V::value_type) == 8) {
+        return load_strided<V>(static_cast<const double*>(bias.data) + at, bias.key, n);
+    } else {
+        switch (bias.dtype) {
+            case DType::f16: return load_strided<V>(static_cast<const f16_t*>(bias.data) + at, bias.key, n);
+            case DType::bf16: return load_strided<V>(static_cast<const bf16_t*>(bias.data) + at, bias.key, n);
+            default: return load_strided<V>(static_cast<const float*>(bias.data) + at, bias.key, n);
+        }
+    }
+}
+
+template <class V>
+FASTATTN_INLINE V load_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t n) {
+    const auto* p = static_cast<const std::uint8_t*>(mask.data) + at;
+    if (mask.key == 1 && n >= V::width) return V::load_bytes(p);
+    alignas(64) std::uint8_t buffer[64] = {};
+    for (std::int64_t i = 0; i < n && i < V::width; ++i) buffer[i] = p[i * mask.key];
+    return V::load_bytes(buffer);
+}
+
+inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+    return b * x.batch + h * x.head + i * x.query + j * x.key;
+}
+
+// Whether any of n mask bytes from (b, h, i, j) on is set.
+inline bool mask_any(const ScoreOperand& mask, std::int64_t b, const RowInfo& row, std::int64_t j, std::int64_t n) {
+    const auto* p = static_cast<const std::uint8_t*>(mask.data) + score_offset(mask, b, row.head, row.query, j);
+    if (mask.key == 0) return n > 0 && *p != 0;
+    std::int64_t k = 0;
+    if (mask.key == 1) {
+        for (; k + 8 <= n; k += 8) {
+            std::uint64_t word;
+            std::memcpy(&word, p + k, 8);
+            if (word != 0) return true;
+        }
+    }
+    for (; k < n; ++k) {
+        if (p[k * mask.key] != 0) return true;
+    }
+    return false;
+}
+
+// Everything that an item of work shares. Rows beyond `rows` in the last tile repeat the last row.
+template <class E>
+struct FlashBlock {
+    using Acc = typename E::Acc;
+    const AttentionProblem& problem;
+    std::int64_t batch;      // b
+    Acc scale, scale_log2e, softcap, inverse_softcap;
+    bool elementwise;        // softcap, alibi, bias, mask or dropout: not just scale and ranges
+    std::int64_t o_stride;
+    RowInfo* info;           // (rows)
+    Acc* row_max;            // m (rows)
+    Acc* row_sum;            // l (rows, width), summed at the end
+    Acc* o;                  // (rows, o_stride)
+};
+
+template <class E>
+FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
+    using Acc = typename E::Acc;
+    const double cap = p.softcap;
+    return {p,
+            b,
+            Acc(p.scale),
+            Acc(p.scale * kLog2E),
+            Acc(cap),
+            Acc(cap > 0 ? 1.0 / cap : 0.0),
+            cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr ||
+                p.dropout > 0,
+            0,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr};
+}
+
+// Whether row may attend key j: all restrictions.
+template <class E>
+bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
+    if (j < row.begin || j >= row.end) return false;
+    const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
+    if (mask.data != nullptr && !mask_any(mask, x.batch, row, j, 1)) return false;
+    return bias.data == nullptr ||
+           read_float(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) != -kInf<double>;
+}
+
+template <class E>
+bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
+    for (std::int64_t j = row.begin; j < row.end; ++j) {
+        if (attends(x, row, j)) return true;
+    }
+    return false;
+}
+
+// s: raw products q.k of one row with keys j0, j0+1, ...; becomes t, with -inf where masked.
+template <class E>
+void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc m, typename E::Acc* s,
+                   std::int64_t j0, int vectors) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    constexpr int w = V::width;
+    const AttentionProblem& p = x.problem;
+    const V minus_m = V::set1(m == -kInf<Acc> ? Acc(0) : -m);
+    const V masked = V::set1(-kInf<Acc>);
+    const V iota = V::iota();
+    const bool alibi = p.alibi_slopes.data != nullptr, bias = p.bias.data != nullptr, mask = p.mask.data != nullptr;
+    const V slope = V::set1(alibi ? Acc(-read_head(p.alibi_slopes, x.batch, row.head)) : Acc(0));
+    const std::int64_t position = row.query + p.offset(x.batch);
+    const std::int64_t bias_at = bias ? score_offset(p.bias, x.batch, row.head, row.query, j0) : 0;
+    const std::int64_t mask_at = mask ? score_offset(p.mask, x.batch, row.head, row.query, j0) : 0;
+    for (int c = 0; c < vectors; ++c) {
+        const std::int64_t j = j0 + c * w, left = p.kv_size - j;
+        V t = V::load(s + c * w);
+        V allowed = V::set1(Acc(1));
+        if (x.elementwise) {
+            t = t * V::set1(x.scale);
+            if (x.softcap > 0) t = V::set1(x.softcap) * tanh(t * V::set1(x.inverse_softcap));
+            if (alibi) {
+                const V distance = V::set1(Acc(position - j)) - iota;
+                t = V::fma(slope, V::max(distance, V::zero() - distance), t);
+            }
+            if (bias) {
+                const V add = load_bias<V>(p.bias, bias_at + c * w * p.bias.key, left);
+                t = t + add;
+                allowed = V::select(V::eq(add, masked), V::zero(), allowed);
+            }
+            if (mask) {
+                const V byte = load_mask<V>(p.mask, mask_at + c * w * p.mask.key, left);
+                allowed = V::select(V::gt(byte, V::zero()), allowed, V::zero());
+            }
+            t = V::fma(t, V::set1(Acc(kLog2E)), minus_m);
+        } else {
+            t = V::fma(t, V::set1(x.scale_log2e), minus_m);
+        }
+        if (row.begin > j) allowed = V::select(V::gt(V::set1(Acc(row.begin - j)), iota), V::zero(), allowed);
+        if (row.end < j + w) {
+            const Acc end = row.end > j ? Acc(row.end - j) : Acc(0);
+            allowed = V::select(V::gt(V::set1(end), iota), allowed, V::zero());
+        }
+        V::select(V::gt(allowed, V::zero()), t, masked).store(s + c * w);
+    }
+}
+
+// Zeroes dropped weights of keys j, j+1, ... (scaling by 1/(1-p) waits for the end).
+template <class E>
+void drop_weights(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* p, std::int64_t j, int n) {
+    const std::uint32_t threshold = dropout_threshold(x.problem.dropout);
+    PhiloxBlock block{};
+    for (int i = 0; i < n; ++i) {
+        const auto key = static_cast<std::uint64_t>(j + i);
+        if (i == 0 || key % 4 == 0) {
+            block = philox4x32(static_cast<std::uint32_t>(key / 4), static_cast<std::uint32_t>(row.query),
+                               static_cast<std::uint32_t>(row.head), static_cast<std::uint32_t>(x.batch),
+                               x.problem.seed);
+        }
+        if (block.word[key % 4] < threshold) p[i] = 0;
+    }
+}
+
+// Raises m of row r by delta: scales what the row has summed, and its weights in columns
+// [first, column) that wait for their product with v.
+template <class E>
+void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, typename E::Unit* p,
+                 std::int64_t first, std::int64_t column) {
+    using V = typename E::V;
+    const V alpha = V::scale2(V::set1(1), V::set1(-delta));
+    const auto factor = V::reduce_max(alpha);
+    for (std::int64_t c = first; c < column; ++c) E::set_weight(p, c, E::weight(p, c) * factor);
+    auto* o = x.o + r * x.o_stride;
+    for (std::int64_t c = 0; c < x.o_stride; c += V::width) (V::load(o + c) * alpha).store(o + c);
+    auto* l = x.row_sum + r * V::width;
+    (V::load(l) * alpha).store(l);
+}
+
+// t (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
+// from `first` on belong to the same block; m and l follow.
+template <class E>
+void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, typename E::Unit* p, std::int64_t first,
+                std::int64_t column, std::int64_t j0, int vectors) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    constexpr int w = V::width;
+    V top = V::load(s);
+    for (int c = 1; c < vectors; ++c) top = V::max(V::load(s + c * w), top);
+    const Acc peak = V::reduce_max(top);
+    const bool fresh = x.row_max[r] == -kInf<Acc>;
+    V shift = V::zero();
+    if (peak > (fresh ? -kInf<Acc> : Acc(kSlack))) {
+        const Acc old = fresh ? Acc(0) : x.row_max[r];
+        const Acc raised = V::reduce_max(V::round(V::set1(old + peak)));
+        x.row_max[r] = raised;
+        shift = V::set1(raised - old);
+        if (!fresh) rescale_row(x, r, raised - old, p, first, column);
+    }
+    V sum = V::load(x.row_sum + r * w);
+    for (int c = 0; c < vectors; ++c) {
+        V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);
+        sum = sum + weight;
+        if (x.problem.dropout > 0) {
+            alignas(64) Acc lanes[w];
+            weight.store(lanes);
+            drop_weights(x, x.info[r], lanes, j0 + c * w, w);
+            weight = V::load(lanes);
+        }
+        E::store_weights(weight, p, column + c * w);
+    }
+    sum.store(x.row_sum + r * w);
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

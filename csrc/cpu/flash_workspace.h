@@ -1,0 +1,63 @@
+// The workspace of one thread: where each buffer of an item lies. One walk gives the offsets and the
+// total, so that the size asked for and the pointers handed out cannot disagree.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/tiling.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// What a row of an item stands for: its query and head, and the keys that causal, window and lengths
+// leave it.
+struct RowInfo {
+    std::int64_t begin, end, query, head;
+};
+
+struct FlashOffsets {
+    std::size_t q, k, v, p, o, scores;       // units or accumulators
+    std::size_t row_max, row_sum;            // accumulators: (rows), (rows, width)
+    std::size_t info, bad;                   // RowInfo (rows), bytes (key_block)
+    std::size_t total;
+};
+
+inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPlan& plan, const TileShape& t) {
+    std::size_t at = 0;
+    auto take = [&](std::int64_t bytes) {
+        const std::size_t start = at;
+        at += (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
+        return start;
+    };
+    const std::int64_t u = t.unit_bytes, rows = (plan.rows_per_item + t.mr - 1) / t.mr * t.mr;
+    const std::int64_t keys = (plan.key_block + t.nr - 1) / t.nr * t.nr;
+    const std::int64_t panels = (problem.value_dim + t.nr - 1) / t.nr;
+    const std::int64_t d_units = (problem.head_dim + t.scalars - 1) / t.scalars;
+    FlashOffsets f{};
+    f.q = take(rows * plan.q_stride * u);
+    if (!plan.decode) {
+        f.k = take(keys * d_units * u);
+        f.v = take(panels * t.nr * (keys / t.scalars) * u);
+        f.p = take(t.mr * keys / t.scalars * u);
+        f.scores = take(t.mr * t.nr * u);
+    } else {
+        f.v = take(keys * t.width * u);  // the columns of v beyond whole vectors
+        f.p = take(rows * keys * u);
+        f.scores = take(rows * keys * u);
+    }
+    f.o = take(rows * plan.o_stride * u);
+    f.row_max = take(rows * u);
+    f.row_sum = take(rows * t.width * u);
+    f.info = take(rows * static_cast<std::int64_t>(sizeof(RowInfo)));
+    f.bad = take(keys);
+    f.total = at;
+    return f;
+}
+
+inline std::size_t workspace_bytes(const AttentionProblem& problem, const FlashPlan& plan, const TileShape& t) {
+    return flash_offsets(problem, plan, t).total;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,33 @@
+// cpu-avx512bf16: bf16 products two at a time (vdpbf16ps) in prefill; decode widens to f32 as cpu-avx512.
+#include "cpu/flash_engine_bf16.h"
+#include "cpu/flash_table.h"
+
+namespace fastattn::cpu {
+namespace {
+
+struct Bf16DotChain {
+    using Acc = __m512;
+    using In = __m512bh;
+    static constexpr int kFlops = 64;
+
+    static In broadcast(float x) { return _mm512_cvtne2ps_pbh(_mm512_set1_ps(x), _mm512_set1_ps(x)); }
+    static Acc start(float x) { return _mm512_set1_ps(x); }
+    static Acc step(In a, In b, Acc acc) { return _mm512_dpbf16_ps(acc, a, b); }
+    static double sum(Acc acc) { return double(_mm512_reduce_add_ps(acc)); }
+};
+
+constexpr IsaKernels make_table() {
+    IsaKernels table;
+    table.bf16 = dtype_kernel<Bf16DotEngine, FmaEngine<float, Avx512, 6, 4>, bf16_t>();
+    table.fma_burst_bf16 = &chain_burst<Bf16DotChain, 24>;
+    return table;
+}
+
+}  // namespace
+
+const IsaKernels& avx512bf16_kernels() {
+    static constexpr IsaKernels table = make_table();
+    return table;
+}
+
+}  // namespace fastattn::cpu

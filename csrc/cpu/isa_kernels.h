@@ -1,0 +1,52 @@
+// What an ISA file gives to the baseline: plain function pointers per dtype. Everything else in those
+// files has internal linkage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include <fastattn/attention.h>
+
+#include "core/executor.h"
+#include "cpu/tiling.h"
+
+namespace fastattn::cpu {
+
+// One call, as its work items see it.
+struct FlashCall {
+    const AttentionProblem& problem;
+    const FlashPlan& plan;
+    std::byte* shared;
+    Executor& executor;
+};
+
+struct DtypeKernel {
+    TileShape prefill, decode;
+    // Items [0, plan.items), then [0, plan.merge_items). workspace: plan.per_thread_bytes, 64-byte aligned.
+    void (*forward)(const FlashCall& call, std::int64_t item, std::byte* workspace) = nullptr;
+    void (*merge)(const FlashCall& call, std::int64_t item) = nullptr;
+};
+
+struct IsaKernels {
+    DtypeKernel f64, f32, f16, bf16;
+    // FLOPs done by so many iterations of independent multiply-adds: the ceiling of this ISA.
+    double (*fma_burst_f64)(std::int64_t iterations) = nullptr;
+    double (*fma_burst_f32)(std::int64_t iterations) = nullptr;
+    double (*fma_burst_bf16)(std::int64_t iterations) = nullptr;
+
+    const DtypeKernel& of(DType dtype) const {
+        return dtype == DType::f64 ? f64 : dtype == DType::f32 ? f32 : dtype == DType::f16 ? f16 : bf16;
+    }
+};
+
+const IsaKernels& avx512bf16_kernels();
+const IsaKernels& avx512_kernels();
+const IsaKernels& avx2_kernels();
+const IsaKernels& neon_kernels();
+const IsaKernels& scalar_kernels();
+
+// The table of a kernel by name ("cpu-avx2"), nullptr where this build has none.
+const IsaKernels* find_isa_kernels(std::string_view kernel);
+
+}  // namespace fastattn::cpu

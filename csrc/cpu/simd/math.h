@@ -1,0 +1,77 @@
+// exp2 and tanh over Vec. Coefficients: interpolation at Chebyshev nodes of (2^r - 1)/r on [-1/2, 1/2]
+// and of (e^r - 1 - r)/r^2 on [-ln2/2, ln2/2]; relative errors before rounding are given.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// How exact a weight needs to be: full for its type, or enough to be rounded to bf16 afterwards.
+enum class Accuracy { full, bf16 };
+
+template <class V, std::size_t N>
+FASTATTN_INLINE V horner(V x, const typename V::value_type (&c)[N]) {
+    V r = V::set1(c[N - 1]);
+    for (std::size_t i = N - 1; i-- > 0;) r = V::fma(r, x, V::set1(c[i]));
+    return r;
+}
+
+// 2^x. NaN stays NaN, -inf gives 0; x up to 127 (float) or 1023 (double). Results under the smallest
+// normal number may be flushed to 0.
+template <Accuracy accuracy = Accuracy::full, class V>
+FASTATTN_INLINE V exp2(V x) {
+    using T = typename V::value_type;
+    x = V::max(V::set1(sizeof(T) == 4 ? T(-150) : T(-1080)), x);
+    const V n = V::round(x);
+    const V r = x - n;
+    if constexpr (sizeof(T) == 8) {
+        constexpr T c[] = {1.0,                       // 6e-18
+                           0.69314718055994530942,    0.2402265069591009822,     0.055504108664821594339,
+                           0.0096181291076068885273,  0.001333355814641693531,   0.00015403530441736050155,
+                           0.000015252733829836118394, 1.3215442587921689653e-6, 1.0178062445845773521e-7,
+                           7.0725859492692236999e-9,  4.4549605981865183938e-10};
+        return V::scale2(horner(r, c), n);
+    } else if constexpr (accuracy == Accuracy::bf16) {
+        constexpr T c[] = {1.0f, 0.69314718f, 0.24203533f, 0.05575465f};  // 1.6e-4
+        return V::scale2(horner(r, c), n);
+    } else {
+        constexpr T c[] = {1.0f,          0.693147188f,   0.240226508f,  0.0555035711f,
+                           0.00961808256f, 0.00133908634f, 0.000154531623f};  // 4e-9
+        return V::scale2(horner(r, c), n);
+    }
+}
+
+// tanh(x) = u / (u + 2), u = e^2x - 1; relative accuracy also near 0, where softcap is the identity.
+template <class V>
+FASTATTN_INLINE V tanh(V x) {
+    using T = typename V::value_type;
+    constexpr bool wide = sizeof(T) == 8;
+    const V limit = V::set1(wide ? T(40) : T(20));  // tanh is 1 to the last bit from half of it on
+    const V y = V::max(V::zero() - limit, V::min(limit, x + x));
+    const V n = V::round(y * V::set1(T(1.4426950408889634)));
+    // ln2 in two parts, the first with trailing zeros, so that n * ln2 is subtracted exactly.
+    const V hi = V::set1(wide ? T(0.6931471803691238) : T(0.693359375));
+    const V lo = V::set1(wide ? T(1.9082149292705877e-10) : T(-2.12194440e-4));
+    const V r = V::fma(V::zero() - n, lo, V::fma(V::zero() - n, hi, y));
+    V q;
+    if constexpr (wide) {
+        constexpr T c[] = {0.5,                      0.16666666666666666667,  0.041666666666666676764,  // 7e-21
+                           0.0083333333333333340064, 0.0013888888888879081845, 0.00019841269841263304362,
+                           0.000024801587336421322573, 2.7557319247204790278e-6, 2.7557263301474754518e-7,
+                           2.5052071109214448293e-8, 2.0918129454967065736e-9, 1.6086622436215553425e-10};
+        q = horner(r, c);
+    } else {
+        constexpr T c[] = {0.5f,          0.166666667f,   0.041666465f,
+                           0.00833331093f, 0.00139336410f, 0.000198909810f};  // 5e-10
+        q = horner(r, c);
+    }
+    const V em1 = V::fma(r * r, q, r);
+    const V one = V::set1(T(1));
+    const V two_n = V::scale2(one, n);
+    const V u = V::fma(two_n, em1, two_n - one);
+    return u / (u + V::set1(T(2)));
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,194 @@
+// The contract of a SIMD vector, and its portable implementation.
+//
+// Vec<T, Isa> holds `width` lanes of T (float or double). Every ISA gives the same static and member
+// functions; the algorithms are templates over Vec and never name an intrinsic. All of it lives in an
+// anonymous namespace: each ISA file is compiled with its own instruction set, and nothing of it may
+// be merged by the linker into code for another CPU.
+//
+//   zero() set1(x) iota()             constants; iota = 0, 1, 2, ...
+//   load(p) store(p)                  p: T*, f16_t*, bf16_t* (conversion rounds to nearest even)
+//   load_bytes(p)                     bytes, each 0 or not, as lanes that are 0 or > 0
+//   fma(a,b,c) = a*b+c, + - * /       lanes
+//   max(a,b) min(a,b)                 b when either is NaN
+//   round(a)                          to nearest even, |a| < 2^22 or any value beyond
+//   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
+//   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
+//   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves
+//   reduce_max(a) reduce_add(a)       to a scalar
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "core/half.h"
+
+#if defined(_MSC_VER)
+#define FASTATTN_INLINE __forceinline
+#else
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastattn::cpu {
+namespace {
+
+struct f16_t {
+    std::uint16_t bits;
+};
+struct bf16_t {
+    std::uint16_t bits;
+};
+
+struct Scalar {};
+
+template <class T, class Isa>
+struct Vec;
+
+// Scalar conversions between storage types and the compute type.
+FASTATTN_INLINE double to_scalar(double x) { return x; }
+FASTATTN_INLINE float to_scalar(float x) { return x; }
+FASTATTN_INLINE float to_scalar(f16_t x) { return f16_to_f32(x.bits); }
+FASTATTN_INLINE float to_scalar(bf16_t x) { return bf16_to_f32(x.bits); }
+FASTATTN_INLINE void from_scalar(double x, double* p) { *p = x; }
+FASTATTN_INLINE void from_scalar(float x, float* p) { *p = x; }
+FASTATTN_INLINE void from_scalar(float x, f16_t* p) { p->bits = f32_to_f16(x); }
+FASTATTN_INLINE void from_scalar(float x, bf16_t* p) { p->bits = f32_to_bf16(x); }
+
+// Partial and strided access, the same for every ISA: through a buffer of one vector.
+template <class V, class S>
+FASTATTN_INLINE V load_n(const S* p, std::int64_t n) {
+    if (n >= V::width) return V::load(p);
+    alignas(64) S buffer[V::width] = {};
+    for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+    return V::load(buffer);
+}
+template <class V, class S>
+FASTATTN_INLINE V load_strided(const S* p, std::int64_t stride, std::int64_t n) {
+    if (stride == 1) return load_n<V>(p, n);
+    alignas(64) S buffer[V::width] = {};
+    for (std::int64_t i = 0; i < n && i < V::width; ++i) buffer[i] = p[i * stride];
+    return V::load(buffer);
+}
+template <class V, class S>
+FASTATTN_INLINE void store_strided(V x, S* p, std::int64_t stride, std::int64_t n) {
+    if (stride == 1 && n >= V::width) {
+        x.store(p);
+        return;
+    }
+    alignas(64) S buffer[V::width];
+    x.store(buffer);
+    for (std::int64_t i = 0; i < n && i < V::width; ++i) p[i * stride] = buffer[i];
+}
+
+// ---- portable implementation: arrays that the compiler may map onto the baseline's registers ------
+template <class T>
+struct Vec<T, Scalar> {
+    static constexpr int width = 4;
+    using value_type = T;
+    struct Mask {
+        bool lane[width];
+    };
+    T lane[width];
+
+    template <class F>
+    static FASTATTN_INLINE Vec generate(F f) {
+        Vec r;
+        for (int i = 0; i < width; ++i) r.lane[i] = f(i);
+        return r;
+    }
+    static FASTATTN_INLINE Vec zero() { return set1(T(0)); }
+    static FASTATTN_INLINE Vec set1(T x) {
+        return generate([&](int) { return x; });
+    }
+    static FASTATTN_INLINE Vec iota() {
+        return generate([](int i) { return T(i); });
+    }
+    template <class S>
+    static FASTATTN_INLINE Vec load(const S* p) {
+        return generate([&](int i) { return T(to_scalar(p[i])); });
+    }
+    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
+        return generate([&](int i) { return T(p[i]); });
+    }
+    template <class S>
+    FASTATTN_INLINE void store(S* p) const {
+        for (int i = 0; i < width; ++i) from_scalar(lane[i], p + i);
+    }
+    friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    friend FASTATTN_INLINE Vec operator-(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] - b.lane[i]; });
+    }
+    friend FASTATTN_INLINE Vec operator*(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    friend FASTATTN_INLINE Vec operator/(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] / b.lane[i]; });
+    }
+    // Two roundings: a baseline CPU has no fused instruction, and libm's is hundreds of cycles.
+    static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+    static FASTATTN_INLINE Vec max(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static FASTATTN_INLINE Vec min(Vec a, Vec b) {
+        return generate([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static FASTATTN_INLINE Vec round(Vec a) {
+        constexpr T magic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
+        constexpr T limit = sizeof(T) == 4 ? T(4194304.0) : T(2251799813685248.0);
+        return generate([&](int i) {
+            const T x = a.lane[i];
+            const T r = (x + magic) - magic;
+            return (x < limit && x > -limit) ? r : x;
+        });
+    }
+    static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
+        return generate([&](int i) {
+            // NaN in n would make the conversion undefined; a carries the NaN then.
+            const T e = n.lane[i] == n.lane[i] ? n.lane[i] : T(0);
+            if constexpr (sizeof(T) == 4) {
+                const int k = e < T(-127) ? -127 : e > T(127) ? 127 : static_cast<int>(e);
+                const std::uint32_t bits = static_cast<std::uint32_t>(k + 127) << 23;
+                float f;
+                std::memcpy(&f, &bits, 4);
+                return a.lane[i] * f;
+            } else {
+                const int k = e < T(-1023) ? -1023 : e > T(1023) ? 1023 : static_cast<int>(e);
+                const std::uint64_t bits = static_cast<std::uint64_t>(k + 1023) << 52;
+                double f;
+                std::memcpy(&f, &bits, 8);
+                return a.lane[i] * f;
+            }
+        });
+    }
+    static FASTATTN_INLINE Mask gt(Vec a, Vec b) {
+        Mask m;
+        for (int i = 0; i < width; ++i) m.lane[i] = a.lane[i] > b.lane[i];
+        return m;
+    }
+    static FASTATTN_INLINE Mask eq(Vec a, Vec b) {
+        Mask m;
+        for (int i = 0; i < width; ++i) m.lane[i] = a.lane[i] == b.lane[i];
+        return m;
+    }
+    static FASTATTN_INLINE bool any(Mask m) { return m.lane[0] || m.lane[1] || m.lane[2] || m.lane[3]; }
+    static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) {
+        return generate([&](int i) { return m.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) {
+        return {{a.lane[0], b.lane[0], a.lane[1], b.lane[1]}};
+    }
+    static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
+        return {{a.lane[2], b.lane[2], a.lane[3], b.lane[3]}};
+    }
+    static FASTATTN_INLINE T reduce_max(Vec a) {
+        T r = a.lane[0];
+        for (int i = 1; i < width; ++i) r = a.lane[i] > r ? a.lane[i] : r;
+        return r;
+    }
+    static FASTATTN_INLINE T reduce_add(Vec a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,128 @@
+// Vec for AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles.
+#pragma once
+
+// GCC 12 takes the undefined operand of its own AVX-512 intrinsics for an uninitialised use (PR 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#include "cpu/simd/vec.h"
+
+namespace fastattn::cpu {
+namespace {
+
+struct Avx512 {};
+
+// Round to nearest even by integer arithmetic; NaN stays NaN (quiet bit set).
+FASTATTN_INLINE __m256i avx512_f32_to_bf16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
+}
+
+template <>
+struct Vec<float, Avx512> {
+    static constexpr int width = 16;
+    using value_type = float;
+    using Mask = __mmask16;
+    __m512 v;
+
+    static FASTATTN_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+    static FASTATTN_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+    static FASTATTN_INLINE Vec iota() {
+        return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+    }
+    static FASTATTN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static FASTATTN_INLINE Vec load(const f16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static FASTATTN_INLINE Vec load(const bf16_t* p) {
+        const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+    }
+    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    }
+    FASTATTN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+    FASTATTN_INLINE void store(f16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    FASTATTN_INLINE void store(bf16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), avx512_f32_to_bf16(v));
+    }
+    friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+    static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+    static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+    static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+    static FASTATTN_INLINE bool any(Mask m) { return m != 0; }
+    static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+    static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) {
+        const __m512i idx = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        return {_mm512_permutex2var_ps(a.v, idx, b.v)};
+    }
+    static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
+        const __m512i idx = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        return {_mm512_permutex2var_ps(a.v, idx, b.v)};
+    }
+    static FASTATTN_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+    static FASTATTN_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+};
+
+template <>
+struct Vec<double, Avx512> {
+    static constexpr int width = 8;
+    using value_type = double;
+    using Mask = __mmask8;
+    __m512d v;
+
+    static FASTATTN_INLINE Vec zero() { return {_mm512_setzero_pd()}; }
+    static FASTATTN_INLINE Vec set1(double x) { return {_mm512_set1_pd(x)}; }
+    static FASTATTN_INLINE Vec iota() { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
+    static FASTATTN_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
+        return {_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    }
+    FASTATTN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+    friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
+    friend FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_pd(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+    static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_pd(a.v, 8)}; }
+    static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_pd(a.v, n.v)}; }
+    static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+    static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
+    static FASTATTN_INLINE bool any(Mask m) { return m != 0; }
+    static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.v, a.v)}; }
+    static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) {
+        return {_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b.v)};
+    }
+    static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
+        return {_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b.v)};
+    }
+    static FASTATTN_INLINE double reduce_max(Vec a) { return _mm512_reduce_max_pd(a.v); }
+    static FASTATTN_INLINE double reduce_add(Vec a) { return _mm512_reduce_add_pd(a.v); }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,339 @@
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cfenv>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <string>
+#include <system_error>
+
+#include <fastattn/attention.h>
+
+#include "cpu/cpu_count.h"
+
+#if defined(_WIN32)
+#define FASTATTN_EXPORT __declspec(dllexport)
+#else
+#define FASTATTN_EXPORT __attribute__((visibility("default")))
+#include <pthread.h>
+#include <csignal>
+#include <ctime>
+#endif
+
+namespace fastattn {
+namespace {
+
+using Index = std::int64_t;
+
+constexpr Index kPollMilliseconds = 20;
+
+// Read often, so the cheap clock where there is one: good to 4 ms, a few ns a call.
+Index now_ms() noexcept {
+#if defined(CLOCK_MONOTONIC_COARSE)
+    timespec t{};
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return Index{t.tv_sec} * 1000 + t.tv_nsec / 1000000;
+#else
+    using namespace std::chrono;
+    return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
+#endif
+}
+
+// Signals are for the application's threads; faults stay deliverable where they happen.
+class BlockSignals {
+public:
+#if defined(_WIN32)
+    BlockSignals() noexcept {}
+#else
+    BlockSignals() noexcept {
+        sigset_t all;
+        sigfillset(&all);
+        for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, fault);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~BlockSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_;
+#endif
+};
+
+// Which item this thread is in: a parallel_for from inside an item runs inline, in the item's slot.
+struct CurrentItem {
+    const Executor* executor = nullptr;
+    int slot = 0;
+};
+thread_local CurrentItem current_item;
+
+// Counts forks on the child's side, to notice one that a poll function made within a call.
+std::atomic<unsigned> fork_generation{0};
+
+}  // namespace
+
+// One parallel_for that uses the pool; lives on the caller's stack.
+struct ThreadPoolExecutor::Job {
+    ThreadPoolExecutor& executor;
+    const ItemFn fn;
+    void* const context;
+    const Index items;
+    const int max_helpers;
+    const unsigned generation = fork_generation.load(std::memory_order_relaxed);
+    std::fenv_t float_environment{};  // the caller's: an item's result may not depend on its thread
+
+    std::atomic<Index> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error{};  // written by whoever set failed
+
+    // Under the pool's mutex.
+    int helpers = 0;  // slots handed out to workers
+    int active = 0;   // workers inside
+    std::condition_variable all_left{};
+    Job* following = nullptr;
+
+    Index claim() noexcept { return next.fetch_add(1, std::memory_order_relaxed); }
+    void drop_rest() noexcept { next.store(items, std::memory_order_relaxed); }
+    bool forked_away() const noexcept {
+        return generation != fork_generation.load(std::memory_order_relaxed);
+    }
+};
+
+class ThreadPool {
+public:
+    using Job = ThreadPoolExecutor::Job;
+
+    static ThreadPool& get() {
+        ThreadPool* pool = instance.load(std::memory_order_acquire);
+        if (pool != nullptr) return *pool;
+        // No lock here: a fork could find it held by a thread that the child does not have.
+        auto* fresh = new ThreadPool;
+        if (instance.compare_exchange_strong(pool, fresh, std::memory_order_acq_rel)) return *fresh;
+        delete fresh;
+        return *pool;
+    }
+
+    // The parent's pool is left alone, as its mutex may be held: memory for a pool per fork.
+    static void abandon() noexcept {
+        instance.store(nullptr, std::memory_order_relaxed);
+        fork_generation.fetch_add(1, std::memory_order_relaxed);
+    }
+
+    void submit(Job& job) {
+        int to_wake = 0;
+        bool wake_all = false;
+        {
+            const std::lock_guard lock(mutex_);
+            start_workers(job.max_helpers);
+            job.following = first_;
+            first_ = &job;
+            to_wake = std::min(idle_, job.max_helpers);
+            wake_all = to_wake == idle_;
+        }
+        if (wake_all) return work_there_.notify_all();
+        for (; to_wake > 0; --to_wake) work_there_.notify_one();
+    }
+
+    // The caller has no more items to take: waits for those that workers have. False when this process
+    // turned out to be a child, which has no such workers.
+    bool finish(Job& job) {
+        if (job.forked_away()) return false;
+        std::unique_lock lock(mutex_);
+        unlink(job);
+        while (job.active > 0) {
+            if (job.executor.poll_ == nullptr) {
+                job.all_left.wait(lock);
+                continue;
+            }
+            job.all_left.wait_for(lock, std::chrono::milliseconds(kPollMilliseconds));
+            if (job.active == 0) break;
+            lock.unlock();
+            if (job.executor.stop_requested()) job.drop_rest();
+            if (job.forked_away()) return false;
+            lock.lock();
+        }
+        return true;
+    }
+
+private:
+    void start_workers(int wanted) {
+        if (workers_ >= wanted) return;
+        const BlockSignals block;
+        try {
+            for (; workers_ < wanted; ++workers_) std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
+        }
+    }
+
+    void unlink(Job& job) noexcept {
+        Job** link = &first_;
+        while (*link != &job) link = &(*link)->following;
+        *link = job.following;
+    }
+
+    // An item of the job with the fewest workers; called under the mutex.
+    bool claim(Job*& chosen, Index& item) noexcept {
+        while (true) {
+            chosen = nullptr;
+            for (Job* job = first_; job != nullptr; job = job->following) {
+                if (job->helpers == job->max_helpers) continue;
+                if (job->next.load(std::memory_order_relaxed) >= job->items) continue;
+                if (chosen == nullptr || job->active < chosen->active) chosen = job;
+            }
+            if (chosen == nullptr) return false;
+            item = chosen->claim();
+            if (item < chosen->items) return true;
+        }
+    }
+
+    void work() {
+        std::unique_lock lock(mutex_);
+        while (true) {
+            Job* job = nullptr;
+            Index item = 0;
+            if (!claim(job, item)) {
+                ++idle_;
+                work_there_.wait(lock);
+                --idle_;
+                continue;
+            }
+            const int slot = ++job->helpers;
+            ++job->active;
+            lock.unlock();
+            std::fesetenv(&job->float_environment);
+            job->executor.run_items(*job, item, slot);
+            lock.lock();
+            // Under the lock: once the caller sees 0 the job is gone.
+            if (--job->active == 0) job->all_left.notify_one();
+        }
+    }
+
+    static std::atomic<ThreadPool*> instance;
+
+    std::mutex mutex_;
+    std::condition_variable work_there_;
+    Job* first_ = nullptr;
+    int workers_ = 0, idle_ = 0;
+};
+
+std::atomic<ThreadPool*> ThreadPool::instance{nullptr};
+
+namespace {
+#if !defined(_WIN32)
+// At load time, so that no fork can come between the first pool and this.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, &ThreadPool::abandon);
+#endif
+}  // namespace
+
+ThreadPoolExecutor::ThreadPoolExecutor(int threads, Poll poll, void* poll_context) noexcept
+    : threads_(std::clamp(threads, 1, kMaxThreads)),
+      poll_(poll),
+      poll_context_(poll_context),
+      caller_(std::this_thread::get_id()) {
+    if (poll_ != nullptr) next_poll_ms_ = now_ms() + kPollMilliseconds;
+}
+
+void ThreadPoolExecutor::parallel_for(Index items, ItemFn fn, void* context) {
+    if (stop_.load(std::memory_order_relaxed)) throw Cancelled();
+    const CurrentItem outer = current_item;
+    if (items <= 1 || threads_ == 1 || outer.executor != nullptr)
+        return run_inline(items, fn, context, outer.executor == this ? outer.slot : 0);
+
+    const auto helpers = static_cast<int>(std::min<Index>(threads_, items) - 1);
+    Job job{.executor = *this, .fn = fn, .context = context, .items = items, .max_helpers = helpers};
+    std::fegetenv(&job.float_environment);
+    ThreadPool& pool = ThreadPool::get();
+    pool.submit(job);
+    run_items(job, job.claim(), 0);
+    if (!pool.finish(job)) {
+        stop_.store(true, std::memory_order_relaxed);
+        throw Error("fastattn: the process was forked from within a call, which cannot go on in the child");
+    }
+    if (job.failed.load(std::memory_order_acquire)) std::rethrow_exception(job.error);
+    if (stop_.load(std::memory_order_relaxed)) throw Cancelled();
+}
+
+void ThreadPoolExecutor::run_inline(Index items, ItemFn fn, void* context, int slot) {
+    for (Index item = 0; item < items; ++item) {
+        fn(context, item, slot);
+        if (stop_requested()) throw Cancelled();
+    }
+}
+
+void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
+    const CurrentItem outer = current_item;
+    current_item = {this, slot};
+    for (; item < job.items; item = job.claim()) {
+        try {
+            job.fn(job.context, item, slot);
+        } catch (...) {
+            if (!job.failed.exchange(true, std::memory_order_acq_rel)) job.error = std::current_exception();
+            stop_.store(true, std::memory_order_relaxed);
+        }
+        if (stop_requested() || job.forked_away()) job.drop_rest();
+    }
+    current_item = outer;
+}
+
+bool ThreadPoolExecutor::stop_requested() noexcept {
+    if (poll_ != nullptr && !stop_.load(std::memory_order_relaxed) && std::this_thread::get_id() == caller_)
+        poll_if_due();
+    return stop_.load(std::memory_order_relaxed);
+}
+
+void ThreadPoolExecutor::poll_if_due() noexcept {
+    if (now_ms() < next_poll_ms_) return;
+    if (poll_(poll_context_)) stop_.store(true, std::memory_order_relaxed);
+    next_poll_ms_ = now_ms() + kPollMilliseconds;
+}
+
+// ---- the number of threads ------------------------------------------------------------------------
+namespace {
+
+std::atomic<int> thread_count{0};  // 0: not asked for yet
+
+int default_thread_count() noexcept {
+    const char* text = std::getenv("FASTATTN_NUM_THREADS");
+    if (text != nullptr && *text != '\0') {
+        char* end = nullptr;
+        errno = 0;
+        const long value = std::strtol(text, &end, 10);
+        if (errno == 0 && *end == '\0' && value >= 1 && value <= kMaxThreads) return static_cast<int>(value);
+        std::fprintf(stderr, "fastattn: FASTATTN_NUM_THREADS: expected 1 to %d, got \"%s\"; ignored\n",
+                     kMaxThreads, text);
+    }
+    return std::min(usable_cpus(), kMaxThreads);
+}
+
+}  // namespace
+
+int get_num_threads() noexcept {
+    const int count = thread_count.load(std::memory_order_relaxed);
+    if (count > 0) return count;
+    // Two first callers may both look; a number that was set meanwhile stays.
+    int none = 0;
+    const int fresh = default_thread_count();
+    return thread_count.compare_exchange_strong(none, fresh, std::memory_order_relaxed) ? fresh : none;
+}
+
+void set_num_threads(int n) {
+    if (n < 1 || n > kMaxThreads)
+        throw ValueError("n: expected 1 to " + std::to_string(kMaxThreads) + " threads, got " +
+                         std::to_string(n));
+    thread_count.store(n, std::memory_order_relaxed);
+}
+
+}  // namespace fastattn
+
+// For threadpoolctl, which finds these by name in the loaded library.
+extern "C" {
+FASTATTN_EXPORT int fastattn_get_num_threads(void) { return fastattn::get_num_threads(); }
+FASTATTN_EXPORT void fastattn_set_num_threads(int n) {
+    fastattn::set_num_threads(std::clamp(n, 1, fastattn::kMaxThreads));
+}
+FASTATTN_EXPORT const char* fastattn_version(void) { return fastattn::version(); }
+}

@@ -1,0 +1,65 @@
+#include "cpu/tiling.h"
+
+#include <algorithm>
+
+#include "cpu/flash_workspace.h"
+
+namespace fastattn::cpu {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+// Bytes of packed q and accumulators that one item may hold: beside k and v of a block in a 1 MiB L2.
+constexpr std::int64_t kItemBytes = 320 * 1024;
+// An item packs its own k and v; below so many rows that would cost more than a few percent.
+constexpr std::int64_t kMinRows = 96;
+
+// Few rows and many keys: split the keys, so that the work is parallel. Depends on the problem of one
+// (batch, head) alone.
+bool split_pays(std::int64_t rows, std::int64_t keys) { return rows <= 64 && keys >= 2 * kSplitKeys; }
+
+}  // namespace
+
+FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const TileShape& decode, int threads) {
+    FlashPlan plan;
+    plan.rows = p.q_size * p.group;
+    plan.decode = plan.rows <= kDecodeRows && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
+    const TileShape& tile = plan.decode ? decode : prefill;
+    plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
+    plan.o_stride = round_up(p.value_dim, tile.width);
+    plan.partial_stride = plan.o_stride + tile.width;
+    plan.key_block = plan.decode ? kDecodeBlock : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
+
+    const std::int64_t heads = p.batch * p.kv_heads;
+    if (split_pays(plan.rows, p.kv_size) && p.weights.data == nullptr) {
+        plan.split_keys = kSplitKeys;
+        plan.key_splits = ceil_div(p.kv_size, kSplitKeys);
+    } else {
+        plan.split_keys = p.kv_size;
+        plan.key_splits = 1;
+    }
+    if (plan.decode) {
+        plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);
+        plan.row_items = plan.rows > 0 ? 1 : 0;
+    } else {
+        const std::int64_t row_bytes = (plan.q_stride + plan.o_stride) * tile.unit_bytes;
+        const std::int64_t most = std::max<std::int64_t>(kItemBytes / row_bytes, tile.mr);
+        std::int64_t blocks = ceil_div(plan.rows, most);
+        const std::int64_t wanted = ceil_div(std::int64_t{4} * threads, std::max<std::int64_t>(heads, 1));
+        blocks = std::max(blocks, std::min(wanted, plan.rows / kMinRows));
+        blocks = std::max<std::int64_t>(blocks, 1);
+        plan.rows_per_item = std::max<std::int64_t>(round_up(ceil_div(plan.rows, blocks), tile.mr), tile.mr);
+        plan.row_items = ceil_div(plan.rows, plan.rows_per_item);
+    }
+    plan.items = heads * plan.row_items * plan.key_splits;
+    if (plan.key_splits > 1) {
+        plan.merge_items = heads * plan.rows;
+        plan.shared_bytes = static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *
+                            static_cast<std::size_t>(tile.unit_bytes);
+    }
+    plan.per_thread_bytes = workspace_bytes(p, plan, tile);
+    return plan;
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,166 @@
+// The public C++ API of fastattn: plain C++20, no Python and no CUDA types.
+//
+//   out[b,i,h,:] = sum_j softmax_j(score[b,h,i,j]) * v[b,j,h/G,:],   G = q_heads / kv_heads
+//   score = mask(bias + alibi + softcap(scale * q.k))
+//
+// Use: fill AttentionParams, make_problem() checks everything once, attention_forward() computes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <fastattn/tensor_view.h>
+
+namespace fastattn {
+
+// ---- errors -----------------------------------------------------------------------------------
+// Every message names the argument, what came and what was expected.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+struct TypeError : Error {  // wrong or mixed dtypes
+    using Error::Error;
+};
+struct ValueError : Error {  // wrong rank, shape, range, overlap
+    using Error::Error;
+};
+struct UnsupportedError : ValueError {  // a forced kernel or device that cannot do it
+    using ValueError::ValueError;
+};
+struct OutOfMemory : Error {  // names the bytes asked for
+    explicit OutOfMemory(const char* what_for, std::size_t bytes);
+    std::size_t bytes;
+};
+struct Cancelled : Error {  // RunOptions::poll asked to stop; outputs are incomplete
+    Cancelled() : Error("fastattn: the computation was cancelled") {}
+};
+
+// ---- what the caller fills --------------------------------------------------------------------
+enum class Layout : std::uint8_t { bshd, bhsd };
+
+struct AttentionParams {
+    TensorView q, k, v;       // rank 4, 3 (no batch) or 2 (no batch, no heads); axes as in layout
+    TensorView out;           // q's rank and layout, last axis Dv
+    TensorView lse;           // optional (B,Hq,Sq): f64 for f64, else f32
+    TensorView weights;       // optional (B,Hq,Sq,Sk): lse's dtype
+    Layout layout = Layout::bshd;
+    std::optional<double> scale;                    // default 1/sqrt(D)
+    bool causal = false;
+    std::optional<std::int64_t> window_left;        // keys from p - left on
+    std::optional<std::int64_t> window_right;       // keys up to p + right
+    std::optional<std::int64_t> q_offset;           // position of query row 0; default kv_len - q_len
+    TensorView q_offsets;     // the same per batch entry, integer (B,); at most one of the two
+    TensorView mask;          // bool, broadcastable to (B,Hq,Sq,Sk); true: may attend
+    TensorView bias;          // q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk)
+    TensorView alibi_slopes;  // any float dtype, (Hq,) or (B,Hq)
+    TensorView sinks;         // any float dtype, (Hq,)
+    TensorView q_lens;        // integer (B,)
+    TensorView kv_lens;       // integer (B,)
+    std::optional<double> softcap;
+    double dropout = 0.0;
+    std::uint64_t seed = 0;
+};
+
+// ---- the validated problem ----------------------------------------------------------------------
+// Axes are always (batch, sequence, head, feature), whatever the caller's layout was; strides in
+// elements. Absent optional arrays have data == nullptr.
+struct Operand {
+    void* data = nullptr;
+    std::int64_t batch = 0, seq = 0, head = 0, dim = 0;
+};
+// An array over (batch, head, query, key); broadcast axes have stride 0.
+struct ScoreOperand {
+    void* data = nullptr;
+    DType dtype = DType::f32;
+    std::int64_t batch = 0, head = 0, query = 0, key = 0;
+};
+// An array over (batch, head); batch stride 0 when it has no batch axis.
+struct HeadOperand {
+    const void* data = nullptr;
+    DType dtype = DType::f32;
+    std::int64_t batch = 0, head = 0;
+};
+struct KeyRange {
+    std::int64_t begin = 0, end = 0;  // begin <= end
+};
+
+struct AttentionProblem {
+    DType dtype = DType::f32;      // of q, k, v, out
+    DType lse_dtype = DType::f32;  // of lse and weights
+    Device device{};
+    std::int64_t batch = 0, q_heads = 0, kv_heads = 0, group = 1;
+    std::int64_t q_size = 0, kv_size = 0;         // Sq, Sk
+    std::int64_t head_dim = 0, value_dim = 0;     // D, Dv
+    Operand q, k, v, out;
+    ScoreOperand lse;              // key stride unused
+    ScoreOperand weights, mask, bias;
+    HeadOperand alibi_slopes, sinks;
+    HeadOperand q_lens, kv_lens, q_offsets;       // head stride unused
+    bool has_q_lens = false, has_kv_lens = false, has_q_offset = false;
+    std::int64_t q_offset = 0;     // used when has_q_offset and q_offsets.data == nullptr
+    double scale = 1.0;
+    double softcap = 0.0;          // 0: none
+    bool causal = false;
+    std::int64_t window_left = -1, window_right = -1;  // -1: unbounded
+    double dropout = 0.0;
+    std::uint64_t seed = 0;
+
+    // Valid lengths and row-0 position of one batch entry.
+    std::int64_t q_len(std::int64_t b) const noexcept;
+    std::int64_t kv_len(std::int64_t b) const noexcept;
+    std::int64_t offset(std::int64_t b) const noexcept;
+    // Keys that row i of batch entry b may attend by kv_len, causal and window alone (mask and bias
+    // can only take keys away). Saturating, so any q_offset is safe.
+    KeyRange key_range(std::int64_t b, std::int64_t i) const noexcept;
+};
+
+// Checks ranks, shapes, dtypes, sizes (64-bit, overflow-checked), ranges and overlap of the outputs.
+// Throws TypeError or ValueError. With for_execution == false (explain) out.data may be null.
+AttentionProblem make_problem(const AttentionParams& params, bool for_execution = true);
+
+// ---- running ------------------------------------------------------------------------------------
+struct RunOptions {
+    std::string_view kernel{};   // empty: FASTATTN_KERNEL, else the first kernel that supports it
+    std::string_view device{};   // empty: FASTATTN_DEVICE, else where the arrays are
+    int num_threads = 0;         // 0: get_num_threads()
+    // Called from the calling thread at least every 50 ms; true stops the call with Cancelled.
+    bool (*poll)(void*) = nullptr;
+    void* poll_context = nullptr;
+};
+
+void attention_forward(const AttentionProblem& problem, const RunOptions& options = {});
+
+struct Refusal {
+    std::string kernel, reason;
+};
+struct Explanation {
+    std::string kernel, device;
+    std::string algorithm;          // e.g. "prefill" or "decode", block sizes, splits
+    std::int64_t workspace_bytes = 0;
+    std::int64_t work_items = 0;
+    int threads = 0;
+    double flops = 0.0;             // 2*(D+Dv) per (row, key) pair inside causal, window and lengths
+    double bytes = 0.0;             // inputs and outputs read or written once
+    std::vector<Refusal> refused;   // every other kernel, and why it was not taken
+};
+Explanation explain(const AttentionProblem& problem, const RunOptions& options = {});
+
+struct KernelInfo {
+    std::string name, device;
+    std::vector<DType> dtypes;
+    bool usable = false;            // on this machine
+    std::string reason;             // why not, when not usable
+};
+std::vector<KernelInfo> kernels();
+
+int get_num_threads() noexcept;
+void set_num_threads(int n);        // n >= 1, else ValueError
+
+const char* version() noexcept;
+
+}  // namespace fastattn

@@ -1,0 +1,55 @@
+"""Exact attention for NumPy arrays, fused and fast on any CPU.
+
+`mha` computes multi-head attention; `explain` says how it would; `kernels` lists what this build can
+run. Arrays of other libraries (PyTorch, JAX, anything with ``__dlpack__``) work too and come back as the
+same kind. ``fastattn.reference`` is the readable NumPy version of the same function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastattn import _threadpoolctl
+from fastattn._attention import Explanation, KernelInfo, kernels
+from fastattn._core import (
+    CudaError,
+    UnsupportedError,
+    __version__,
+    explain,
+    get_num_threads,
+    mha,
+    set_num_threads,
+)
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fastattn import reference as reference
+
+__all__ = [
+    "CudaError",
+    "Explanation",
+    "KernelInfo",
+    "UnsupportedError",
+    "__version__",
+    "explain",
+    "get_num_threads",
+    "kernels",
+    "mha",
+    "reference",
+    "set_num_threads",
+]
+
+_threadpoolctl.register()
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "reference":  # imported when first used
+        import importlib
+
+        return importlib.import_module("fastattn.reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,102 @@
+"""What `kernels` and `explain` return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastattn import _core
+
+
+class KernelInfo(NamedTuple):
+    """A kernel of this build.
+
+    Attributes
+    ----------
+    name : str
+        What ``mha(..., kernel=name)`` takes.
+    device : str
+        "cpu" or "cuda".
+    dtypes : tuple of str
+        The dtypes of q that it computes.
+    usable : bool
+        Whether this machine can run it.
+    reason : str
+        Why not; empty when usable.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[str, ...]
+    usable: bool
+    reason: str
+
+
+def kernels() -> list[KernelInfo]:
+    """List the kernels of this build, in the order in which a call tries them.
+
+    Returns
+    -------
+    list of KernelInfo
+        The last one of each device, the plain reference, supports every problem.
+    """
+    return [KernelInfo(*row) for row in _core.kernel_rows()]
+
+
+def _quantity(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} P{unit}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of one call of `mha`, as `explain` returns it. ``print`` shows it readably.
+
+    Attributes
+    ----------
+    kernel : str
+        The kernel that would run.
+    device : str
+        Where.
+    algorithm : str
+        Its way of working for this problem, with block sizes.
+    workspace_bytes : int
+        Memory beside inputs and outputs.
+    work_items : int
+        Pieces of work that are handed to threads.
+    threads : int
+        Threads that would take part.
+    flops : float
+        2 * (D + Dv) for each (row, key) pair inside causal, window and lengths.
+    bytes : float
+        Inputs and outputs, each read or written once.
+    refused : dict of str to str
+        Every other kernel, and why it was not taken.
+    """
+
+    kernel: str
+    device: str
+    algorithm: str
+    workspace_bytes: int
+    work_items: int
+    threads: int
+    flops: float
+    bytes: float
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"kernel     {self.kernel} on {self.device}",
+            f"algorithm  {self.algorithm}",
+            f"work       {self.work_items} items on {self.threads} thread{'s' if self.threads != 1 else ''}",
+            f"workspace  {_quantity(self.workspace_bytes, 'B')}",
+            f"compute    {_quantity(self.flops, 'FLOP')}",
+            f"traffic    {_quantity(self.bytes, 'B')}",
+        ]
+        width = max((len(name) for name in self.refused), default=0)
+        for name, reason in self.refused.items():
+            lines.append(f"not taken  {name:<{width}}  {reason}")
+        return "\n".join(lines)

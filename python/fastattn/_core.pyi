@@ -1,0 +1,198 @@
+"""Types of the compiled module. Users see its parts through the package."""
+
+from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeVar, overload
+
+from fastattn._attention import Explanation
+
+__version__: str
+
+class UnsupportedError(ValueError): ...
+class CudaError(RuntimeError): ...
+
+class _Array(Protocol):
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+_Q = TypeVar("_Q", bound=_Array)
+_Layout = Literal["bshd", "bhsd"]
+_Number = SupportsFloat | SupportsIndex
+_Side = SupportsIndex | None
+_Window = tuple[_Side, _Side] | list[_Side] | list[int] | list[None]
+
+class HostBuffer:
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: object = None,
+        dl_device: object = None,
+        copy: object = None,
+    ) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+    @property
+    def dtype(self) -> str: ...
+
+@overload
+def mha(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    out: _Q | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> _Q: ...
+@overload
+def mha(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+    out: _Q | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> tuple[_Q, Any]: ...
+@overload
+def mha(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True],
+    out: _Q | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> tuple[_Q, Any]: ...
+@overload
+def mha(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+    out: _Q | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> tuple[_Q, Any, Any]: ...
+@overload
+def mha(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: _Q | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> Any: ...
+def explain(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    *,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: _Array | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> Explanation: ...
+def kernel_rows() -> list[tuple[str, str, tuple[str, ...], bool, str]]: ...
+def cpu_features() -> dict[str, str | None]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: SupportsIndex) -> None: ...
+def build_info() -> str: ...
+def measure_fma_peak(kernel: str, dtype: str, threads: int, seconds: float = 0.2) -> float: ...
+def measure_read_bandwidth(bytes: int, threads: int, seconds: float = 0.3) -> float: ...

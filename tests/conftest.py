@@ -1,0 +1,52 @@
+"""Every test that asks for `kernel` runs on each kernel usable here, forced by name.
+
+`kernel` together with `dtype` (a dtype object) loops over all pairs that the kernel supports;
+`kernel` alone, or with the mark one_dtype, takes float32, or the kernel's first dtype.
+Unusable kernels show up once, skipped with their reason, in test_entry_points.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from inputs import DTYPES
+
+import fastattn
+
+USABLE = [kernel for kernel in fastattn.kernels() if kernel.usable]
+
+
+def _pairs(one_dtype: bool) -> list[tuple[str, str]]:
+    pairs = []
+    for kernel in USABLE:
+        names = [str(name) for name in kernel.dtypes]
+        if one_dtype:
+            names = ["float32"] if "float32" in names else names[:1]
+        pairs += [(kernel.name, name) for name in DTYPES if name in names]
+    return pairs
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "one_dtype: loop over kernels, with one dtype each")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    asked = metafunc.fixturenames
+    if "kernel" in asked and "dtype" in asked:
+        one = metafunc.definition.get_closest_marker("one_dtype") is not None
+        pairs = _pairs(one)
+        ids = [f"{kernel}-{name}" for kernel, name in pairs]
+        metafunc.parametrize("kernel,dtype", [(kernel, DTYPES[name]) for kernel, name in pairs], ids=ids)
+    elif "kernel" in asked:
+        metafunc.parametrize("kernel", [kernel.name for kernel in USABLE])
+    elif "dtype" in asked:
+        metafunc.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back after the test."""
+    before = fastattn.get_num_threads()
+    yield
+    fastattn.set_num_threads(before)

@@ -1,0 +1,102 @@
+// plan_flash: pure arithmetic, checked over a grid of problems.
+#include <gtest/gtest.h>
+
+#include "cpu/flash_workspace.h"
+#include "cpu/tiling.h"
+
+namespace fastattn::cpu {
+namespace {
+
+constexpr TileShape kWide{6, 64, 16, 1, 4}, kPairs{6, 64, 16, 2, 4}, kNarrow{4, 8, 4, 1, 8};
+
+AttentionProblem problem(std::int64_t batch, std::int64_t q_heads, std::int64_t kv_heads, std::int64_t q_size,
+                         std::int64_t kv_size, std::int64_t d, std::int64_t dv) {
+    AttentionProblem p;
+    p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.group = kv_heads == 0 ? 1 : q_heads / kv_heads;
+    p.q_size = q_size, p.kv_size = kv_size, p.head_dim = d, p.value_dim = dv;
+    p.k.dim = p.v.dim = 1;
+    return p;
+}
+
+TEST(Tiling, ItemsCoverEveryRowOnce) {
+    for (const TileShape& tile : {kWide, kPairs, kNarrow}) {
+        for (std::int64_t q : {0, 1, 2, 5, 9, 64, 97, 1000, 5000}) {
+            for (std::int64_t keys : {0, 1, 63, 256, 5000, 40000}) {
+                for (std::int64_t heads : {1, 4}) {
+                    for (int threads : {1, 2, 64}) {
+                        const AttentionProblem p = problem(2, heads * 2, 2, q, keys, 80, 33);
+                        const FlashPlan plan = plan_flash(p, tile, tile, threads);
+                        EXPECT_EQ(plan.rows, q * heads);
+                        EXPECT_GE(plan.row_items * plan.rows_per_item, plan.rows);
+                        if (plan.row_items > 0) {
+                            EXPECT_LT((plan.row_items - 1) * plan.rows_per_item, plan.rows);
+                        }
+                        if (!plan.decode) {
+                            EXPECT_EQ(plan.rows_per_item % tile.mr, 0);
+                        }
+                        EXPECT_GE(plan.key_splits * plan.split_keys, keys);
+                        if (plan.key_splits > 1) {
+                            EXPECT_EQ(plan.split_keys % kKeyBlock, 0);
+                        }
+                        EXPECT_EQ(plan.items, 4 * plan.row_items * plan.key_splits);
+                        EXPECT_EQ(plan.key_block % tile.nr, 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Whatever changes a result - key blocks, splits, which algorithm - is the same for any thread count and
+// any batch size.
+TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
+    for (std::int64_t q : {1, 8, 9, 40, 700}) {
+        for (std::int64_t keys : {100, 4095, 4096, 100000}) {
+            const FlashPlan one = plan_flash(problem(1, 8, 8, q, keys, 64, 64), kWide, kWide, 1);
+            for (std::int64_t batch : {1, 3, 64}) {
+                for (int threads : {1, 2, 7, 128}) {
+                    const FlashPlan plan = plan_flash(problem(batch, 8, 8, q, keys, 64, 64), kWide, kWide, threads);
+                    EXPECT_EQ(plan.decode, one.decode);
+                    EXPECT_EQ(plan.key_block, one.key_block);
+                    EXPECT_EQ(plan.key_splits, one.key_splits);
+                    EXPECT_EQ(plan.split_keys, one.split_keys);
+                }
+            }
+        }
+    }
+}
+
+TEST(Tiling, WorkspaceDoesNotGrowWithTheSequence) {
+    const auto bytes = [](std::int64_t s) {
+        return plan_flash(problem(1, 8, 8, s, s, 128, 128), kWide, kWide, 2).per_thread_bytes;
+    };
+    EXPECT_LT(bytes(4096), std::size_t{1} << 20);
+    EXPECT_LE(bytes(1 << 20), bytes(4096) + 65536);
+    EXPECT_LT(plan_flash(problem(1, 1, 1, 8, 8, 16, 16), kWide, kWide, 2).per_thread_bytes, std::size_t{16} << 10);
+}
+
+TEST(Tiling, BuffersDoNotOverlap) {
+    for (std::int64_t q : {1, 7, 300}) {
+        for (std::int64_t dv : {1, 33, 128}) {
+            const AttentionProblem p = problem(1, 2, 2, q, 500, 40, dv);
+            for (const TileShape& tile : {kWide, kPairs, kNarrow}) {
+                const FlashPlan plan = plan_flash(p, tile, tile, 2);
+                const FlashOffsets at = flash_offsets(p, plan, tile);
+                EXPECT_EQ(at.total, plan.per_thread_bytes);
+                EXPECT_LE(at.q, at.k);
+                EXPECT_LE(at.k, at.v);
+                EXPECT_LT(at.v, at.p);
+                EXPECT_LT(at.p, at.scores);
+                EXPECT_LT(at.scores, at.o);
+                EXPECT_LT(at.o, at.row_max);
+                EXPECT_LT(at.row_max, at.row_sum);
+                EXPECT_LT(at.row_sum, at.info);
+                EXPECT_LT(at.info, at.bad);
+                EXPECT_EQ(at.info % 64, 0u);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

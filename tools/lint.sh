@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Every static check. `tools/lint.sh fix` rewrites what can be rewritten first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mapfile -t sources < <(find csrc tests/cpp bench -name '*.h' -o -name '*.cpp' -o -name '*.inc' | sort)
+if [ "${1:-}" = fix ]; then
+  ruff check --fix .
+  ruff format .
+  clang-format -i "${sources[@]}"
+fi
+ruff check .
+ruff format --check .
+mypy
+clang-format --dry-run -Werror "${sources[@]}"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Builds the extension with a sanitizer into build/<name>-site and runs pytest on it:
+#   tools/sanitized_pytest.sh asan|tsan [pytest arguments]
+# The interpreter itself is not instrumented, so the run-time library is preloaded; libstdc++ with it, as
+# the sanitizer looks for __cxa_throw before the extension is there. CPython does not free everything at exit:
+# leak detection is off.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=${1:?usage: tools/sanitized_pytest.sh asan|tsan [pytest arguments]}
+shift
+case "$name" in
+  asan) sanitize=address,undefined libs=(libasan.so libubsan.so) ;;
+  tsan) sanitize=thread libs=(libtsan.so) ;;
+  *) echo "unknown sanitizer: $name" >&2; exit 2 ;;
+esac
+cxx=${CXX:-c++}
+site=$PWD/build/$name-site
+
+python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$site" \
+  -Cbuild-dir="build/$name-python" -Ccmake.build-type=Debug -Ccmake.define.CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
+  -Ccmake.define.FASTATTN_SANITIZE="$sanitize" -Cinstall.strip=false .
+
+preload=""
+for lib in "${libs[@]}" libstdc++.so.6; do
+  preload="$preload $("$cxx" -print-file-name="$lib")"
+done
+run=()
+if [ "$name" = tsan ]; then run=(setarch "$(uname -m)" -R); fi
+
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}
+export TSAN_OPTIONS=halt_on_error=1:suppressions=$PWD/tools/tsan.supp${TSAN_OPTIONS:+:$TSAN_OPTIONS}
+"${run[@]}" env LD_PRELOAD="${preload# }" python -m pytest -p no:cacheprovider "$@"
