@@ -316,7 +316,11 @@ def main(argv=None):
 
     start = time.perf_counter()
     with tqdm(total=len(sentences), desc="embedding", unit=" sentences", file=sys.stderr) as bar:
-        embeddings = model.embed(sentences, args.batch_size, progress=bar.update)
+        try:
+            embeddings = model.embed(sentences, args.batch_size, progress=bar.update)
+        except fastattn.UnsupportedError as error:  # names the kernel and the reason
+            bar.close()
+            raise SystemExit(f"minilm.py: {error}") from None
     seconds = time.perf_counter() - start
     print(f"{len(sentences)} sentences in {seconds:.2f} s, {1e3 * seconds / len(sentences):.2f} ms each")
 

@@ -117,7 +117,7 @@ def test_rows_that_see_nothing(kernel, dtype):
     assert (lse[:, :, 3::4] == -np.inf).all()
     out, lse = check(kernel, q, k, v, mask=mask, sinks=sinks)
     assert (out[:, 3::4] == 0).all()
-    assert (lse[:, :, 3::4] == sinks[:, None]).all()
+    np.testing.assert_allclose(lse[:, :, 3::4], np.broadcast_to(sinks[:, None], (B, H, 35)), rtol=1e-15)
     check(kernel, q, k, v, bias=np.where(mask, 0, -np.inf).astype(dtype))
 
 

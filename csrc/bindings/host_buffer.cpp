@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <new>
 #include <optional>
 #include <string>
@@ -11,6 +10,8 @@
 #include <fastattn/attention.h>
 
 #include "bindings/dlpack_abi.h"
+#include "core/memory_overlap.h"
+#include "core/problem_errors.h"
 
 namespace fastattn::bindings {
 namespace {
@@ -179,26 +180,19 @@ py::dict array_interface(const HostBuffer& self) {
 }  // namespace
 
 std::int64_t checked_bytes(const char* name, DType dtype, int rank, const std::int64_t* shape) {
-    constexpr auto kMax = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
     for (int axis = 0; axis < rank; ++axis) {
         if (shape[axis] == 0) {
             return 0;
         }
     }
-    std::uint64_t bytes = item_size(dtype);
+    auto bytes = static_cast<std::int64_t>(item_size(dtype));
     for (int axis = 0; axis < rank; ++axis) {
-        const auto length = static_cast<std::uint64_t>(shape[axis]);
-        if (bytes > kMax / length) {
-            std::string text = std::string(name) + ": an array of shape (";
-            for (int i = 0; i < rank; ++i) {
-                text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-            }
-            throw ValueError(text + (rank == 1 ? ",)" : ")") + " and dtype " + dtype_name(dtype) +
-                             " has more than 2**63 - 1 bytes");
+        if (multiply_overflows(bytes, shape[axis], &bytes)) {
+            throw ValueError(std::string(name) + ": an array of shape " + shape_string(shape, rank) + " and dtype " +
+                             dtype_name(dtype) + " has more than 2**63 - 1 bytes");
         }
-        bytes *= length;
     }
-    return static_cast<std::int64_t>(bytes);
+    return bytes;
 }
 
 void set_compact_strides(TensorView& view) noexcept {

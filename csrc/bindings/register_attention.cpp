@@ -167,6 +167,18 @@ std::int64_t saturated_bytes(const TensorView& view) {
     }
 }
 
+// Throws ValueError when the bytes of a result overflow.
+void check_result_bytes(const AttentionParams& params) {
+    const auto check = [](const char* name, const TensorView& view) {
+        if (view.given()) {
+            checked_bytes(name, view.dtype, view.rank, view.shape);
+        }
+    };
+    check("out", params.out);
+    check("lse", params.lse);
+    check("weights", params.weights);
+}
+
 struct Results {
     Result out, lse, weights;
 };
@@ -238,6 +250,7 @@ PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
         if (!shaped) {
             raise(PyExc_RuntimeError, "fastattn: make_problem accepted arrays that have no result shape");
         }
+        check_result_bytes(params);
     }
     Results results;
     allocate_results(q, call, with_out, results);
@@ -257,7 +270,9 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     Call call;
     read_arguments(arguments, call);
     shape_results(call, !arguments.given(kOut));
-    const Explanation plan = explain(make_problem(call.params, false), call.options);
+    const AttentionProblem problem = make_problem(call.params, false);
+    check_result_bytes(call.params);
+    const Explanation plan = explain(problem, call.options);
     py::dict refused;
     for (const Refusal& refusal : plan.refused) {
         refused[py::str(refusal.kernel)] = refusal.reason;

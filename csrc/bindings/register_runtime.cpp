@@ -1,4 +1,4 @@
-// Kernels, threads, version, CPU features, and the C symbols through which threadpoolctl finds us.
+// Kernels, threads, version, CPU features. (threadpoolctl talks to C symbols of cpu/thread_pool.cpp.)
 #include <limits>
 #include <string>
 
@@ -6,25 +6,6 @@
 
 #include "bindings/register.h"
 #include "cpu/cpu_features.h"
-
-#if defined(_WIN32)
-#define FASTATTN_EXPORT extern "C" __declspec(dllexport)
-#else
-#define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-// threadpoolctl calls these through ctypes.
-FASTATTN_EXPORT int fastattn_get_num_threads() { return fastattn::get_num_threads(); }
-
-FASTATTN_EXPORT void fastattn_set_num_threads(int n) {
-    try {
-        fastattn::set_num_threads(n);
-    } catch (const fastattn::Error&) {
-        // No exception may cross a C boundary; a count below 1 leaves things as they are.
-    }
-}
-
-FASTATTN_EXPORT const char* fastattn_version() { return fastattn::version(); }
 
 namespace fastattn::bindings {
 namespace {

@@ -1,8 +1,9 @@
-// Decode: few query rows (Sq * G <= kDecodeRows), so that reading k and v is what takes the time. They
-// are used where they lie, once per block of kDecodeBlock keys for all rows; while k of a block is read,
-// v of it is prefetched, and while v is read, k of the next one.
+// Decode: few query rows (R = Sq * G <= kDecodeRows) per head, so that reading k and v is what takes the
+// time. They are used where they lie, once for all rows. A block of kDecodeBlock keys of all the heads of
+// the item is first touched in the order of the addresses, which is what the hardware's prefetchers follow;
+// the products then find it in the cache, in whatever order they like.
 //
-//   q (R, D)   k, v rows in memory, any storage type   scores, p (R, kDecodeBlock)   O (R, Dv)
+//   q (heads*R, D)   k, v rows in memory, any storage type   scores, p (heads*R, kDecodeBlock)   O (heads*R, Dv)
 #pragma once
 
 #include "cpu/flash_gemm.h"
@@ -23,9 +24,10 @@ FASTATTN_INLINE V reduce_each(V (&r)[V::width]) {
     return r[0];
 }
 
-FASTATTN_INLINE void prefetch_row(const void* row, std::int64_t bytes) {
-    const char* p = static_cast<const char*>(row);
-    for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(p + b);
+// Reads one byte of every cache line.
+inline void touch(const void* begin, std::int64_t bytes) {
+    const volatile char* p = static_cast<const volatile char*>(begin);
+    for (std::int64_t b = 0; b < bytes; b += 64) static_cast<void>(p[b]);
 }
 
 template <class E, class S>
@@ -39,10 +41,11 @@ class Decode {
 public:
     Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
         : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
-        keys_ = start_item<E>(call, item_, item_.rows, workspace, x_, at_);
+        rows_ = item_.rows * item_.heads;
+        keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
-        for (std::int64_t r = 0; r < item_.rows; ++r) {
+        for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
             pack_row<E>(at_.q + r * call_.plan.q_stride, row_pointer<const S>(p_.q, item_.batch, row.query, row.head),
                         p_.q.dim, p_.head_dim);
@@ -53,7 +56,7 @@ public:
         pass(false);
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
-            start_item<E>(call_, item_, item_.rows, workspace, x_, at_);
+            start_item<E>(call_, item_, rows_, workspace, x_, at_);
             pass(true);
         }
         end_item<E, S>(call_, item_, x_);
@@ -65,24 +68,45 @@ private:
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = keys_.end - j < block ? keys_.end - j : block;
             if (masked(j, n)) continue;
-            score_block(j, n);
+            touch_block(k_, p_.k, p_.head_dim, j, n);
             const int vectors = static_cast<int>((n + w - 1) / w);
-            for (std::int64_t r = 0; r < item_.rows; ++r) {
-                Acc* s = at_.scores + r * block;
-                transform_row(x_, x_.info[r], x_.row_max[r], s, j, vectors);
-                finish_row(x_, r, s, at_.p + r * block, 0, 0, j, vectors);
+            for (std::int64_t h = 0; h < item_.heads; ++h) {
+                const std::int64_t first = h * item_.rows;
+                score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
+                for (std::int64_t r = first; r < first + item_.rows; ++r) {
+                    Acc* s = at_.scores + r * block;
+                    transform_row(x_, x_.info[r], x_.row_max[r], s, j, vectors);
+                    finish_row(x_, r, s, at_.p + r * block, 0, 0, j, vectors);
+                }
             }
-            if (careful) {
-                add_values_carefully(j, n);
+            touch_block(v_, p_.v, p_.value_dim, j, n);
+            for (std::int64_t h = 0; h < item_.heads; ++h) {
+                const S* v = v_ + h * p_.v.head + j * p_.v.seq;
+                if (careful) {
+                    add_values_carefully(h * item_.rows, v, j, n);
+                } else {
+                    add_values(h * item_.rows, v, n);
+                }
+            }
+        }
+    }
+
+    void touch_block(const S* x, const Operand& layout, std::int64_t dim, std::int64_t j, std::int64_t n) const {
+        const auto size = static_cast<std::int64_t>(sizeof(S));
+        const bool dense = layout.head == dim;
+        for (std::int64_t k = j; k < j + n; ++k) {
+            const S* row = x + k * layout.seq;
+            if (dense) {
+                touch(row, item_.heads * dim * size);
             } else {
-                add_values(j, n);
+                for (std::int64_t h = 0; h < item_.heads; ++h) touch(row + h * layout.head, dim * size);
             }
         }
     }
 
     bool masked(std::int64_t j, std::int64_t n) const {
         if (p_.mask.data == nullptr) return false;
-        for (std::int64_t r = 0; r < item_.rows; ++r) {
+        for (std::int64_t r = 0; r < rows_; ++r) {
             if (mask_any(p_.mask, item_.batch, x_.info[r], j, n)) return false;
         }
         return true;
@@ -90,7 +114,7 @@ private:
 
     bool finite() const {
         V check = V::zero();
-        for (std::int64_t r = 0; r < item_.rows; ++r) {
+        for (std::int64_t r = 0; r < rows_; ++r) {
             check = V::fma(V::load(x_.row_sum + r * w), V::zero(), check);
             for (std::int64_t c = 0; c < x_.o_stride; c += w) {
                 check = V::fma(V::load(x_.o + r * x_.o_stride + c), V::zero(), check);
@@ -99,29 +123,26 @@ private:
         return V::reduce_add(check) == 0;
     }
 
-    // f(first row, Count<rows>) over all rows, in tiles of 4, 2 and 1.
+    // f(row, Count<rows>) over the rows of a head, in tiles of 4, 2 and 1.
     template <class F>
-    FASTATTN_INLINE void for_row_tiles(F&& f) {
-        std::int64_t r = 0;
+    FASTATTN_INLINE void for_row_tiles(std::int64_t first, F&& f) {
+        std::int64_t r = first;
+        const std::int64_t end = first + item_.rows;
         if constexpr (most_rows == 4) {
-            for (; r + 4 <= item_.rows; r += 4) f(r, Count<4>{});
+            for (; r + 4 <= end; r += 4) f(r, Count<4>{});
         }
-        for (; r + 2 <= item_.rows; r += 2) f(r, Count<2>{});
-        if (r < item_.rows) f(r, Count<1>{});
+        for (; r + 2 <= end; r += 2) f(r, Count<2>{});
+        if (r < end) f(r, Count<1>{});
     }
 
-    // scores[r][0..n) = q_r . k_j
-    void score_block(std::int64_t j, std::int64_t n) {
-        for_row_tiles([&](std::int64_t r, auto rows) {
+    // scores[r][0..n) = q_r . k_j for the rows of a head
+    void score_block(std::int64_t first, const S* keys_begin, std::int64_t n) {
+        for_row_tiles(first, [&](std::int64_t r, auto rows) {
             constexpr int heads = decltype(rows)::value, keys = w / heads;
             for (std::int64_t c = 0; c < n; c += keys) {
                 const S* k[keys];
 #pragma GCC unroll 16
-                for (int i = 0; i < keys; ++i) {
-                    const std::int64_t key = c + i < n ? c + i : n - 1;
-                    k[i] = k_ + (j + key) * p_.k.seq;
-                    if (r == 0) prefetch_row(v_ + (j + key) * p_.v.seq, p_.value_dim * static_cast<std::int64_t>(sizeof(S)));
-                }
+                for (int i = 0; i < keys; ++i) k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
                 alignas(64) Acc sums[w];
                 dot_tile<heads, keys>(at_.q + r * call_.plan.q_stride, k).store(sums);
                 for (int h = 0; h < heads; ++h) {
@@ -154,34 +175,21 @@ private:
         return reduce_each(acc);
     }
 
-    // O[r] += sum_j p[r][j] v_j
-    void add_values(std::int64_t j, std::int64_t n) {
-        const S* v = v_ + j * p_.v.seq;
-        const S* next_k = k_ + (j + block) * p_.k.seq;
-        const std::int64_t next = keys_.end - (j + block);  // keys there to prefetch, if positive
-        const std::int64_t k_bytes = p_.head_dim * static_cast<std::int64_t>(sizeof(S));
-        auto fetch = [&](std::int64_t k) {
-            if (k < next) prefetch_row(next_k + k * p_.k.seq, k_bytes);
-        };
+    // O[r] += sum_j p[r][j] v_j for the rows of a head
+    void add_values(std::int64_t first, const S* v, std::int64_t n) {
         const std::int64_t whole = p_.value_dim / w * w;
-        for_row_tiles([&](std::int64_t r, auto rows) {
+        for_row_tiles(first, [&](std::int64_t r, auto rows) {
             constexpr int m = decltype(rows)::value;
             for (std::int64_t c = 0; c < whole; c += E::nr) {
                 const std::int64_t left = whole - c;
                 const int vectors = left >= E::nr ? E::nv : static_cast<int>(left / w);
-                Acc* o = x_.o + r * x_.o_stride + c;
-                const Acc* p = at_.p + r * block;
                 with_count<E::nv>(vectors, [&](auto count) {
-                    constexpr int nv = decltype(count)::value;
-                    if (r == 0 && c == 0) {
-                        gemm_accumulate<E, m, nv>(o, x_.o_stride, p, block, v + c, p_.v.seq, n, fetch);
-                    } else {
-                        gemm_accumulate<E, m, nv>(o, x_.o_stride, p, block, v + c, p_.v.seq, n);
-                    }
+                    gemm_accumulate<E, m, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride,
+                                                                  at_.p + r * block, block, v + c, p_.v.seq, n);
                 });
             }
             if (whole < p_.value_dim) {
-                if (r == 0) pack_tail(v + whole, n, p_.value_dim - whole);
+                if (r == first) pack_tail(v + whole, n, p_.value_dim - whole);
                 gemm_accumulate<E, m, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride, at_.p + r * block, block, at_.v, w, n);
             }
         });
@@ -192,10 +200,10 @@ private:
         for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * p_.v.seq, columns).store(at_.v + k * w);
     }
 
-    void add_values_carefully(std::int64_t j, std::int64_t n) {
+    void add_values_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
         for (std::int64_t k = 0; k < n; ++k) {
-            const S* v = v_ + (j + k) * p_.v.seq;
-            for (std::int64_t r = 0; r < item_.rows; ++r) {
+            const S* v = values + k * p_.v.seq;
+            for (std::int64_t r = first; r < first + item_.rows; ++r) {
                 const Acc weight = at_.p[r * block + k];
                 if (weight == 0 && !attends(x_, x_.info[r], j + k)) continue;
                 Acc* o = x_.o + r * x_.o_stride;
@@ -213,6 +221,7 @@ private:
     FlashBlock<E> x_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
+    std::int64_t rows_ = 0;  // of all heads
     const S* k_ = nullptr;
     const S* v_ = nullptr;
 };

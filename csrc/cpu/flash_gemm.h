@@ -6,19 +6,14 @@
 namespace fastattn::cpu {
 namespace {
 
-struct NoPrefetch {
-    FASTATTN_INLINE void operator()(std::int64_t) const {}
-};
-
 // acc[m][n] += sum_{k<depth} a[m*a_row + k] . b[k*b_row + n*width ...]
 //   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, any storage type
 //   that Vec loads (packed units, or k and v as they lie in memory)
-template <class E, int MR, int NV, class B, class Prefetch = NoPrefetch>
+template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::Unit* a, std::int64_t a_row,
-                               const B* b, std::int64_t b_row, std::int64_t depth, Prefetch prefetch = {}) {
+                               const B* b, std::int64_t b_row, std::int64_t depth) {
     using V = typename E::V;
     for (std::int64_t k = 0; k < depth; ++k) {
-        prefetch(k);
         V column[NV];
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) column[n] = V::load(b + n * V::width);
@@ -33,10 +28,9 @@ FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::U
 }
 
 // out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row).
-template <class E, int MR, int NV, class B, class Prefetch = NoPrefetch>
+template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
-                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
-                                     Prefetch prefetch = {}) {
+                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth) {
     using V = typename E::V;
     V acc[MR][NV];
 #pragma GCC unroll 8
@@ -44,7 +38,7 @@ FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row,
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
     }
-    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, depth, prefetch);
+    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, depth);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8

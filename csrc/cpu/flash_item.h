@@ -15,8 +15,8 @@ constexpr TileShape tile_shape() {
 }
 
 struct ItemRange {
-    std::int64_t batch, kv_head, split;
-    std::int64_t row_begin, rows;   // rows of the (batch, kv head): row r is query r / G, head r % G
+    std::int64_t batch, kv_head, heads, split;  // kv heads [kv_head, kv_head + heads)
+    std::int64_t row_begin, rows;   // rows of each (batch, kv head): row r is query r / G, head r % G
     std::int64_t key_begin, key_end;
 };
 
@@ -28,8 +28,10 @@ inline ItemRange item_range(const FlashCall& call, std::int64_t item) {
     item /= plan.row_items;
     x.split = item % plan.key_splits;
     item /= plan.key_splits;
-    x.kv_head = item % call.problem.kv_heads;
-    x.batch = item / call.problem.kv_heads;
+    x.kv_head = item % plan.head_items * plan.heads_per_item;
+    x.batch = item / plan.head_items;
+    const std::int64_t heads_left = call.problem.kv_heads - x.kv_head;
+    x.heads = heads_left < plan.heads_per_item ? heads_left : plan.heads_per_item;
     const std::int64_t left = plan.rows - x.row_begin;
     x.rows = left < plan.rows_per_item ? left : plan.rows_per_item;
     x.key_begin = x.split * plan.split_keys;
@@ -60,7 +62,8 @@ struct ItemBuffers {
     std::uint8_t* bad;
 };
 
-// Fills block and buffers for the rows of an item. Returns the keys that any of the rows may attend.
+// Fills block and buffers for the rows of an item, one head after the other; in prefill up to padded_rows
+// by repeating the last one. Returns the keys that any of the rows may attend.
 template <class E>
 KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t padded_rows, std::byte* workspace,
                     FlashBlock<E>& x, ItemBuffers<E>& buffers) {
@@ -78,10 +81,10 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
     x.o = accs(at.o);
     KeyRange keys{item.key_end, item.key_begin};
     for (std::int64_t r = 0; r < padded_rows; ++r) {
-        if (r >= item.rows) {
-            x.info[r] = x.info[item.rows - 1];
+        if (r >= item.rows * item.heads) {
+            x.info[r] = x.info[r - 1];
         } else {
-            RowInfo info = row_info(call.problem, item.batch, item.kv_head, item.row_begin + r);
+            RowInfo info = row_info(call.problem, item.batch, item.kv_head + r / item.rows, item.row_begin + r % item.rows);
             if (info.begin < item.key_begin) info.begin = item.key_begin;
             if (info.end > item.key_end) info.end = item.key_end;
             if (info.end <= info.begin) info.begin = info.end = item.key_begin;
@@ -108,10 +111,10 @@ typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64
 // Writes the rows of an item: their outputs, or partial results where the keys are split.
 template <class E, class S>
 void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
-    const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head;
-    for (std::int64_t r = 0; r < item.rows; ++r) {
+    for (std::int64_t r = 0; r < item.rows * item.heads; ++r) {
         if (call.plan.key_splits > 1) {
-            write_partial(x, r, partial_of<E>(call, head, item.row_begin + r, item.split));
+            const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
+            write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
         } else {
             auto* l = x.row_sum + r * E::V::width;
             const double sum = double(E::V::reduce_add(E::V::load(l)));

@@ -100,12 +100,19 @@ private:
         for (std::int64_t c = first; c < keys.end; c += E::nr) {
             const std::int64_t left = keys.end - c;
             const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
-            const bool plain = !x_.elementwise && keys.all_begin <= c && keys.all_end >= c + vectors * w;
+            const bool ranged = keys.all_begin > c || keys.all_end < c + vectors * w;
             if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left < E::nr ? left : E::nr)) {
                 clear_weights(c, vectors);
             } else {
                 with_count<E::nv>(vectors, [&](auto count) {
-                    score_tile<decltype(count)::value>(r, j, first, c, plain);
+                    constexpr int nv = decltype(count)::value;
+                    if (x_.elementwise) {
+                        score_tile_elementwise<nv>(r, j, first, c);
+                    } else if (ranged) {
+                        score_tile<nv, true>(r, j, first, c);
+                    } else {
+                        score_tile<nv, false>(r, j, first, c);
+                    }
                 });
             }
             last = c + vectors * w;
@@ -122,47 +129,77 @@ private:
 
     Unit* weights_row(int m) const { return at_.p + m * (call_.plan.key_block / E::scalars); }
 
-    // Weights of mr rows for the keys of one panel, columns [c, c + NV*width) of the block.
-    template <int NV>
-    FASTATTN_INLINE void score_tile(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, bool plain) {
+    // Weights of mr rows for the keys of one panel, columns [c, c + NV*width) of the block. Scores stay in
+    // registers; `ranged`: some keys are outside of some row's range.
+    template <int NV, bool ranged>
+    void score_tile(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
         V acc[E::mr][NV];
         raw_scores<NV>(r, c, acc);
-        if (plain) {
-            V top = V::set1(-kInf<Acc>);
-            bool fresh = false;
-            const V scale = V::set1(x_.scale_log2e);
+        V top = V::set1(-kInf<Acc>);
+        bool fresh = false;
+        const V scale = V::set1(x_.scale_log2e);
+#pragma GCC unroll 8
+        for (int m = 0; m < E::mr; ++m) {
+            const Acc row_max = x_.row_max[r + m];
+            fresh = fresh || row_max == -kInf<Acc>;
+            const V minus_m = V::set1(row_max == -kInf<Acc> ? Acc(0) : -row_max);
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) acc[m][n] = V::fma(acc[m][n], scale, minus_m);
+            if constexpr (ranged) keep_range<NV>(x_.info[r + m], j + c, acc[m]);
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) top = V::max(acc[m][n], top);
+        }
+        if (fresh || V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
 #pragma GCC unroll 8
             for (int m = 0; m < E::mr; ++m) {
-                const Acc row_max = x_.row_max[r + m];
-                fresh = fresh || row_max == -kInf<Acc>;
-                const V minus_m = V::set1(row_max == -kInf<Acc> ? Acc(0) : -row_max);
+                V row_top = acc[m][0];
 #pragma GCC unroll 8
-                for (int n = 0; n < NV; ++n) {
-                    acc[m][n] = V::fma(acc[m][n], scale, minus_m);
-                    top = V::max(acc[m][n], top);
-                }
-            }
-            if (!fresh && !V::any(V::gt(top, V::set1(Acc(kSlack))))) [[likely]] {
+                for (int n = 1; n < NV; ++n) row_top = V::max(acc[m][n], row_top);
+                const V shift = V::set1(follow_peak(x_, r + m, V::reduce_max(row_top), weights_row(m), first, c));
 #pragma GCC unroll 8
-                for (int m = 0; m < E::mr; ++m) {
-                    V sum = V::load(x_.row_sum + (r + m) * w);
-#pragma GCC unroll 8
-                    for (int n = 0; n < NV; ++n) {
-                        const V weight = exp2<E::accuracy>(acc[m][n]);
-                        sum = sum + weight;
-                        E::store_weights(weight, weights_row(m), c + n * w);
-                    }
-                    sum.store(x_.row_sum + (r + m) * w);
-                }
-                return;
+                for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] - shift;
             }
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < E::mr; ++m) {
+            V sum = V::load(x_.row_sum + (r + m) * w);
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) {
+                const V weight = exp2<E::accuracy>(acc[m][n]);
+                sum = sum + weight;
+                E::store_weights(weight, weights_row(m), c + n * w);
+            }
+            sum.store(x_.row_sum + (r + m) * w);
+        }
+    }
+
+    // -inf for the keys j0, j0+1, ... that are outside of the row's range.
+    template <int NV>
+    FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&t)[NV]) const {
+        const V begin = V::set1(Acc(row.begin - j0)), end = V::set1(Acc(row.end - j0));
+        const V masked = V::set1(-kInf<Acc>);
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) {
+            const V key = V::iota() + V::set1(Acc(n * w));
+            t[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, t[n]), masked);
+        }
+    }
+
+    // The same with softcap, alibi, bias, mask or dropout: row by row, through memory.
+    template <int NV>
+    void score_tile_elementwise(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
+        V acc[E::mr][NV];
+        raw_scores<NV>(r, c, acc);
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n].store(at_.scores + m * E::nr + n * w);
         }
-        finish_tile(r, j, first, c, NV, plain);
+        for (int m = 0; m < E::mr; ++m) {
+            Acc* s = at_.scores + m * E::nr;
+            transform_row(x_, x_.info[r + m], x_.row_max[r + m], s, j + c, NV);
+            finish_row(x_, r + m, s, weights_row(m), first, c, j + c, NV);
+        }
     }
 
     template <int NV>
@@ -174,15 +211,6 @@ private:
         }
         gemm_tile<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride, at_.k + c * d_units_, E::nr,
                                 d_units_);
-    }
-
-    // The general way, row by row: at_.scores holds raw products, or t already when transformed.
-    void finish_tile(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, int vectors, bool transformed) {
-        for (int m = 0; m < E::mr; ++m) {
-            Acc* s = at_.scores + m * E::nr;
-            if (!transformed) transform_row(x_, x_.info[r + m], x_.row_max[r + m], s, j + c, vectors);
-            finish_row(x_, r + m, s, weights_row(m), first, c, j + c, vectors);
-        }
     }
 
     // O += p . v over columns [first, last) of the block.

@@ -213,6 +213,21 @@ void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, 
     (V::load(l) * alpha).store(l);
 }
 
+// Raises m of row r when its largest t, peak, asks for it. Returns what to subtract from its t.
+template <class E>
+typename E::Acc follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::Acc peak, typename E::Unit* p,
+                            std::int64_t first, std::int64_t column) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const bool fresh = x.row_max[r] == -kInf<Acc>;
+    if (!(peak > (fresh ? -kInf<Acc> : Acc(kSlack)))) return Acc(0);
+    const Acc old = fresh ? Acc(0) : x.row_max[r];
+    const Acc raised = V::reduce_max(V::round(V::set1(old + peak)));
+    x.row_max[r] = raised;
+    if (!fresh) rescale_row(x, r, raised - old, p, first, column);
+    return raised - old;
+}
+
 // t (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
 // from `first` on belong to the same block; m and l follow.
 template <class E>
@@ -223,16 +238,7 @@ void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, type
     constexpr int w = V::width;
     V top = V::load(s);
     for (int c = 1; c < vectors; ++c) top = V::max(V::load(s + c * w), top);
-    const Acc peak = V::reduce_max(top);
-    const bool fresh = x.row_max[r] == -kInf<Acc>;
-    V shift = V::zero();
-    if (peak > (fresh ? -kInf<Acc> : Acc(kSlack))) {
-        const Acc old = fresh ? Acc(0) : x.row_max[r];
-        const Acc raised = V::reduce_max(V::round(V::set1(old + peak)));
-        x.row_max[r] = raised;
-        shift = V::set1(raised - old);
-        if (!fresh) rescale_row(x, r, raised - old, p, first, column);
-    }
+    const V shift = V::set1(follow_peak(x, r, V::reduce_max(top), p, first, column));
     V sum = V::load(x.row_sum + r * w);
     for (int c = 0; c < vectors; ++c) {
         V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);

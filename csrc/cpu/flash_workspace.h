@@ -30,7 +30,9 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
         at += (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
         return start;
     };
-    const std::int64_t u = t.unit_bytes, rows = (plan.rows_per_item + t.mr - 1) / t.mr * t.mr;
+    const std::int64_t u = t.unit_bytes;
+    // Prefill computes whole tiles of rows; an item of decode has the rows of all of its heads.
+    const std::int64_t rows = plan.rows_per_item * plan.heads_per_item;
     const std::int64_t keys = (plan.key_block + t.nr - 1) / t.nr * t.nr;
     const std::int64_t panels = (problem.value_dim + t.nr - 1) / t.nr;
     const std::int64_t d_units = (problem.head_dim + t.scalars - 1) / t.scalars;

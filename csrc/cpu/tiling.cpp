@@ -17,7 +17,25 @@ constexpr std::int64_t kMinRows = 96;
 
 // Few rows and many keys: split the keys, so that the work is parallel. Depends on the problem of one
 // (batch, head) alone.
-bool split_pays(std::int64_t rows, std::int64_t keys) { return rows <= 64 && keys >= 2 * kSplitKeys; }
+std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
+    const std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
+    const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size >= 2 * length;
+    return pays ? length : p.kv_size;
+}
+
+std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
+
+// Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
+// read in the order of the addresses. Fewer where there would be too few items.
+std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int threads) {
+    const bool side_by_side = magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
+    if (!side_by_side) return 1;
+    std::int64_t heads = std::max<std::int64_t>(p.kv_heads, 1);
+    while (heads > 1 && p.batch * ceil_div(p.kv_heads, heads) * plan.key_splits < std::int64_t{4} * threads) {
+        heads = ceil_div(heads, 2);
+    }
+    return heads;
+}
 
 }  // namespace
 
@@ -32,14 +50,10 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     plan.key_block = plan.decode ? kDecodeBlock : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
 
     const std::int64_t heads = p.batch * p.kv_heads;
-    if (split_pays(plan.rows, p.kv_size) && p.weights.data == nullptr) {
-        plan.split_keys = kSplitKeys;
-        plan.key_splits = ceil_div(p.kv_size, kSplitKeys);
-    } else {
-        plan.split_keys = p.kv_size;
-        plan.key_splits = 1;
-    }
+    plan.split_keys = split_length(p, plan);
+    plan.key_splits = plan.split_keys > 0 ? ceil_div(p.kv_size, plan.split_keys) : 1;
     if (plan.decode) {
+        plan.heads_per_item = decode_heads(p, plan, threads);
         plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);
         plan.row_items = plan.rows > 0 ? 1 : 0;
     } else {
@@ -52,7 +66,8 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
         plan.rows_per_item = std::max<std::int64_t>(round_up(ceil_div(plan.rows, blocks), tile.mr), tile.mr);
         plan.row_items = ceil_div(plan.rows, plan.rows_per_item);
     }
-    plan.items = heads * plan.row_items * plan.key_splits;
+    plan.head_items = ceil_div(p.kv_heads, plan.heads_per_item);
+    plan.items = p.batch * plan.head_items * plan.row_items * plan.key_splits;
     if (plan.key_splits > 1) {
         plan.merge_items = heads * plan.rows;
         plan.shared_bytes = static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *

@@ -16,8 +16,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--threads", type=int, metavar="N", help="CPU threads")
 
     bench = commands.add_parser("bench", help="time fastattn beside the installed peers")
-    bench.add_argument("--cases", metavar="NAMES", help="comma-separated names or patterns, e.g. 'bert,decode-*'")
-    bench.add_argument("--peers", metavar="NAMES", help="torch, onnxruntime, jax, numpy or none; default: installed")
+    bench.add_argument("--cases", metavar="NAMES", help="names or patterns, e.g. 'bert,decode-*'")
+    bench.add_argument("--peers", metavar="NAMES", help="torch, onnxruntime, jax, numpy, or none")
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads, for fastattn and every peer")
     bench.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     bench.add_argument("--kernel", metavar="NAME", help="force this kernel of fastattn")

@@ -79,8 +79,10 @@ struct Call {
 
     Call(std::int64_t B, std::int64_t Sq, std::int64_t Sk, std::int64_t Hq, std::int64_t Hkv, std::int64_t D,
          std::int64_t Dv)
-        : q(random_array<float>({B, Sq, Hq, D}, 1)), k(random_array<float>({B, Sk, Hkv, D}, 2)),
-          v(random_array<float>({B, Sk, Hkv, Dv}, 3)), out({B, Sq, Hq, Dv}, -7.0f) {
+        : q(random_array<float>({B, Sq, Hq, D}, 1)),
+          k(random_array<float>({B, Sk, Hkv, D}, 2)),
+          v(random_array<float>({B, Sk, Hkv, Dv}, 3)),
+          out({B, Sq, Hq, Dv}, -7.0f) {
         params.q = q.view();
         params.k = k.view();
         params.v = v.view();

@@ -50,7 +50,8 @@ TEST_P(Half, EveryPatternWidensExactlyAndComesBack) {
         if (magnitude == format.infinity) {
             ASSERT_TRUE(std::isinf(wide));
         } else {
-            ASSERT_EQ(static_cast<double>(wide), decode(bits, format.exponent_bits, format.fraction_bits)) << n;
+            ASSERT_EQ(static_cast<double>(wide), decode(bits, format.exponent_bits, format.fraction_bits))
+                << n;
         }
         ASSERT_EQ(std::signbit(wide), (bits & 0x8000) != 0);
         ASSERT_EQ(format.from_f32(wide), bits);
@@ -87,7 +88,8 @@ TEST_P(Half, LargeValuesBecomeInfinityFromHalfAStepPastTheLargest) {
     const Format& format = GetParam();
     const auto last = static_cast<std::uint16_t>(format.infinity - 1);
     const double largest = decode(last, format.exponent_bits, format.fraction_bits);
-    const double step = largest - decode(static_cast<std::uint16_t>(last - 1), format.exponent_bits, format.fraction_bits);
+    const double step =
+        largest - decode(static_cast<std::uint16_t>(last - 1), format.exponent_bits, format.fraction_bits);
     const double middle = largest + step / 2;
     EXPECT_EQ(format.from_f64(middle), format.infinity);  // the tie: infinity's pattern is the even one
     EXPECT_EQ(format.from_f64(std::nextafter(middle, 0.0)), last);

@@ -113,7 +113,8 @@ TEST_F(Problem, HeadsMustDivide) {
               "k: expected a number of heads that divides the 4 of q (2, 5, 4, 8), got 3 in (2, 7, 3, 8)");
     Call none(2, 5, 7, 4, 0, 8, 6), no_queries(2, 5, 7, 0, 2, 8, 6), neither(2, 5, 7, 0, 0, 8, 6);
     EXPECT_NE(message_of<ValueError>([&] { make_problem(none.params); }).find("got 0 in"), std::string::npos);
-    EXPECT_NE(message_of<ValueError>([&] { make_problem(no_queries.params); }).find("got 2 in"), std::string::npos);
+    EXPECT_NE(message_of<ValueError>([&] { make_problem(no_queries.params); }).find("got 2 in"),
+              std::string::npos);
     EXPECT_EQ(make_problem(neither.params).group, 1);
 }
 
@@ -237,7 +238,8 @@ TEST_F(Problem, LengthsAreCheckedInEveryIntegerDtype) {
 
 TEST_F(Problem, OffsetsOneOrPerEntry) {
     EXPECT_EQ(make_problem(p).offset(0), 2);  // 7 - 5
-    Array<std::int64_t> q_lens({2}, std::vector<std::int64_t>{1, 5}), kv_lens({2}, std::vector<std::int64_t>{6, 3});
+    Array<std::int64_t> q_lens({2}, std::vector<std::int64_t>{1, 5}),
+        kv_lens({2}, std::vector<std::int64_t>{6, 3});
     p.q_lens = q_lens.view();
     p.kv_lens = kv_lens.view();
     EXPECT_EQ(make_problem(p).offset(0), 5);
@@ -281,7 +283,8 @@ TEST_F(Problem, BadViews) {
     p.v.data = nullptr;
     EXPECT_EQ(value_error(), "v: expected data, got a null pointer for shape (2, 7, 2, 6)");
     p.v.data = reinterpret_cast<char*>(call.v.data.data()) + 1;
-    EXPECT_EQ(value_error(), "v: expected data aligned to float32, got a misaligned pointer for shape (2, 7, 2, 6)");
+    EXPECT_EQ(value_error(),
+              "v: expected data aligned to float32, got a misaligned pointer for shape (2, 7, 2, 6)");
     p.v = call.v.view();
     p.q.shape[1] = -1;
     EXPECT_EQ(value_error(), "q: expected sizes >= 0, got shape (2, -1, 4, 8)");
@@ -348,7 +351,8 @@ TEST_F(Problem, OutputsMustBeWritableAndSeparate) {
     p.out.readonly = false;
     p.out.strides[2] = 0;
     EXPECT_EQ(value_error(),
-              "out: expected elements that do not overlap in memory, got strides (120, 24, 0, 1) for shape (2, 5, 4, 6)");
+              "out: expected elements that do not overlap in memory, got strides (120, 24, 0, 1) for shape "
+              "(2, 5, 4, 6)");
     p.out.strides[2] = 5;  // the heads' rows of 6 overlap by one
     EXPECT_NE(value_error().find("out: expected elements that do not overlap"), std::string::npos);
     p.q.readonly = p.k.readonly = p.v.readonly = true;
@@ -389,7 +393,8 @@ TEST_F(Problem, InterleavedSlicesOfOneBufferAreSeparate) {
     EXPECT_NE(message_of<ValueError>([&] { make_problem(a); }), "no error");
     a.out = part(3);
     a.out.data = static_cast<float*>(a.out.data) - 1;  // the last of v's elements
-    EXPECT_EQ(message_of<ValueError>([&] { make_problem(a); }), "out: expected memory of its own, but it overlaps v");
+    EXPECT_EQ(message_of<ValueError>([&] { make_problem(a); }),
+              "out: expected memory of its own, but it overlaps v");
 
     // x[:, ::2] and x[:, 1::2] of odd length, x[..., ::2] and x[..., 1::2], and a reversed out.
     Array<float> x({2, 5, 3, 8});
@@ -442,7 +447,8 @@ TEST(MemoryOverlap, AgreesWithListsOfBytes) {
     for (int n = 0; n < 4000; ++n) {
         const TensorView a = random_view(), b = random_view();
         const std::set<const char*> left = bytes_of(a), right = bytes_of(b);
-        const bool expected = std::any_of(left.begin(), left.end(), [&](const char* x) { return right.count(x) > 0; });
+        const bool expected =
+            std::any_of(left.begin(), left.end(), [&](const char* x) { return right.count(x) > 0; });
         ASSERT_EQ(may_share_memory(a, b), expected) << "case " << n;
         const ByteExtent reach = measure(a).extent;
         ASSERT_EQ(reinterpret_cast<std::uintptr_t>(*left.begin()), reach.begin);
@@ -451,7 +457,8 @@ TEST(MemoryOverlap, AgreesWithListsOfBytes) {
         if (!expected && extents_meet(reach, measure(b).extent)) ++apart_within_reach;
         std::int64_t elements = 1;
         for (int axis = 0; axis < a.rank; ++axis) elements *= a.shape[axis];
-        const bool overlaps = static_cast<std::int64_t>(left.size()) != elements * static_cast<std::int64_t>(item_size(a.dtype));
+        const bool overlaps = static_cast<std::int64_t>(left.size()) !=
+                              elements * static_cast<std::int64_t>(item_size(a.dtype));
         if (overlaps) {
             ASSERT_TRUE(overlaps_itself(a)) << "case " << n;
         }
@@ -532,7 +539,8 @@ TEST(KeyRanges, SaturateAtTheEndsOfTheIntegers) {
 
 TEST(Flops, CountRowsUpToTheirLengthsInEveryEntry) {
     Call call(3, 40, 50, 4, 2, 8, 6);
-    Array<std::int64_t> q_lens({3}, std::vector<std::int64_t>{40, 0, 17}), kv_lens({3}, std::vector<std::int64_t>{50, 9, 33});
+    Array<std::int64_t> q_lens({3}, std::vector<std::int64_t>{40, 0, 17}),
+        kv_lens({3}, std::vector<std::int64_t>{50, 9, 33});
     call.params.q_lens = q_lens.view();
     call.params.kv_lens = kv_lens.view();
     call.params.causal = true;

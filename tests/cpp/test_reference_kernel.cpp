@@ -93,7 +93,8 @@ TEST(ReferenceByHand, WindowAndOffset) {
 TEST(ReferenceByHand, SoftcapBendsScores) {
     ByHand c;
     c.params.softcap = 0.5;
-    const double a = std::exp(0.5 * std::tanh(2 * std::log(2.0))), b = std::exp(0.5 * std::tanh(2 * std::log(5.0)));
+    const double a = std::exp(0.5 * std::tanh(2 * std::log(2.0))),
+                 b = std::exp(0.5 * std::tanh(2 * std::log(5.0)));
     const double sum = 1 + a + b;
     c.expect((8 + 16 * a + 24 * b) / sum, sum, {1 / sum, a / sum, b / sum});
 }
@@ -155,10 +156,13 @@ struct Expected {
 };
 
 Expected formulas(const AttentionProblem& p, const std::vector<double>& q, const std::vector<double>& k,
-                  const std::vector<double>& v, const std::vector<bool>& mask, const std::vector<double>& bias,
-                  const std::vector<double>& slopes, const std::vector<double>& sinks) {
+                  const std::vector<double>& v, const std::vector<bool>& mask,
+                  const std::vector<double>& bias, const std::vector<double>& slopes,
+                  const std::vector<double>& sinks) {
     Expected e;
-    const auto at = [](const std::vector<double>& x, std::int64_t n) { return x[static_cast<std::size_t>(n)]; };
+    const auto at = [](const std::vector<double>& x, std::int64_t n) {
+        return x[static_cast<std::size_t>(n)];
+    };
     for (std::int64_t b = 0; b < p.batch; ++b)
         for (std::int64_t i = 0; i < p.q_size; ++i)
             for (std::int64_t h = 0; h < p.q_heads; ++h) {
@@ -177,7 +181,8 @@ Expected formulas(const AttentionProblem& p, const std::vector<double>& q, const
                         dot += at(q, ((b * p.q_size + i) * p.q_heads + h) * p.head_dim + d) *
                                at(k, ((b * p.kv_size + j) * p.kv_heads + g) * p.head_dim + d);
                     const double s = p.softcap * std::tanh(dot * p.scale / p.softcap) -
-                                     at(slopes, h) * static_cast<double>(std::abs(position - j)) + at(bias, pair);
+                                     at(slopes, h) * static_cast<double>(std::abs(position - j)) +
+                                     at(bias, pair);
                     sum += weight[static_cast<std::size_t>(j)] = std::exp(s);
                 }
                 e.lse.push_back(std::log(sum));
@@ -188,8 +193,9 @@ Expected formulas(const AttentionProblem& p, const std::vector<double>& q, const
                 for (std::int64_t d = 0; d < p.value_dim; ++d) {
                     double o = 0;
                     for (std::int64_t j = 0; j < p.kv_size; ++j) {
-                        const auto block = philox4x32(static_cast<std::uint32_t>(j / 4), static_cast<std::uint32_t>(i),
-                                                      static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(b), p.seed);
+                        const auto block =
+                            philox4x32(static_cast<std::uint32_t>(j / 4), static_cast<std::uint32_t>(i),
+                                       static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(b), p.seed);
                         if (block.word[j % 4] < p.dropout * 4294967296.0) continue;
                         o += weight[static_cast<std::size_t>(j)] / (1 - p.dropout) *
                              at(v, ((b * p.kv_size + j) * p.kv_heads + g) * p.value_dim + d);
@@ -251,7 +257,8 @@ TYPED_TEST(Reference, EveryFeatureAtOnceWithReversedAndSpreadStrides) {
         std::mt19937 rng(seed);
         std::normal_distribution<double> normal;
         buffer.assign(static_cast<std::size_t>(b * s * h * d * 2), Type<T>::write(1e4));
-        TensorView view = make_view(buffer.data(), Type<T>::dtype, {b, s, h, d}, {s * h * d * 2, -h * d * 2, d * 2, 2});
+        TensorView view =
+            make_view(buffer.data(), Type<T>::dtype, {b, s, h, d}, {s * h * d * 2, -h * d * 2, d * 2, 2});
         T* const base = buffer.data() + (s - 1) * h * d * 2;
         for (std::int64_t n = 0; n < b * s * h * d; ++n) {
             const T x = Type<T>::write(normal(rng));
@@ -271,13 +278,16 @@ TYPED_TEST(Reference, EveryFeatureAtOnceWithReversedAndSpreadStrides) {
     params.out = make_view(out.data(), Type<T>::dtype, {B, Sq, Hq, Dv}, contiguous_strides({B, Sq, Hq, Dv}));
     // lse and weights as (B,Hq,Sq[,Sk]) views of memory in the order that formulas() writes.
     using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    std::vector<Wide> lse(static_cast<std::size_t>(B * Sq * Hq)), weights(static_cast<std::size_t>(B * Sq * Hq * Sk));
+    std::vector<Wide> lse(static_cast<std::size_t>(B * Sq * Hq)),
+        weights(static_cast<std::size_t>(B * Sq * Hq * Sk));
     params.lse = make_view(lse.data(), dtype_of<Wide>(), {B, Hq, Sq}, {Sq * Hq, 1, Hq});
-    params.weights = make_view(weights.data(), dtype_of<Wide>(), {B, Hq, Sq, Sk}, {Sq * Hq * Sk, Sk, Hq * Sk, 1});
+    params.weights =
+        make_view(weights.data(), dtype_of<Wide>(), {B, Hq, Sq, Sk}, {Sq * Hq * Sk, Sk, Hq * Sk, 1});
 
     // The mask over keys and heads, the bias over rows and keys: both broadcast.
     Array<std::uint8_t> mask({Hq, 1, Sk});
-    Array<Wide> bias = random_array<Wide>({Sq, Sk}, 4), slopes = random_array<Wide>({Hq}, 5), sinks = random_array<Wide>({Hq}, 6);
+    Array<Wide> bias = random_array<Wide>({Sq, Sk}, 4), slopes = random_array<Wide>({Hq}, 5),
+                sinks = random_array<Wide>({Hq}, 6);
     for (std::size_t n = 0; n < mask.data.size(); ++n) mask[n] = n % 3 != 0;
     std::vector<bool> full_mask;
     std::vector<double> full_bias;
@@ -289,7 +299,8 @@ TYPED_TEST(Reference, EveryFeatureAtOnceWithReversedAndSpreadStrides) {
     params.bias = bias.view();
     params.alibi_slopes = slopes.view();
     params.sinks = sinks.view();
-    Array<std::int32_t> q_lens({B}, std::vector<std::int32_t>{19, 11}), kv_lens({B}, std::vector<std::int32_t>{15, 23});
+    Array<std::int32_t> q_lens({B}, std::vector<std::int32_t>{19, 11}),
+        kv_lens({B}, std::vector<std::int32_t>{15, 23});
     params.q_lens = q_lens.view();
     params.kv_lens = kv_lens.view();
     params.causal = true;
@@ -300,12 +311,15 @@ TYPED_TEST(Reference, EveryFeatureAtOnceWithReversedAndSpreadStrides) {
     params.seed = 0x123456789ABCDEFull;
 
     const AttentionProblem problem = make_problem(params);
-    const Expected expected = formulas(problem, q, k, v, full_mask, full_bias, {slopes.data.begin(), slopes.data.end()},
-                                       {sinks.data.begin(), sinks.data.end()});
+    const Expected expected =
+        formulas(problem, q, k, v, full_mask, full_bias, {slopes.data.begin(), slopes.data.end()},
+                 {sinks.data.begin(), sinks.data.end()});
     run_reference(params);
     double largest = 0;
     for (std::size_t n = 0; n < out.size(); ++n) {
-        ASSERT_NEAR(Type<T>::read(out[n]), expected.out[n], Type<T>::tolerance * (1 + std::abs(expected.out[n]))) << n;
+        ASSERT_NEAR(Type<T>::read(out[n]), expected.out[n],
+                    Type<T>::tolerance * (1 + std::abs(expected.out[n])))
+            << n;
         largest = std::max(largest, std::abs(expected.out[n]));
     }
     EXPECT_GT(largest, 0.5);
@@ -314,7 +328,8 @@ TYPED_TEST(Reference, EveryFeatureAtOnceWithReversedAndSpreadStrides) {
         if (std::isinf(expected.lse[n])) {
             ASSERT_EQ(static_cast<double>(lse[n]), expected.lse[n]);
         } else {
-            ASSERT_NEAR(static_cast<double>(lse[n]), expected.lse[n], wide * (1 + std::abs(expected.lse[n]))) << n;
+            ASSERT_NEAR(static_cast<double>(lse[n]), expected.lse[n], wide * (1 + std::abs(expected.lse[n])))
+                << n;
         }
     }
     for (std::size_t n = 0; n < weights.size(); ++n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class Case:
         dtype = numpy_dtype(self.dtype)
 
         def draw(size: int, heads: int) -> Array:
-            return rng.standard_normal((self.batch, size, heads, self.head_dim), dtype=np.float32).astype(dtype)
+            shape = (self.batch, size, heads, self.head_dim)
+            return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
 
         q = draw(self.q_size, self.q_heads)
         k, v = (draw(self.kv_size, self.kv_heads) for _ in range(2))
@@ -74,9 +76,8 @@ class Case:
 def numpy_dtype(name: str) -> Any:
     """The NumPy dtype of one of fastattn's dtype names; bfloat16 comes from `ml_dtypes`."""
     if name == "bfloat16":
-        import ml_dtypes  # only here: fastattn itself needs NumPy alone
-
-        return np.dtype(ml_dtypes.bfloat16)
+        # Only here: fastattn itself needs NumPy alone.
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
     return np.dtype(name)
 
 
@@ -103,7 +104,7 @@ CASES = _cases()
 
 
 def select(patterns: str | None) -> list[Case]:
-    """The cases whose names match one of the comma-separated patterns (``decode-*,tiny``), in the list's order.
+    """The cases that match one of the comma-separated patterns (``decode-*,tiny``), in the list's order.
 
     Raises
     ------

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 import fastattn
 from fastattn._cli import gate, info, machine, problems
-from fastattn._cli.cases import Case
+from fastattn._cli.cases import Case, numpy_dtype
 from fastattn._cli.output import Progress, table, three_digits
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -94,8 +92,8 @@ def run(pairs: Sequence[tuple[str, str]], speed: bool = True) -> list[Result]:
 def _check(result: Result, name: str, arrays: Any, kwargs: dict[str, Any], want: gate.Expected) -> None:
     try:
         out, lse = fastattn.mha(*arrays, kernel=result.kernel, return_lse=True, **kwargs)
-    except Exception as error:  # a kernel that raises has failed; the others go on
-        result.failures.append(f"{name}: {type(error).__name__}: {error}")
+    except Exception as raised:  # a kernel that raises has failed; the others go on
+        result.failures.append(f"{name}: {type(raised).__name__}: {raised}")
         return
     error, of_gate = gate.worst(out, want.out, want.out_limit)
     lse_error, lse_of_gate = gate.worst(lse, want.lse, want.lse_limit)
@@ -107,12 +105,13 @@ def _check(result: Result, name: str, arrays: Any, kwargs: dict[str, Any], want:
     if of_gate > 1.0:
         result.failures.append(f"{name}: error {error:.2g}, allowed {want.out_limit:.2g}")
     if lse_of_gate > 1.0:
-        result.failures.append(f"{name}: error of lse {lse_error:.2g}, {lse_of_gate:.2g} times what is allowed")
+        times = f"{lse_of_gate:.2g} times what is allowed"
+        result.failures.append(f"{name}: error of lse {lse_error:.2g}, {times}")
 
 
 def _seconds(case: Case, kernel: str, dtype: str) -> float:
     """The fastest of a few calls."""
-    q, k, v = (x.astype(problems.numpy_dtype(dtype)) for x in case.arrays())
+    q, k, v = (x.astype(numpy_dtype(dtype)) for x in case.arrays())
 
     def call() -> float:
         start = time.perf_counter()

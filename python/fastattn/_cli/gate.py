@@ -73,7 +73,7 @@ def textbook(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Array:
-    """Unfused attention in q's dtype (B,Sq,Hq,Dv), returned as float64; `backwards` sums from the other end."""
+    """Unfused attention in q's dtype (B,Sq,Hq,Dv), as float64; `backwards` sums from the other end."""
     dtype = q.dtype
     acc = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     batch, n_q, heads, dim = q.shape
@@ -110,8 +110,9 @@ def textbook(
         total = _product(exps, np.ones((batch, heads, n_k, 1), acc), backwards) + np.exp(sink - top)
         weight = np.where(allowed, exps / total, acc.type(0))
         if dropout:
-            keep = [[reference.dropout_keep(n_q, n_k, dropout, seed, b, h) for h in range(heads)] for b in range(batch)]
-            weight = np.where(np.asarray(keep), weight / acc.type(1 - dropout), acc.type(0))
+            pairs = np.ndindex(batch, heads)
+            keep = np.stack([reference.dropout_keep(n_q, n_k, dropout, seed, b, h) for b, h in pairs])
+            weight = np.where(keep.reshape(weight.shape), weight / acc.type(1 - dropout), acc.type(0))
         weight = weight.astype(dtype).astype(acc)
         out = _product(weight, np.where(np.isfinite(vs), vs, acc.type(0)), backwards).astype(dtype)
     return np.asarray(out.swapaxes(1, 2).astype(np.float64))

@@ -43,8 +43,7 @@ def text(short: bool = False) -> str:
 
 def _build() -> str:
     where = Path(str(_core.__file__))
-    details = getattr(_core, "build_info", None)
-    return f"{where.name} in {where.parent}" + (f", {details()}" if details is not None else "")
+    return f"{_core.build_info()}, {where.name} in {where.parent}"
 
 
 def _cuda() -> str:

@@ -23,6 +23,7 @@ def describe() -> dict[str, Any]:
     """CPU model, its features and caches, usable CPUs, memory and operating system."""
     return {
         "cpu": cpu_model(),
+        "cpu_id": cpu_id(),
         "architecture": platform.machine(),
         "features": cpu_features(),
         "cpus": usable_cpus(),
@@ -56,6 +57,13 @@ def cpu_model() -> str:
     return info.get("model name") or info.get("Processor") or platform.processor() or platform.machine()
 
 
+def cpu_id() -> str | None:
+    """Family, model and stepping, where the model's name does not say which generation it is."""
+    info = _cpuinfo()
+    numbers = [info.get(key) for key in ("cpu family", "model", "stepping")]
+    return "-".join(str(n) for n in numbers) if None not in numbers else None
+
+
 def cpu_features() -> list[str]:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -86,7 +94,7 @@ def memory_bytes() -> int | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree one stands in, when that is fastattn's: with "-dirty" for local changes."""
+    """The commit of fastattn's source tree, when one stands in it; "-dirty" at its end for local changes."""
     top = _output("git", "rev-parse", "--show-toplevel")
     if not top or 'name = "fastattn"' not in _read(Path(top) / "pyproject.toml"):
         return None

@@ -6,6 +6,7 @@ fastattn. It says NotApplicable, with the reason, where it has no such attention
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import time
@@ -64,9 +65,7 @@ class Torch:
     name = "torch"
 
     def __init__(self, threads: int) -> None:
-        import torch
-
-        self.torch = torch
+        self.torch = torch = importlib.import_module("torch")
         self.version = str(torch.__version__)
         torch.set_num_threads(threads)
 
@@ -99,10 +98,8 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(self, threads: int) -> None:
-        import onnxruntime
-
-        self.ort = onnxruntime
-        self.version = str(onnxruntime.__version__)
+        self.ort = importlib.import_module("onnxruntime")
+        self.version = str(self.ort.__version__)
         self.threads = threads
 
     def prepare(self, case: Case, q: Array, k: Array, v: Array) -> Runner:
@@ -111,19 +108,24 @@ class OnnxRuntime:
         if case.causal and case.q_size != case.kv_size:
             raise NotApplicable("its is_causal is aligned top-left")
         heads = {"q_num_heads": case.q_heads, "kv_num_heads": case.kv_heads, "is_causal": int(case.causal)}
-        candidates = [self._runner(case, (q, k, v), "Attention", "", 23, heads)]
+        candidates = [self._runner(case, (q, k, v), ("Attention", "", 23), heads)]
         if case.dtype == "float32" and case.q_heads == case.kv_heads:
             own = {"num_heads": case.q_heads, "unidirectional": int(case.causal)}
-            candidates.append(self._runner(case, (q, k, v), "MultiHeadAttention", "com.microsoft", 1, own))
+            candidates.append(self._runner(case, (q, k, v), ("MultiHeadAttention", "com.microsoft", 1), own))
         if len(candidates) == 1:
             return candidates[0]
         return min(candidates, key=lambda runner: min(_seconds(runner.run) for _ in range(3)))
 
     def _runner(
-        self, case: Case, arrays: tuple[Array, ...], op: str, domain: str, opset: int, attributes: dict[str, int]
+        self,
+        case: Case,
+        arrays: tuple[Array, ...],
+        operator: tuple[str, str, int],
+        attributes: dict[str, int],
     ) -> Runner:
+        op, domain, opset = operator
         # (B,S,H,D) as the operators' (B,S,H*D).
-        inputs = {n: np.ascontiguousarray(x.reshape(*x.shape[:2], -1)) for n, x in zip("qkv", arrays, strict=True)}
+        inputs = {name: x.reshape(*x.shape[:2], -1) for name, x in zip("qkv", arrays, strict=True)}
         shapes = {name: x.shape for name, x in inputs.items()}
         model = one_node_model(
             op,
@@ -165,10 +167,8 @@ class Jax:
         # XLA sizes its pool once, from this variable, when the CPU client starts.
         os.environ["NPROC"] = str(threads)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        import jax
-
-        self.jax = jax
-        self.version = str(jax.__version__)
+        self.jax = importlib.import_module("jax")
+        self.version = str(self.jax.__version__)
 
     def prepare(self, case: Case, q: Array, k: Array, v: Array) -> Runner:
         jax = self.jax
@@ -191,7 +191,7 @@ class NumPy:
     def __init__(self, threads: int) -> None:
         self.version = np.__version__
         try:
-            import threadpoolctl
+            threadpoolctl = importlib.import_module("threadpoolctl")
         except ImportError:
             # Without it NumPy's BLAS keeps the threads it started with: all CPUs.
             if threads != machine.usable_cpus():
@@ -212,7 +212,8 @@ class NumPy:
         hidden = None
         if case.causal:
             i, j = np.arange(case.q_size)[:, None], np.arange(case.kv_size)
-            hidden = np.tile(np.where(j > i + case.kv_size - case.q_size, -np.inf, 0.0), (group, 1)).astype(q.dtype)
+            rows = np.where(j > i + case.kv_size - case.q_size, -np.inf, 0.0).astype(q.dtype)
+            hidden = np.tile(rows, (group, 1))
 
         def run() -> Any:
             score = (qn * scale) @ kn.swapaxes(2, 3)  # (B,Hkv,G*Sq,Sk)

@@ -13,7 +13,9 @@ Array = np.ndarray[Any, Any]
 Problem = tuple[Array, Array, Array, dict[str, Any]]  # q, k, v (layout bshd) and the keyword arguments
 
 
-def _qkv(rng: np.random.Generator, dtype: Any, b: int, sq: int, sk: int, hq: int, hkv: int, d: int, dv: int) -> Any:
+def _qkv(rng: np.random.Generator, dtype: Any, *sizes: int) -> Any:
+    """q, k and v from B, Sq, Sk, Hq, Hkv, D, Dv."""
+    b, sq, sk, hq, hkv, d, dv = sizes
     shapes = ((b, sq, hq, d), (b, sk, hkv, d), (b, sk, hkv, dv))
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
@@ -31,7 +33,7 @@ def _long(rng: np.random.Generator, dtype: Any) -> Problem:
 
 
 def _decode(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 3, 1, 5000, 8, 2, 128, 128), {"kv_lens": np.array([5000, 4097, 1])}
+    return *_qkv(rng, dtype, 2, 1, 5000, 4, 1, 128, 128), {"kv_lens": np.array([4999, 1])}
 
 
 def _odd_sizes(rng: np.random.Generator, dtype: Any) -> Problem:

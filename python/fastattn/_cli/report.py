@@ -72,4 +72,5 @@ def _summary(cases: list[dict[str, Any]]) -> list[str]:
         return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     won = sum(ratio > 1.0 for ratio in ratios)
-    return ["", f"faster than every peer in {won} of {len(ratios)} cases; {mean:.2f}x the best peer's speed (geometric mean)"]
+    speed_text = f"{mean:.2f}x the best peer's speed (geometric mean)"
+    return ["", f"faster than every peer in {won} of {len(ratios)} cases; {speed_text}"]

@@ -7,7 +7,8 @@ int main() {
     const auto matrix = [](float* data) {  // (2, 2): two rows of two features
         return fastattn::TensorView{.data = data, .rank = 2, .shape = {2, 2}, .strides = {2, 1}};
     };
-    fastattn::AttentionParams params{.q = matrix(q), .k = matrix(k), .v = matrix(v), .out = matrix(out)};
+    fastattn::AttentionParams params;
+    params.q = matrix(q), params.k = matrix(k), params.v = matrix(v), params.out = matrix(out);
     fastattn::attention_forward(fastattn::make_problem(params));
     std::printf("%s %.6f %.6f %.6f %.6f\n", fastattn::version(), out[0], out[1], out[2], out[3]);
 }
