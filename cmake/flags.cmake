@@ -18,7 +18,7 @@ function(fastattn_set_flags target)
   endif()
   if(FASTATTN_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${FASTATTN_SANITIZE} -fno-omit-frame-pointer
-      -fno-sanitize-recover=all -g)
+      -fno-sanitize-recover=all)
     # PUBLIC for the static library: whoever links it needs the sanitizer's run time.
     target_link_options(${target} PUBLIC -fsanitize=${FASTATTN_SANITIZE})
   endif()

@@ -250,7 +250,7 @@ def plot_attention(path, tokens, weights, heads):
         axes.tick_params(which="minor", length=0)
     for axes in panels[len(heads) :]:
         axes.remove()
-    figure.suptitle("all-MiniLM-L6-v2 on fastattn: where each token (row) looks (column)", fontsize=12)
+    figure.suptitle("all-MiniLM-L6-v2 on fastattn\nwhere each token (row) looks (column)", fontsize=12)
     figure.colorbar(image, ax=panels[: len(heads)].tolist(), shrink=0.6, label="attention weight")
     figure.savefig(path)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import tracemalloc
+import mmap
 
 import ml_dtypes
 import numpy as np
@@ -78,17 +77,10 @@ def test_misaligned_side_arguments():
 
 
 def test_misaligned_input_is_not_materialised_along_broadcast_axes():
-    one = misalign(np.ones((1, 1, 1, 8), np.float32))
-    q = np.broadcast_to(one, (1, 1, 1, 8))
-    k = np.broadcast_to(one, (1, 2**22, 1, 8))  # 128 MiB if it were copied as it looks
-    tracemalloc.start()
-    plan = fastattn.explain(q, k, k, kv_lens=np.array([3]))
-    out = fastattn.mha(q, k, k, kv_lens=np.array([3]), kernel="cpu-reference")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert plan.kernel
-    assert peak < 2**20
-    assert np.array_equal(out, np.ones((1, 1, 1, 8), np.float32))
+    k = np.broadcast_to(misalign(np.ones((1, 1, 1, 8), np.float32)), (1, 2**45, 1, 8))
+    q = k[:, :1]
+    # Where k was copied as it looks, this would need 2**50 bytes.
+    assert np.array_equal(fastattn.mha(q, k, k, kv_lens=np.array([3]), kernel="cpu-reference"), q)
 
 
 @pytest.mark.parametrize("make", [misalign, field])
@@ -156,15 +148,26 @@ def test_strides_of_axes_of_one_do_not_matter():
 
 
 def test_aligned_views_are_not_copied():
-    big = np.zeros((2, 1024, 4, 2 * 64), np.float32)
-    q = big[:, :8, ::-1, ::2]
-    k = big[::-1, ::-1, :, 1::2]
-    fastattn.mha(q, k, k)
-    tracemalloc.start()
-    out = fastattn.mha(q, k, k)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < out.nbytes + 4096  # tracemalloc sees NumPy's memory: the result and nothing else
+    size = 2**36  # address space, of which hardly a page is touched
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no {size} bytes of address space: {error}")
+    big = np.frombuffer(memory, np.float32).reshape(2, -1, 4, 64)
+    big[:, :8] = np.random.default_rng(0).standard_normal((2, 8, 4, 64))
+    lens = np.array([5, 8])
+    views = {
+        "transposed": big.transpose(0, 2, 1, 3)[:, ::-1].transpose(0, 2, 1, 3),
+        "halved": big[::-1, :, :, ::2],
+        "backwards": big[:, 7::-1, :, ::-1],
+    }
+    for name, k in views.items():
+        short = np.ascontiguousarray(k[:, :8])
+        # Another Sk may be split another way, so the last bits may differ.
+        got = fastattn.mha(short, k, k, q_offset=0, kv_lens=lens)
+        want = fastattn.mha(short, short, short, q_offset=0, kv_lens=lens)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_read_only_and_aliased_inputs(dtype):
@@ -174,7 +177,7 @@ def test_read_only_and_aliased_inputs(dtype):
     assert same(fastattn.mha(x, x, x), expected)
 
 
-@pytest.mark.parametrize("names", list(itertools.combinations("qkv", 1)) + [("q", "k", "v")])
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
 def test_matrix_and_memmap_and_other_subclasses(tmp_path, names):
     class Mine(np.ndarray):
         pass
@@ -231,15 +234,26 @@ def test_explicit_native_byte_order_is_accepted():
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    ["complex64", "longdouble", "object", "S4", "U4", "M8[s]", "V2", "f4,i4", ml_dtypes.float8_e4m3fn, ml_dtypes.int4],
+    "strange",
+    [
+        "complex64",
+        "longdouble",
+        "object",
+        "S4",
+        "U4",
+        "M8[s]",
+        "V2",
+        "f4,i4",
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.int4,
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["q", "v", "bias", "kv_lens"])
-def test_dtypes_that_do_not_exist_here(name, dtype):
+def test_dtypes_that_do_not_exist_here(name, strange):
     given = dict(zip("qkv", qkv(np.float32, Sq=6), strict=True))
     shape = {"bias": (6, 6), "kv_lens": (1,)}.get(name, given["q"].shape)
-    given[name] = np.zeros(shape, dtype)
+    given[name] = np.zeros(shape, strange)
     with pytest.raises(TypeError, match=rf"^{name}: dtype .* is not supported"):
         fastattn.mha(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
@@ -258,7 +272,9 @@ def test_every_integer_dtype_of_lengths():
         assert same(fastattn.mha(q, k, v, kv_lens=lens, q_offset=offset, causal=True), expected)
 
 
-@pytest.mark.parametrize("offset", [2, np.int8(2), np.uint64(2), np.array(2), np.array(2, np.int16)], ids=repr)
+@pytest.mark.parametrize(
+    "offset", [2, np.int8(2), np.uint64(2), np.array(2), np.array(2, np.int16)], ids=repr
+)
 def test_scalars_for_q_offset(offset):
     q, k, v = qkv(np.float32, Sq=4, Sk=6)
     assert same(

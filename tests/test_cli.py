@@ -227,6 +227,13 @@ def test_bench_writes_a_complete_json_and_a_png(tmp_path: Path, capsys: pytest.C
     assert "geometric mean" in text
 
 
+def test_plot_has_a_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, "--peers", "none", "--plot"]) == 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
+
+
 def test_bench_without_peers_and_with_a_forced_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--peers", "none", "--kernel", "cpu-reference"]) == 0
     text = capsys.readouterr().out

@@ -213,8 +213,8 @@ def overlaps():
     x = ones(2, 6, 4, 8)
     square = {"q": x[:, :3], "k": x[:, 3:], "v": x[:, 3:]}
     yield "q", square | {"out": x[:, :3]}
-    yield "v", square | {"out": x[:, 3:]}
-    yield "k", square | {"v": ones(2, 3, 4, 8), "out": x[:, 2:5]}
+    yield "v", square | {"k": ones(2, 3, 4, 8), "out": x[:, 3:]}
+    yield "k", square | {"q": ones(2, 3, 4, 8), "v": ones(2, 3, 4, 8), "out": x[:, 2:5]}
     flat = np.zeros(2 * 3 * 4 * 8 + 100, F4)
     shifted = flat[50 : 50 + 192].reshape(2, 3, 4, 8)
     yield "q", square | {"q": flat[:192].reshape(2, 3, 4, 8), "out": shifted}

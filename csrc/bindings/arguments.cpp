@@ -15,8 +15,9 @@ namespace fastattn::bindings {
 namespace {
 
 constexpr std::string_view kNames[] = {
-    "q",    "k",       "v",     "layout", "scale",  "causal",  "window", "q_offset",   "mask",           "bias", "alibi_slopes",
-    "softcap", "sinks", "q_lens", "kv_lens", "dropout", "seed",   "return_lse", "return_weights", "out",  "device",
+    "q",        "k",       "v",    "layout",       "scale",          "causal", "window",
+    "q_offset", "mask",    "bias", "alibi_slopes", "softcap",        "sinks",  "q_lens",
+    "kv_lens",  "dropout", "seed", "return_lse",   "return_weights", "out",    "device",
     "kernel",
 };
 static_assert(std::size(kNames) == kSlots, "one name per slot");
@@ -65,7 +66,8 @@ std::int64_t to_saturated(PyObject* object, const char* name, const char* expect
     }
     overflowed = overflow != 0;
     if (overflow != 0) {
-        return overflow > 0 ? std::numeric_limits<std::int64_t>::max() : std::numeric_limits<std::int64_t>::min();
+        return overflow > 0 ? std::numeric_limits<std::int64_t>::max()
+                            : std::numeric_limits<std::int64_t>::min();
     }
     return value;
 }
@@ -77,7 +79,8 @@ const char* slot_name(Slot slot) noexcept { return kNames[slot].data(); }
 Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     Arguments arguments;
     if (count > kPositional) {
-        raise(PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", function, kPositional, count);
+        raise(PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", function, kPositional,
+              count);
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
         arguments.values[i] = args[i];
@@ -95,7 +98,8 @@ Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_
             raise(PyExc_TypeError, "%s() got an unexpected keyword argument %R", function, keyword);
         }
         if (arguments.values[slot] != nullptr) {
-            raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", function, kNames[slot].data());
+            raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", function,
+                  kNames[slot].data());
         }
         arguments.values[slot] = args[count + i];
     }
@@ -187,7 +191,8 @@ std::uint64_t to_seed(const Arguments& arguments) {
     return value;
 }
 
-void to_window(const Arguments& arguments, std::optional<std::int64_t>& left, std::optional<std::int64_t>& right) {
+void to_window(const Arguments& arguments, std::optional<std::int64_t>& left,
+               std::optional<std::int64_t>& right) {
     PyObject* object = arguments[kWindow];
     constexpr const char* kExpected = "(left, right), each an int >= 0 or None";
     if (!PyTuple_Check(object) && !PyList_Check(object)) {
@@ -196,7 +201,8 @@ void to_window(const Arguments& arguments, std::optional<std::int64_t>& left, st
     // A list may change while __index__ runs; a tuple of it may not.
     const PyRef pair = PyRef::checked(PySequence_Tuple(object));
     if (PyTuple_GET_SIZE(pair.get()) != 2) {
-        raise(PyExc_ValueError, "window: expected %s, got %zd items", kExpected, PyTuple_GET_SIZE(pair.get()));
+        raise(PyExc_ValueError, "window: expected %s, got %zd items", kExpected,
+              PyTuple_GET_SIZE(pair.get()));
     }
     std::optional<std::int64_t>* sides[] = {&left, &right};
     for (Py_ssize_t i = 0; i < 2; ++i) {
@@ -220,7 +226,8 @@ bool is_integer_scalar(PyObject* object) {
 
 std::int64_t to_int64(PyObject* object, const char* name) {
     bool overflowed = false;
-    const std::int64_t value = to_saturated(object, name, "an int or an integer array of shape (B,)", overflowed);
+    const std::int64_t value =
+        to_saturated(object, name, "an int or an integer array of shape (B,)", overflowed);
     if (overflowed) {
         raise(PyExc_ValueError, "%s: expected an int of at most 64 bits, got %R", name, object);
     }

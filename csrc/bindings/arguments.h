@@ -58,7 +58,8 @@ double to_double(const Arguments& arguments, Slot slot, double fallback);
 const char* to_text(const Arguments& arguments, Slot slot);
 std::uint64_t to_seed(const Arguments& arguments);
 // (left, right)
-void to_window(const Arguments& arguments, std::optional<std::int64_t>& left, std::optional<std::int64_t>& right);
+void to_window(const Arguments& arguments, std::optional<std::int64_t>& left,
+               std::optional<std::int64_t>& right);
 // True for what stands for one integer rather than an array of them.
 bool is_integer_scalar(PyObject* object);
 std::int64_t to_int64(PyObject* object, const char* name);

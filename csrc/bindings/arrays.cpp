@@ -71,7 +71,8 @@ PyRef shape_tuple(int rank, const std::int64_t* shape) {
 }  // namespace
 
 // As view_ndarray(), for every kind of array.
-bool Arrays::view_of(PyObject* object, const char* name, bool for_output, TensorView& view, ByteStridedArray& bytes) {
+bool Arrays::view_of(PyObject* object, const char* name, bool for_output, TensorView& view,
+                     ByteStridedArray& bytes) {
     if (is_ndarray(object)) {
         return view_ndarray(object, name, view, bytes);
     }
@@ -147,7 +148,8 @@ void Result::allocate(PyObject* q, const char* name, DType dtype, int rank, cons
         PyObject_CallMethod(glue().get(), "empty", "OOs", q, dimensions.get(), dtype_name(dtype)));
     if (!object) {
         if (PyErr_ExceptionMatches(PyExc_MemoryError)) {
-            raise_from(PyExc_MemoryError, "%s: could not allocate %lld bytes", name, static_cast<long long>(size));
+            raise_from(PyExc_MemoryError, "%s: could not allocate %lld bytes", name,
+                       static_cast<long long>(size));
         }
         throw PythonError{};
     }
@@ -159,7 +161,8 @@ void Result::allocate(PyObject* q, const char* name, DType dtype, int rank, cons
     bool aligned = false;
     ByteStridedArray bytes;
     lent_.emplace(import_dlpack(object.get(), name, true, view, aligned, bytes));
-    if (!aligned || view.dtype != dtype || view.rank != rank || !std::equal(shape, shape + rank, view.shape)) {
+    if (!aligned || view.dtype != dtype || view.rank != rank ||
+        !std::equal(shape, shape + rank, view.shape)) {
         raise(PyExc_RuntimeError, "%s: fastattn._arrays.empty returned another array than asked for", name);
     }
     object_ = std::move(object);

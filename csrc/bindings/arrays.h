@@ -35,7 +35,8 @@ private:
         const char* name;
         Extent extent;
     };
-    bool view_of(PyObject* object, const char* name, bool for_output, TensorView& view, ByteStridedArray& bytes);
+    bool view_of(PyObject* object, const char* name, bool for_output, TensorView& view,
+                 ByteStridedArray& bytes);
 
     std::vector<ManagedTensor> lent_;
     std::vector<HostBuffer> copies_;
@@ -48,7 +49,8 @@ private:
 class Result {
 public:
     // For a NumPy q that costs one allocation; otherwise fastattn._arrays is asked.
-    void allocate(PyObject* q, const char* name, DType dtype, int rank, const std::int64_t* shape, TensorView& view);
+    void allocate(PyObject* q, const char* name, DType dtype, int rank, const std::int64_t* shape,
+                  TensorView& view);
     // The finished array, once.
     PyRef take(PyObject* q);
 

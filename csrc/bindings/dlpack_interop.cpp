@@ -66,8 +66,8 @@ void check_announced_device(PyObject* object, const char* name) {
     }
     if (!is_pair || PyErr_Occurred() != nullptr) {
         PyErr_Clear();
-        raise(PyExc_TypeError, "%s: __dlpack_device__() of %.200s returned %R, expected a tuple of two ints", name,
-              type_name(object), device.get());
+        raise(PyExc_TypeError, "%s: __dlpack_device__() of %.200s returned %R, expected a tuple of two ints",
+              name, type_name(object), device.get());
     }
     check_device(static_cast<std::int32_t>(type), static_cast<std::int32_t>(id), name);
 }
@@ -115,7 +115,8 @@ ManagedTensor take(PyObject* capsule, PyObject* object, const char* name) {
         return ManagedTensor(static_cast<dlpack::DLManagedTensor*>(pointer));
     }
     raise(PyExc_TypeError,
-          "%s: __dlpack__() of %.200s returned %R, expected a capsule named \"dltensor\" or \"dltensor_versioned\"",
+          "%s: __dlpack__() of %.200s returned %R, expected a capsule named \"dltensor\" or "
+          "\"dltensor_versioned\"",
           name, type_name(object), capsule);
 }
 
@@ -125,10 +126,12 @@ bool dtype_of(const dlpack::DLDataType& type, DType& dtype) noexcept {
         DType dtype;
     };
     static constexpr Row kRows[] = {
-        {dlpack::kFloat, 32, DType::f32}, {dlpack::kFloat, 64, DType::f64}, {dlpack::kFloat, 16, DType::f16},
-        {dlpack::kBfloat, 16, DType::bf16}, {dlpack::kBool, 8, DType::boolean}, {dlpack::kInt, 8, DType::i8},
-        {dlpack::kInt, 16, DType::i16}, {dlpack::kInt, 32, DType::i32}, {dlpack::kInt, 64, DType::i64},
-        {dlpack::kUInt, 8, DType::u8}, {dlpack::kUInt, 16, DType::u16}, {dlpack::kUInt, 32, DType::u32},
+        {dlpack::kFloat, 32, DType::f32},   {dlpack::kFloat, 64, DType::f64},
+        {dlpack::kFloat, 16, DType::f16},   {dlpack::kBfloat, 16, DType::bf16},
+        {dlpack::kBool, 8, DType::boolean}, {dlpack::kInt, 8, DType::i8},
+        {dlpack::kInt, 16, DType::i16},     {dlpack::kInt, 32, DType::i32},
+        {dlpack::kInt, 64, DType::i64},     {dlpack::kUInt, 8, DType::u8},
+        {dlpack::kUInt, 16, DType::u16},    {dlpack::kUInt, 32, DType::u32},
         {dlpack::kUInt, 64, DType::u64},
     };
     for (const Row& row : kRows) {
@@ -186,32 +189,34 @@ bool has_dlpack(PyObject* object) {
     return !PyType_Check(object) && static_cast<bool>(optional_attribute(object, "__dlpack__"));
 }
 
-ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view, bool& aligned,
-                            ByteStridedArray& bytes) {
+ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
+                            bool& aligned, ByteStridedArray& bytes) {
     check_requires_grad(object, name);
     check_announced_device(object, name);
     const PyRef capsule = request_capsule(object, name);
     ManagedTensor managed = take(capsule.get(), object, name);
     if (managed.versioned() && managed.version().major != dlpack::kMajorVersion) {
         // Only version, manager_ctx and deleter are sure to be where we think they are.
-        raise(PyExc_TypeError, "%s: %.200s exports DLPack version %u.%u, expected 1.x", name, type_name(object),
-              managed.version().major, managed.version().minor);
+        raise(PyExc_TypeError, "%s: %.200s exports DLPack version %u.%u, expected 1.x", name,
+              type_name(object), managed.version().major, managed.version().minor);
     }
     const dlpack::DLTensor& tensor = managed.tensor();
     check_device(tensor.device.device_type, tensor.device.device_id, name);
     if (tensor.dtype.lanes != 1 || !dtype_of(tensor.dtype, view.dtype)) {
-        raise(PyExc_TypeError,
-              "%s: the DLPack dtype (code %d, %d bits, %d lanes) is not supported (float64, float32, float16, "
-              "bfloat16, bool and integers are)",
-              name, static_cast<int>(tensor.dtype.code), static_cast<int>(tensor.dtype.bits),
-              static_cast<int>(tensor.dtype.lanes));
+        raise(
+            PyExc_TypeError,
+            "%s: the DLPack dtype (code %d, %d bits, %d lanes) is not supported (float64, float32, float16, "
+            "bfloat16, bool and integers are)",
+            name, static_cast<int>(tensor.dtype.code), static_cast<int>(tensor.dtype.bits),
+            static_cast<int>(tensor.dtype.lanes));
     }
     bool is_empty = false;
     set_shape(tensor, name, view, is_empty);
     view.device = {};
     view.readonly = (managed.flags() & dlpack::kReadOnly) != 0;
     if (for_output && (managed.flags() & dlpack::kIsCopied) != 0) {
-        raise(PyExc_ValueError, "%s: %.200s exports a copy, so the result would be lost", name, type_name(object));
+        raise(PyExc_ValueError, "%s: %.200s exports a copy, so the result would be lost", name,
+              type_name(object));
     }
     if (is_empty) {
         view.data = empty_data;

@@ -18,7 +18,8 @@ public:
     explicit ManagedTensor(dlpack::DLManagedTensor* legacy) noexcept : legacy_(legacy) {}
     explicit ManagedTensor(dlpack::DLManagedTensorVersioned* versioned) noexcept : versioned_(versioned) {}
     ManagedTensor(ManagedTensor&& other) noexcept
-        : legacy_(std::exchange(other.legacy_, nullptr)), versioned_(std::exchange(other.versioned_, nullptr)) {}
+        : legacy_(std::exchange(other.legacy_, nullptr)),
+          versioned_(std::exchange(other.versioned_, nullptr)) {}
     ManagedTensor& operator=(ManagedTensor&&) = delete;
     ManagedTensor(const ManagedTensor&) = delete;
     ManagedTensor& operator=(const ManagedTensor&) = delete;
@@ -41,7 +42,7 @@ bool has_dlpack(PyObject* object);
 // Imports `object`, which has __dlpack__. `aligned` as in view_ndarray(): when false, `bytes` describes the
 // array. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not have, a
 // producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
-ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view, bool& aligned,
-                            ByteStridedArray& bytes);
+ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
+                            bool& aligned, ByteStridedArray& bytes);
 
 }  // namespace fastattn::bindings

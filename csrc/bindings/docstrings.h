@@ -3,12 +3,15 @@
 
 namespace fastattn::bindings {
 
-#define FASTATTN_MHA_SIGNATURE                                                                                   \
-    "($module, q, k, v, *, layout='bshd', scale=None, causal=False, window=None, q_offset=None, mask=None, "    \
-    "bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, kv_lens=None, dropout=0.0, seed=0, " \
+#define FASTATTN_MHA_SIGNATURE                                                                               \
+    "($module, q, k, v, *, layout='bshd', scale=None, causal=False, window=None, q_offset=None, mask=None, " \
+    "bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, kv_lens=None, dropout=0.0, "       \
+    "seed=0, "                                                                                               \
     "return_lse=False, return_weights=False, out=None, device=None, kernel=None)\n--\n\n"
 
-inline constexpr const char* kMhaDoc = "mha" FASTATTN_MHA_SIGNATURE R"doc(Exact multi-head attention, fused: ``softmax(scale * q @ k.T + ...) @ v`` in O(S) memory.
+inline constexpr const char* kMhaDoc =
+    "mha" FASTATTN_MHA_SIGNATURE
+    R"doc(Exact multi-head attention, fused: ``softmax(scale * q @ k.T + ...) @ v`` in O(S) memory.
 
 B is the batch, Hq and Hkv are query and key/value heads (Hq a multiple of Hkv: GQA, MQA), Sq and Sk
 sequence lengths, D and Dv the head dimensions of q, k and of v. A score is computed in this order:
@@ -109,7 +112,9 @@ Examples
 (1, 128, 8, 64)
 )doc";
 
-inline constexpr const char* kExplainDoc = "explain" FASTATTN_MHA_SIGNATURE R"doc(The plan of a call of `mha` with these arguments, without running it.
+inline constexpr const char* kExplainDoc =
+    "explain" FASTATTN_MHA_SIGNATURE
+    R"doc(The plan of a call of `mha` with these arguments, without running it.
 
 Parameters
 ----------

@@ -8,7 +8,8 @@
 namespace fastattn::bindings {
 namespace {
 
-void add_exception(py::module_& m, const char* name, const char* qualified_name, const char* doc, PyObject* base) {
+void add_exception(py::module_& m, const char* name, const char* qualified_name, const char* doc,
+                   PyObject* base) {
     py::object type =
         py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(qualified_name, doc, base, nullptr));
     if (!type) {

@@ -110,7 +110,7 @@ py::object make_capsule(const HostBuffer& buffer, const char* name, PyCapsule_De
     std::copy_n(view.shape, view.rank, exported->shape);
     std::copy_n(view.strides, view.rank, exported->strides);
     Managed& managed = exported->managed;
-    managed.dl_tensor = {view.data,           {dlpack::kCpu, 0},  view.rank, dlpack_dtype(view.dtype),
+    managed.dl_tensor = {view.data,       {dlpack::kCpu, 0}, view.rank, dlpack_dtype(view.dtype),
                          exported->shape, exported->strides, 0};
     managed.manager_ctx = exported.get();
     managed.deleter = &delete_exported<Managed>;
@@ -139,8 +139,7 @@ py::object export_dlpack(const HostBuffer& self, const py::object& stream, const
                     static_cast<std::size_t>(element_count(view)) * item_size(view.dtype));
     }
     const HostBuffer& buffer = copied ? *copied : self;
-    const bool versioned =
-        !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
+    const bool versioned = !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
     if (!versioned) {
         return make_capsule<dlpack::DLManagedTensor>(buffer, dlpack::kLegacyName, [](PyObject* capsule) {
             release_unused_capsule<dlpack::DLManagedTensor>(capsule, dlpack::kLegacyName);
@@ -171,7 +170,9 @@ py::dict array_interface(const HostBuffer& self) {
     py::dict result;
     result["version"] = 3;
     result["shape"] = shape;
-    result["typestr"] = (item_size(view.dtype) == 1 ? "|" : PY_LITTLE_ENDIAN ? "<" : ">") +
+    result["typestr"] = (item_size(view.dtype) == 1 ? "|"
+                         : PY_LITTLE_ENDIAN         ? "<"
+                                                    : ">") +
                         std::string(1, kind) + std::to_string(item_size(view.dtype));
     result["data"] = py::make_tuple(reinterpret_cast<std::uintptr_t>(view.data), false);
     return result;
@@ -188,8 +189,8 @@ std::int64_t checked_bytes(const char* name, DType dtype, int rank, const std::i
     auto bytes = static_cast<std::int64_t>(item_size(dtype));
     for (int axis = 0; axis < rank; ++axis) {
         if (multiply_overflows(bytes, shape[axis], &bytes)) {
-            throw ValueError(std::string(name) + ": an array of shape " + shape_string(shape, rank) + " and dtype " +
-                             dtype_name(dtype) + " has more than 2**63 - 1 bytes");
+            throw ValueError(std::string(name) + ": an array of shape " + shape_string(shape, rank) +
+                             " and dtype " + dtype_name(dtype) + " has more than 2**63 - 1 bytes");
         }
     }
     return bytes;
@@ -234,7 +235,8 @@ Extent ByteStridedArray::extent() const noexcept {
     return {begin, end};
 }
 
-HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements, TensorView& view) {
+HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements,
+                        TensorView& view) {
     std::int64_t stored[kMaxRank] = {};
     for (int axis = 0; axis < source.rank; ++axis) {
         const bool broadcast = source.strides[axis] == 0 && source.shape[axis] > 1;
@@ -260,8 +262,8 @@ HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool c
 void copy_back(const HostBuffer& copy, const ByteStridedArray& target) {
     std::int64_t strides[kMaxRank] = {};
     byte_strides(copy.view(), strides);
-    copy_strided(target.dtype, static_cast<const char*>(copy.view().data), strides, target.data, target.strides,
-                 target.shape, target.rank);
+    copy_strided(target.dtype, static_cast<const char*>(copy.view().data), strides, target.data,
+                 target.strides, target.shape, target.rank);
 }
 
 void register_host_buffer(py::module_& m) {
@@ -273,8 +275,7 @@ void register_host_buffer(py::module_& m) {
              py::arg("copy") = py::none())
         .def("__dlpack_device__", [](const HostBuffer&) { return py::make_tuple(int{dlpack::kCpu}, 0); })
         .def_property_readonly("__array_interface__", &array_interface)
-        .def_property_readonly("dtype",
-                               [](const HostBuffer& self) { return dtype_name(self.view().dtype); });
+        .def_property_readonly("dtype", [](const HostBuffer& self) { return dtype_name(self.view().dtype); });
 }
 
 }  // namespace fastattn::bindings

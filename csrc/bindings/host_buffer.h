@@ -49,7 +49,8 @@ struct ByteStridedArray {
 
 // An aligned copy of `source`; axes of stride 0 stay broadcast. With copy_elements == false the memory
 // is left uninitialised (for outputs). `view` becomes the view of the copy.
-HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements, TensorView& view);
+HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements,
+                        TensorView& view);
 // Writes a compact copy back.
 void copy_back(const HostBuffer& copy, const ByteStridedArray& target);
 

@@ -111,8 +111,9 @@ bool view_ndarray(PyObject* array, const char* name, TensorView& view, ByteStrid
     }
     constexpr char kForeign = PY_LITTLE_ENDIAN ? '>' : '<';
     if (py::detail::array_descriptor_proxy(proxy->descr)->byteorder == kForeign) {
-        raise(PyExc_TypeError, "%s: expected native byte order, got dtype %R; use %s.astype(%s.dtype.newbyteorder('='))",
-              name, proxy->descr, name, name);
+        raise(PyExc_TypeError,
+              "%s: expected native byte order, got dtype %R; use %s.astype(%s.dtype.newbyteorder('='))", name,
+              proxy->descr, name, name);
     }
     view.dtype = dtype;
     view.device = {};
@@ -164,7 +165,8 @@ PyRef new_ndarray(const char* name, PyObject* q, DType dtype, int rank, const st
     if (!array) {
         if (PyErr_ExceptionMatches(PyExc_MemoryError)) {
             PyErr_Clear();
-            raise(PyExc_MemoryError, "%s: could not allocate %zd bytes", name, static_cast<py::ssize_t>(size));
+            raise(PyExc_MemoryError, "%s: could not allocate %zd bytes", name,
+                  static_cast<py::ssize_t>(size));
         }
         throw PythonError{};
     }

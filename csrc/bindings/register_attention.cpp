@@ -280,10 +280,10 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     // Looked up per call: a class kept here would outlive its interpreter.
     const py::object type = py::module_::import("fastattn._attention").attr("Explanation");
     using namespace py::literals;
-    py::object result = type("kernel"_a = plan.kernel, "device"_a = plan.device, "algorithm"_a = plan.algorithm,
-                             "workspace_bytes"_a = plan.workspace_bytes, "work_items"_a = plan.work_items,
-                             "threads"_a = plan.threads, "flops"_a = plan.flops, "bytes"_a = plan.bytes,
-                             "refused"_a = refused);
+    py::object result = type("kernel"_a = plan.kernel, "device"_a = plan.device,
+                             "algorithm"_a = plan.algorithm, "workspace_bytes"_a = plan.workspace_bytes,
+                             "work_items"_a = plan.work_items, "threads"_a = plan.threads,
+                             "flops"_a = plan.flops, "bytes"_a = plan.bytes, "refused"_a = refused);
     return PyRef::steal(result.release().ptr());
 }
 

@@ -74,7 +74,8 @@ void register_runtime(py::module_& m) {
     py::options options;
     options.disable_function_signatures();  // the docstrings carry them, where inspect finds them
     m.attr("__version__") = version();
-    m.def("kernel_rows", &kernel_rows, "kernel_rows()\n--\n\n(name, device, dtypes, usable, reason) of each kernel.");
+    m.def("kernel_rows", &kernel_rows,
+          "kernel_rows()\n--\n\n(name, device, dtypes, usable, reason) of each kernel.");
     m.def("cpu_features", &cpu_features,
           "cpu_features()\n--\n\nInstruction set -> None where this machine has it, else why not.");
     m.def("build_info", &build_info, "build_info()\n--\n\nThe compiler that made this module.");

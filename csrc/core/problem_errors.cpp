@@ -1,14 +1,14 @@
 #include "core/problem_errors.h"
 
-#include <charconv>
+#include <cstdio>
 
 namespace fastattn {
 namespace {
 
 std::string number_string(double x) {
     char text[32];
-    const auto end = std::to_chars(text, text + sizeof text, x).ptr;
-    return std::string(text, end);
+    std::snprintf(text, sizeof text, "%.10g", x);
+    return text;
 }
 
 std::string labelled(const char* name, const TensorView& view) {

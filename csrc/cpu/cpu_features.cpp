@@ -88,16 +88,14 @@ Missing detect() noexcept {
     return m;
 }
 
-const Missing& missing() noexcept {
-    static const Missing found = detect();
-    return found;
-}
+// At load time: the guard of a function's static could be held by another thread during a fork.
+const Missing missing = detect();
 
 }  // namespace
 
-const char* missing_avx2() noexcept { return missing().avx2; }
-const char* missing_avx512() noexcept { return missing().avx512; }
-const char* missing_avx512bf16() noexcept { return missing().avx512bf16; }
+const char* missing_avx2() noexcept { return missing.avx2; }
+const char* missing_avx512() noexcept { return missing.avx512; }
+const char* missing_avx512bf16() noexcept { return missing.avx512bf16; }
 const char* missing_neon() noexcept { return "built for x86-64"; }
 
 #else

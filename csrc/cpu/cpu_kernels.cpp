@@ -3,6 +3,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "core/kernel.h"
 #include "cpu/cpu_features.h"
@@ -28,6 +29,10 @@ namespace cpu {
 namespace {
 
 using TableFn = const IsaKernels& (*)();
+// Types are compared, not addresses: under -fsanitize=undefined GCC takes no address for constant.
+template <TableFn table>
+inline constexpr bool kAbsent =
+    std::is_same_v<std::integral_constant<TableFn, table>, std::integral_constant<TableFn, nullptr>>;
 
 #if FASTATTN_HAVE_AVX512BF16
 constexpr TableFn avx512bf16_table = &avx512bf16_kernels;
@@ -93,7 +98,7 @@ void flash_run(const AttentionProblem& p, const Workspace& workspace, Executor& 
 // A kernel that this build does not hold is listed all the same, with the reason.
 template <TableFn table, const char* (*missing)() noexcept>
 constexpr Kernel row(const char* name, std::span<const DType> dtypes, const char* (*not_built)()) {
-    if constexpr (table == nullptr) {
+    if constexpr (kAbsent<table>) {
         return {name, DeviceType::cpu, dtypes, not_built, nullptr, nullptr, nullptr};
     } else {
         return {name, DeviceType::cpu, dtypes, [] { return missing(); },

@@ -115,7 +115,7 @@ private:
     bool finite() const {
         V check = V::zero();
         for (std::int64_t r = 0; r < rows_; ++r) {
-            check = V::fma(V::load(x_.row_sum + r * w), V::zero(), check);
+            check = V::fma(V::load(x_.row_sum + r * E::sums * w), V::zero(), check);
             for (std::int64_t c = 0; c < x_.o_stride; c += w) {
                 check = V::fma(V::load(x_.o + r * x_.o_stride + c), V::zero(), check);
             }

@@ -23,7 +23,13 @@ struct FmaEngine {
     static constexpr Accuracy accuracy = Accuracy::full;
 
     static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
-    static FASTATTN_INLINE void store_weights(V p, Unit* row, std::int64_t column) { p.store(row + column); }
+    static constexpr int sums = 1;             // of a row: see Bf16DotEngine
+
+    // Stores weights as the product with v takes them, and returns those.
+    static FASTATTN_INLINE V store_weights(V p, Unit* row, std::int64_t column) {
+        p.store(row + column);
+        return p;
+    }
     static FASTATTN_INLINE T weight(const Unit* row, std::int64_t column) { return row[column]; }
     static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, T p) { row[column] = p; }
 

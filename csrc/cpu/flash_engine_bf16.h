@@ -16,15 +16,19 @@ struct Bf16DotEngine {
     static constexpr int nr = nv * V::width;
     static constexpr int scalars = 2;
     static constexpr Accuracy accuracy = Accuracy::bf16;
+    // Two sums of a row's weights: as computed, for lse; and as rounded to bf16, for out, so that the
+    // weights that v is multiplied with add up to 1 and one key alone gives its value exactly.
+    static constexpr int sums = 2;
 
     static FASTATTN_INLINE V mma(V a, V b, V acc) {
         return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
     }
-    static FASTATTN_INLINE void store_weights(V p, Unit* row, std::int64_t column) {
+    static FASTATTN_INLINE V store_weights(V p, Unit* row, std::int64_t column) {
         const __m256bh h = _mm512_cvtneps_pbh(p.v);
         __m256i bits;
         std::memcpy(&bits, &h, sizeof bits);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16_t*>(row) + column), bits);
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
     }
     static FASTATTN_INLINE float weight(const Unit* row, std::int64_t column) {
         bf16_t x;

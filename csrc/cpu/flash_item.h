@@ -11,7 +11,7 @@ namespace {
 
 template <class E>
 constexpr TileShape tile_shape() {
-    return {E::mr, E::nr, E::V::width, E::scalars, sizeof(typename E::Unit)};
+    return {E::mr, E::nr, E::V::width, E::scalars, E::sums, sizeof(typename E::Unit)};
 }
 
 struct ItemRange {
@@ -95,7 +95,7 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
             }
         }
         x.row_max[r] = -kInf<Acc>;
-        V::zero().store(x.row_sum + r * V::width);
+        for (int s = 0; s < E::sums; ++s) V::zero().store(x.row_sum + (r * E::sums + s) * V::width);
         for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::zero().store(x.o + r * x.o_stride + c);
     }
     return keys;
@@ -116,10 +116,9 @@ void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
             const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
             write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
         } else {
-            auto* l = x.row_sum + r * E::V::width;
-            const double sum = double(E::V::reduce_add(E::V::load(l)));
-            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), sum, x.o + r * x.o_stride);
-            *l = static_cast<typename E::Acc>(factor);  // for the weights
+            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), total_weight(x, r, false),
+                                                      total_weight(x, r, true), x.o + r * x.o_stride);
+            x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(factor);  // for the weights
         }
     }
 }

@@ -23,9 +23,11 @@ inline void write_lse(const AttentionProblem& p, std::int64_t b, const RowInfo& 
     }
 }
 
-// Writes out and lse of one row from m, l and O; returns the factor that turns 2^t into a weight.
+// Writes out and lse of one row from m, l and O; returns the factor that turns 2^t into a weight. rounded_l
+// is the sum of the weights as v was multiplied with them.
 template <class E, class S>
-double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, double l, const typename E::Acc* o) {
+double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, double l, double rounded_l,
+                     const typename E::Acc* o) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     const AttentionProblem& p = x.problem;
@@ -34,25 +36,27 @@ double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, doubl
     double sink = -inf;
     if (exists && p.sinks.data != nullptr) sink = read_head(p.sinks, 0, row.head) * kLog2E;
 
-    double factor, lse;
+    double factor, lse, out_factor = 0.0;
     if (sink == inf) {
-        factor = l == l ? 0.0 : l;
+        factor = out_factor = l == l ? 0.0 : l;
         lse = inf;
     } else if (l == 0 || m == -inf) {
         // l is 0, or NaN: no finite or infinite score, or only masked ones.
         const bool nothing = l == 0 && !attends_any(x, row);
         const double denominator = l + (sink == -inf ? 0.0 : 1.0);
-        factor = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
+        factor = out_factor = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
         lse = l == 0 ? sink / kLog2E : l;
     } else {
         const double top = sink > m ? sink : m;
         const double share = ::exp2(m - top);
-        const double denominator = l * share + (sink == -inf ? 0.0 : ::exp2(sink - top));
+        const double sink_share = sink == -inf ? 0.0 : ::exp2(sink - top);
+        const double denominator = l * share + sink_share;
         factor = share / denominator;
+        out_factor = share / (rounded_l * share + sink_share);
         lse = (top + ::log2(denominator)) / kLog2E;
     }
     write_lse(p, x.batch, row, lse);
-    const double keep = factor / (1.0 - p.dropout);
+    const double keep = out_factor / (1.0 - p.dropout);
     const V scale = V::set1(static_cast<Acc>(keep));
     S* out = row_pointer<S>(p.out, x.batch, row.query, row.head);
     for (std::int64_t c = 0; c < p.value_dim; c += V::width) {
@@ -61,14 +65,16 @@ double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, doubl
     return factor;
 }
 
-// One partial result of a split: m, l, then O from `width` on.
+// One partial result of a split: m, l, rounded l, then O from kPartialHeader on.
 template <class E>
 void write_partial(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* partial) {
     using V = typename E::V;
+    using Acc = typename E::Acc;
     partial[0] = x.row_max[r];
-    partial[1] = V::reduce_add(V::load(x.row_sum + r * V::width));
+    partial[1] = static_cast<Acc>(total_weight(x, r, false));
+    partial[2] = static_cast<Acc>(total_weight(x, r, true));
     const auto* o = x.o + r * x.o_stride;
-    for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::load(o + c).store(partial + V::width + c);
+    for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::load(o + c).store(partial + kPartialHeader + c);
 }
 
 // Merges the partial results of one row in the order of the keys and writes the output.
@@ -81,21 +87,22 @@ void merge_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* part
     for (std::int64_t s = 0; s < splits; ++s) {
         if (partials[s * stride] > top) top = partials[s * stride];
     }
-    double l = 0;
-    Acc* o = partials + V::width;  // summed in place, into the first one
+    double l = 0, rounded_l = 0;
+    Acc* o = partials + kPartialHeader;  // summed in place, into the first one
     for (std::int64_t s = 0; s < splits; ++s) {
         const Acc* part = partials + s * stride;
         const Acc m = part[0];
         // m is an integer or infinite; a split that saw nothing (-inf) has l = 0 or NaN, as it is.
         const double share = m == -kInf<Acc> || m == top ? 1.0 : ::exp2(double(m) - double(top));
         l += double(part[1]) * share;
+        rounded_l += double(part[2]) * share;
         const V factor = V::set1(Acc(share));
         for (std::int64_t c = 0; c < x.o_stride; c += V::width) {
-            const V y = V::load(part + V::width + c) * factor;
+            const V y = V::load(part + kPartialHeader + c) * factor;
             (s == 0 ? y : V::load(o + c) + y).store(o + c);
         }
     }
-    finish_output<E, S>(x, row, double(top), l, o);
+    finish_output<E, S>(x, row, double(top), l, rounded_l, o);
 }
 
 }  // namespace

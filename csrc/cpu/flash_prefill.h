@@ -162,14 +162,13 @@ private:
         }
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
-            V sum = V::load(x_.row_sum + (r + m) * w);
+            RowSums<E> sums(x_.row_sum + (r + m) * E::sums * w);
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) {
                 const V weight = exp2<E::accuracy>(acc[m][n]);
-                sum = sum + weight;
-                E::store_weights(weight, weights_row(m), c + n * w);
+                sums.add(weight, E::store_weights(weight, weights_row(m), c + n * w));
             }
-            sum.store(x_.row_sum + (r + m) * w);
+            sums.store();
         }
     }
 
@@ -267,7 +266,7 @@ private:
             Acc* s = at_.scores;
             for (int v = 0; v < E::nv; ++v) acc[m][v].store(s + v * w);
             transform_row(x_, x_.info[r + m], x_.row_max[r + m], s, j + c, E::nv);
-            const Acc factor = x_.row_sum[(r + m) * w];
+            const Acc factor = x_.row_sum[(r + m) * E::sums * w];
             for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w)).store(s + v * w);
             for (std::int64_t k = c; k < n && k < c + E::nr; ++k) {
                 if (s[k - c] != 0) set_weight(r + m, j + k, s[k - c] * factor);

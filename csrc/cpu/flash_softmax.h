@@ -92,7 +92,7 @@ struct FlashBlock {
     std::int64_t o_stride;
     RowInfo* info;           // (rows)
     Acc* row_max;            // m (rows)
-    Acc* row_sum;            // l (rows, width), summed at the end
+    Acc* row_sum;            // l (rows, sums, width), summed at the end
     Acc* o;                  // (rows, o_stride)
 };
 
@@ -209,8 +209,37 @@ void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, 
     for (std::int64_t c = first; c < column; ++c) E::set_weight(p, c, E::weight(p, c) * factor);
     auto* o = x.o + r * x.o_stride;
     for (std::int64_t c = 0; c < x.o_stride; c += V::width) (V::load(o + c) * alpha).store(o + c);
-    auto* l = x.row_sum + r * V::width;
-    (V::load(l) * alpha).store(l);
+    for (int s = 0; s < E::sums; ++s) {
+        auto* l = x.row_sum + (r * E::sums + s) * V::width;
+        (V::load(l) * alpha).store(l);
+    }
+}
+
+// The sums of one row's weights while it is worked on.
+template <class E>
+struct RowSums {
+    using V = typename E::V;
+    V sum[E::sums];
+    typename E::Acc* memory;
+
+    FASTATTN_INLINE explicit RowSums(typename E::Acc* row) : memory(row) {
+        for (int s = 0; s < E::sums; ++s) sum[s] = V::load(memory + s * V::width);
+    }
+    FASTATTN_INLINE void add(V weight, V stored) {
+        sum[0] = sum[0] + weight;
+        if constexpr (E::sums == 2) sum[1] = sum[1] + stored;
+    }
+    FASTATTN_INLINE void store() const {
+        for (int s = 0; s < E::sums; ++s) sum[s].store(memory + s * V::width);
+    }
+};
+
+// l of row r: as computed (for lse), or as rounded for the product with v (for out).
+template <class E>
+double total_weight(const FlashBlock<E>& x, std::int64_t r, bool rounded) {
+    using V = typename E::V;
+    const int s = rounded ? E::sums - 1 : 0;
+    return double(V::reduce_add(V::load(x.row_sum + (r * E::sums + s) * V::width)));
 }
 
 // Raises m of row r when its largest t, peak, asks for it. Returns what to subtract from its t.
@@ -239,19 +268,18 @@ void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, type
     V top = V::load(s);
     for (int c = 1; c < vectors; ++c) top = V::max(V::load(s + c * w), top);
     const V shift = V::set1(follow_peak(x, r, V::reduce_max(top), p, first, column));
-    V sum = V::load(x.row_sum + r * w);
+    RowSums<E> sums(x.row_sum + r * E::sums * w);
     for (int c = 0; c < vectors; ++c) {
-        V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);
-        sum = sum + weight;
-        if (x.problem.dropout > 0) {
+        const V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);
+        sums.add(weight, E::store_weights(weight, p, column + c * w));
+        if (x.problem.dropout > 0) {  // after the sums: the denominator knows nothing of it
             alignas(64) Acc lanes[w];
             weight.store(lanes);
             drop_weights(x, x.info[r], lanes, j0 + c * w, w);
-            weight = V::load(lanes);
+            E::store_weights(V::load(lanes), p, column + c * w);
         }
-        E::store_weights(weight, p, column + c * w);
     }
-    sum.store(x.row_sum + r * w);
+    sums.store();
 }
 
 }  // namespace

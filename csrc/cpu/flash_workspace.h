@@ -18,7 +18,7 @@ struct RowInfo {
 
 struct FlashOffsets {
     std::size_t q, k, v, p, o, scores;       // units or accumulators
-    std::size_t row_max, row_sum;            // accumulators: (rows), (rows, width)
+    std::size_t row_max, row_sum;            // accumulators: (rows), (rows, sums, width)
     std::size_t info, bad;                   // RowInfo (rows), bytes (key_block)
     std::size_t total;
 };
@@ -50,7 +50,7 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     }
     f.o = take(rows * plan.o_stride * u);
     f.row_max = take(rows * u);
-    f.row_sum = take(rows * t.width * u);
+    f.row_sum = take(rows * t.sums * t.width * u);
     f.info = take(rows * static_cast<std::int64_t>(sizeof(RowInfo)));
     f.bad = take(keys);
     f.total = at;

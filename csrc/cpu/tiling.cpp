@@ -18,7 +18,8 @@ constexpr std::int64_t kMinRows = 96;
 // Few rows and many keys: split the keys, so that the work is parallel. Depends on the problem of one
 // (batch, head) alone.
 std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
-    const std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
+    std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
+    length = std::max(length, round_up(ceil_div(p.kv_size, kMostSplits), kKeyBlock));
     const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size >= 2 * length;
     return pays ? length : p.kv_size;
 }
@@ -46,7 +47,7 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     const TileShape& tile = plan.decode ? decode : prefill;
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
-    plan.partial_stride = plan.o_stride + tile.width;
+    plan.partial_stride = plan.o_stride + kPartialHeader;
     plan.key_block = plan.decode ? kDecodeBlock : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
 
     const std::int64_t heads = p.batch * p.kv_heads;

@@ -16,6 +16,7 @@ struct TileShape {
     int nr = 1;           // keys or value columns
     int width = 1;        // lanes of a vector
     int scalars = 1;      // scalars in a unit
+    int sums = 1;         // sums of a row's weights
     int unit_bytes = 4;   // bytes of a unit, and of an accumulator
 };
 
@@ -24,6 +25,9 @@ inline constexpr std::int64_t kDecodeBlock = 64;      // keys scored at once (de
 inline constexpr std::int64_t kDecodeRows = 8;        // at most so many rows (Sq * G) go to decode
 inline constexpr std::int64_t kSplitKeys = 2048;      // keys of one split (prefill of few rows)
 inline constexpr std::int64_t kDecodeSplitKeys = 512; // the same for decode
+inline constexpr std::int64_t kMostSplits = 256;      // bounds the partial results of long caches
+
+inline constexpr std::int64_t kPartialHeader = 4;     // accumulators before o in a partial result
 
 struct FlashPlan {
     bool decode = false;
@@ -39,7 +43,7 @@ struct FlashPlan {
     std::int64_t merge_items = 0;     // second phase, when key_splits > 1
     std::int64_t q_stride = 0;        // units of a packed q row
     std::int64_t o_stride = 0;        // accumulators of an output row
-    std::int64_t partial_stride = 0;  // accumulators of one partial result: m, l, o
+    std::int64_t partial_stride = 0;  // accumulators of one partial result: m, l, rounded l, o
     std::size_t per_thread_bytes = 0;
     std::size_t shared_bytes = 0;
 };

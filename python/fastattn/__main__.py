@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     bench.add_argument("--kernel", metavar="NAME", help="force this kernel of fastattn")
     bench.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    bench.add_argument("--plot", metavar="FILE", help="draw it, e.g. bench.png (needs matplotlib)")
+    plot_help = "draw it (needs matplotlib); default bench.png"
+    bench.add_argument("--plot", metavar="FILE", nargs="?", const="bench.png", help=plot_help)
     return top
 
 
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # a wrong option: the text says which
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `... | head`: the rest is not wanted, nor is a complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

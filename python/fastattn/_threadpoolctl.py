@@ -25,7 +25,7 @@ def register() -> None:
 
 def _register_controller(threadpoolctl: Any) -> None:
     # Versions before 3.2 cannot be extended; a module that is still being imported has nothing yet.
-    base = getattr(threadpoolctl, "LibController", None)
+    base: Any = getattr(threadpoolctl, "LibController", None)
     if base is None or not hasattr(threadpoolctl, "register"):
         return
 

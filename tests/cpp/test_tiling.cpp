@@ -7,7 +7,7 @@
 namespace fastattn::cpu {
 namespace {
 
-constexpr TileShape kWide{6, 64, 16, 1, 4}, kPairs{6, 64, 16, 2, 4}, kNarrow{4, 8, 4, 1, 8};
+constexpr TileShape kWide{6, 64, 16, 1, 1, 4}, kPairs{6, 64, 16, 2, 2, 4}, kNarrow{4, 8, 4, 1, 1, 8};
 
 AttentionProblem problem(std::int64_t batch, std::int64_t q_heads, std::int64_t kv_heads, std::int64_t q_size,
                          std::int64_t kv_size, std::int64_t d, std::int64_t dv) {

@@ -80,28 +80,30 @@ FASTATTN_INLINE void store_strided(V x, S* p, std::int64_t stride, std::int64_t 
     for (std::int64_t i = 0; i < n && i < V::width; ++i) p[i * stride] = buffer[i];
 }
 
-// ---- portable implementation: arrays that the compiler may map onto the baseline's registers ------
+// ---- portable implementation: 16-byte vectors of the compiler, on whatever the baseline has ---------
 template <class T>
 struct Vec<T, Scalar> {
-    static constexpr int width = 4;
+    static constexpr int width = 16 / sizeof(T);
     using value_type = T;
-    struct Mask {
-        bool lane[width];
-    };
-    T lane[width];
+    typedef T Lanes __attribute__((vector_size(16)));
+    using Mask = decltype(Lanes{} > Lanes{});  // lanes of all ones or zeros
+    Lanes v;
 
     template <class F>
     static FASTATTN_INLINE Vec generate(F f) {
         Vec r;
-        for (int i = 0; i < width; ++i) r.lane[i] = f(i);
+        for (int i = 0; i < width; ++i) r.v[i] = f(i);
         return r;
     }
-    static FASTATTN_INLINE Vec zero() { return set1(T(0)); }
-    static FASTATTN_INLINE Vec set1(T x) {
-        return generate([&](int) { return x; });
-    }
+    static FASTATTN_INLINE Vec zero() { return {Lanes{}}; }
+    static FASTATTN_INLINE Vec set1(T x) { return {Lanes{} + x}; }
     static FASTATTN_INLINE Vec iota() {
         return generate([](int i) { return T(i); });
+    }
+    static FASTATTN_INLINE Vec load(const T* p) {
+        Vec r;
+        std::memcpy(&r.v, p, sizeof r.v);
+        return r;
     }
     template <class S>
     static FASTATTN_INLINE Vec load(const S* p) {
@@ -110,84 +112,68 @@ struct Vec<T, Scalar> {
     static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
         return generate([&](int i) { return T(p[i]); });
     }
+    FASTATTN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof v); }
     template <class S>
     FASTATTN_INLINE void store(S* p) const {
-        for (int i = 0; i < width; ++i) from_scalar(lane[i], p + i);
+        for (int i = 0; i < width; ++i) from_scalar(v[i], p + i);
     }
-    friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] + b.lane[i]; });
-    }
-    friend FASTATTN_INLINE Vec operator-(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] - b.lane[i]; });
-    }
-    friend FASTATTN_INLINE Vec operator*(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] * b.lane[i]; });
-    }
-    friend FASTATTN_INLINE Vec operator/(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] / b.lane[i]; });
-    }
+    friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+    friend FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+    friend FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+    friend FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
     // Two roundings: a baseline CPU has no fused instruction, and libm's is hundreds of cycles.
-    static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-    static FASTATTN_INLINE Vec max(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
-    }
-    static FASTATTN_INLINE Vec min(Vec a, Vec b) {
-        return generate([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
-    }
+    static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+    static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+    static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
     static FASTATTN_INLINE Vec round(Vec a) {
-        constexpr T magic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
-        constexpr T limit = sizeof(T) == 4 ? T(4194304.0) : T(2251799813685248.0);
-        return generate([&](int i) {
-            const T x = a.lane[i];
-            const T r = (x + magic) - magic;
-            return (x < limit && x > -limit) ? r : x;
-        });
+        const Vec magic = set1(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));
+        const Vec limit = set1(sizeof(T) == 4 ? T(4194304.0) : T(2251799813685248.0));
+        const Lanes rounded = (a.v + magic.v) - magic.v;
+        return {(a.v < limit.v) & (a.v > -limit.v) ? rounded : a.v};
     }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         return generate([&](int i) {
             // NaN in n would make the conversion undefined; a carries the NaN then.
-            const T e = n.lane[i] == n.lane[i] ? n.lane[i] : T(0);
+            const T e = n.v[i] == n.v[i] ? n.v[i] : T(0);
             if constexpr (sizeof(T) == 4) {
                 const int k = e < T(-127) ? -127 : e > T(127) ? 127 : static_cast<int>(e);
                 const std::uint32_t bits = static_cast<std::uint32_t>(k + 127) << 23;
                 float f;
                 std::memcpy(&f, &bits, 4);
-                return a.lane[i] * f;
+                return a.v[i] * f;
             } else {
                 const int k = e < T(-1023) ? -1023 : e > T(1023) ? 1023 : static_cast<int>(e);
                 const std::uint64_t bits = static_cast<std::uint64_t>(k + 1023) << 52;
                 double f;
                 std::memcpy(&f, &bits, 8);
-                return a.lane[i] * f;
+                return a.v[i] * f;
             }
         });
     }
-    static FASTATTN_INLINE Mask gt(Vec a, Vec b) {
-        Mask m;
-        for (int i = 0; i < width; ++i) m.lane[i] = a.lane[i] > b.lane[i];
-        return m;
-    }
-    static FASTATTN_INLINE Mask eq(Vec a, Vec b) {
-        Mask m;
-        for (int i = 0; i < width; ++i) m.lane[i] = a.lane[i] == b.lane[i];
-        return m;
-    }
-    static FASTATTN_INLINE bool any(Mask m) { return m.lane[0] || m.lane[1] || m.lane[2] || m.lane[3]; }
-    static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) {
-        return generate([&](int i) { return m.lane[i] ? a.lane[i] : b.lane[i]; });
-    }
-    static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) {
-        return {{a.lane[0], b.lane[0], a.lane[1], b.lane[1]}};
-    }
-    static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
-        return {{a.lane[2], b.lane[2], a.lane[3], b.lane[3]}};
-    }
-    static FASTATTN_INLINE T reduce_max(Vec a) {
-        T r = a.lane[0];
-        for (int i = 1; i < width; ++i) r = a.lane[i] > r ? a.lane[i] : r;
+    static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return a.v > b.v; }
+    static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return a.v == b.v; }
+    static FASTATTN_INLINE bool any(Mask m) {
+        bool r = false;
+        for (int i = 0; i < width; ++i) r = r || m[i] != 0;
         return r;
     }
-    static FASTATTN_INLINE T reduce_add(Vec a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
+    static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {m ? a.v : b.v}; }
+    static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) {
+        return generate([&](int i) { return i % 2 == 0 ? a.v[i / 2] : b.v[i / 2]; });
+    }
+    static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
+        return generate([&](int i) { return i % 2 == 0 ? a.v[(width + i) / 2] : b.v[(width + i) / 2]; });
+    }
+    static FASTATTN_INLINE T reduce_max(Vec a) {
+        T r = a.v[0];
+        for (int i = 1; i < width; ++i) r = a.v[i] > r ? a.v[i] : r;
+        return r;
+    }
+    static FASTATTN_INLINE T reduce_add(Vec a) {
+        T r = a.v[0];
+        for (int i = 1; i < width; ++i) r += a.v[i];
+        return r;
+    }
 };
 
 }  // namespace
