@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import select
 import signal
 import sys
 import threading
@@ -186,6 +187,8 @@ def interrupt(code):
         time.sleep(0.3)
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)
+        answered, _, _ = select.select([process.stdout], [], [], 30)
+        assert answered, "no KeyboardInterrupt within 30 s"
         line = process.stdout.readline().split()
         assert len(line) == 2, process.communicate()[1]
         assert process.stdout.readline() == "alive\n"
@@ -214,6 +217,32 @@ def test_ctrl_c_in_a_decode_call(kernel, dtype):
     code = LONG.format(kernel=kernel, threads=2, Sq=1, Sk=20000, kwargs="dict()", loop=True)
     delay = interrupt(code)
     assert delay < 0.2, f"KeyboardInterrupt after {delay:.3f} s"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.one_dtype
+def test_interrupt_before_the_first_poll(kernel, dtype):
+    """A signal from the first milliseconds of a call is not lost, whatever the call does at that time."""
+    out, _ = run(f"""
+        import signal
+        class Interrupt(Exception): pass
+        def handler(*_): raise Interrupt
+        signal.signal(signal.SIGALRM, handler)
+        name = {kernel!r}
+        a = qkv(dtype_of(name), 1, 65536, 1, 128)
+        worst = 0
+        for n in range(12):
+            begin = time.monotonic()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.003 * n)
+                fastattn.mha(*a, kernel=name)
+            except Interrupt:
+                worst = max(worst, time.monotonic() - begin - 0.001 - 0.003 * n)
+            else:
+                raise AssertionError(f"interrupt {{n}} is lost")
+        print(worst)
+    """, timeout=60)  # fmt: skip
+    assert float(out) < 0.2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -40,8 +40,8 @@ private:
 bool has_dlpack(PyObject* object);
 
 // Imports `object`, which has __dlpack__. `aligned` as in view_ndarray(): when false, `bytes` describes the
-// array. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not have, a
-// producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
+// array. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not
+// have, a producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
                             bool& aligned, ByteStridedArray& bytes);
 

@@ -23,8 +23,7 @@ public:
     template <class F>
     void for_each(std::int64_t items, F& f) {
         parallel_for(
-            items,
-            [](void* c, std::int64_t item, int slot) { (*static_cast<F*>(c))(item, slot); }, &f);
+            items, [](void* c, std::int64_t item, int slot) { (*static_cast<F*>(c))(item, slot); }, &f);
     }
 };
 

@@ -86,7 +86,8 @@ void flash_run(const AttentionProblem& p, const Workspace& workspace, Executor& 
     const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, executor.threads());
     const FlashCall call{p, plan, workspace.shared, executor};
     auto forward = [&](std::int64_t item, int slot) {
-        kernel.forward(call, item, workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+        kernel.forward(call, item,
+                       workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
     };
     executor.for_each(plan.items, forward);
     if (plan.merge_items > 0) {
@@ -101,17 +102,20 @@ constexpr Kernel row(const char* name, std::span<const DType> dtypes, const char
     if constexpr (kAbsent<table>) {
         return {name, DeviceType::cpu, dtypes, not_built, nullptr, nullptr, nullptr};
     } else {
-        return {name, DeviceType::cpu, dtypes, [] { return missing(); },
-                [](const AttentionProblem&) -> const char* { return nullptr; }, &flash_plan<table>, &flash_run<table>};
+        return {name,
+                DeviceType::cpu,
+                dtypes,
+                [] { return missing(); },
+                [](const AttentionProblem&) -> const char* { return nullptr; },
+                &flash_plan<table>,
+                &flash_run<table>};
     }
 }
 
 #define FASTATTN_UNPACK(...) __VA_ARGS__
-#define FASTATTN_CPU_KERNEL(id, architecture, dtypes, missing)         \
-    constexpr std::array id##_dtypes{FASTATTN_UNPACK dtypes};          \
-    [[maybe_unused]] const char* id##_not_built() {                    \
-        return "not in this build: it is for " architecture;           \
-    }
+#define FASTATTN_CPU_KERNEL(id, architecture, dtypes, missing) \
+    constexpr std::array id##_dtypes{FASTATTN_UNPACK dtypes};  \
+    [[maybe_unused]] const char* id##_not_built() { return "not in this build: it is for " architecture; }
 #include "cpu/kernels.inc"
 #undef FASTATTN_CPU_KERNEL
 

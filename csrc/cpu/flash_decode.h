@@ -19,7 +19,8 @@ FASTATTN_INLINE V reduce_each(V (&r)[V::width]) {
 #pragma GCC unroll 4
     for (int n = V::width / 2; n >= 1; n /= 2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < n; ++i) r[i] = V::interleave_lo(r[i], r[i + n]) + V::interleave_hi(r[i], r[i + n]);
+        for (int i = 0; i < n; ++i)
+            r[i] = V::interleave_lo(r[i], r[i + n]) + V::interleave_hi(r[i], r[i + n]);
     }
     return r[0];
 }
@@ -47,8 +48,8 @@ public:
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
         for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<E>(at_.q + r * call_.plan.q_stride, row_pointer<const S>(p_.q, item_.batch, row.query, row.head),
-                        p_.q.dim, p_.head_dim);
+            pack_row<E>(at_.q + r * call_.plan.q_stride,
+                        row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
 
@@ -91,7 +92,8 @@ private:
         }
     }
 
-    void touch_block(const S* x, const Operand& layout, std::int64_t dim, std::int64_t j, std::int64_t n) const {
+    void touch_block(const S* x, const Operand& layout, std::int64_t dim, std::int64_t j,
+                     std::int64_t n) const {
         const auto size = static_cast<std::int64_t>(sizeof(S));
         const bool dense = layout.head == dim;
         for (std::int64_t k = j; k < j + n; ++k) {
@@ -185,12 +187,14 @@ private:
                 const int vectors = left >= E::nr ? E::nv : static_cast<int>(left / w);
                 with_count<E::nv>(vectors, [&](auto count) {
                     gemm_accumulate<E, m, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride,
-                                                                  at_.p + r * block, block, v + c, p_.v.seq, n);
+                                                                  at_.p + r * block, block, v + c, p_.v.seq,
+                                                                  n);
                 });
             }
             if (whole < p_.value_dim) {
                 if (r == first) pack_tail(v + whole, n, p_.value_dim - whole);
-                gemm_accumulate<E, m, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride, at_.p + r * block, block, at_.v, w, n);
+                gemm_accumulate<E, m, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride, at_.p + r * block,
+                                         block, at_.v, w, n);
             }
         });
     }

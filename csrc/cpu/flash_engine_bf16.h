@@ -21,7 +21,8 @@ struct Bf16DotEngine {
     static constexpr int sums = 2;
 
     static FASTATTN_INLINE V mma(V a, V b, V acc) {
-        return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+        return {
+            _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
     }
     static FASTATTN_INLINE V store_weights(V p, Unit* row, std::int64_t column) {
         const __m256bh h = _mm512_cvtneps_pbh(p.v);
@@ -44,7 +45,8 @@ struct Bf16DotEngine {
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(rows[0].v), 16);
         return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(rows[1].v)))};
     }
-    static FASTATTN_INLINE V load_units(const bf16_t* row, std::int64_t stride, std::int64_t u, std::int64_t n) {
+    static FASTATTN_INLINE V load_units(const bf16_t* row, std::int64_t stride, std::int64_t u,
+                                        std::int64_t n) {
         const std::int64_t first = 2 * u, left = n - first;
         if (stride == 1 && left >= 2 * V::width) {
             return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + first))};

@@ -65,15 +65,15 @@ struct ItemBuffers {
 // Fills block and buffers for the rows of an item, one head after the other; in prefill up to padded_rows
 // by repeating the last one. Returns the keys that any of the rows may attend.
 template <class E>
-KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t padded_rows, std::byte* workspace,
-                    FlashBlock<E>& x, ItemBuffers<E>& buffers) {
+KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t padded_rows,
+                    std::byte* workspace, FlashBlock<E>& x, ItemBuffers<E>& buffers) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     const FlashOffsets at = flash_offsets(call.problem, call.plan, tile_shape<E>());
     auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
     auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
-    buffers = {units(at.q), units(at.k), units(at.v), units(at.p), accs(at.scores),
-               reinterpret_cast<std::uint8_t*>(workspace + at.bad)};
+    buffers = {units(at.q), units(at.k),     units(at.v),
+               units(at.p), accs(at.scores), reinterpret_cast<std::uint8_t*>(workspace + at.bad)};
     x.o_stride = call.plan.o_stride;
     x.info = reinterpret_cast<RowInfo*>(workspace + at.info);
     x.row_max = accs(at.row_max);
@@ -84,7 +84,8 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
         if (r >= item.rows * item.heads) {
             x.info[r] = x.info[r - 1];
         } else {
-            RowInfo info = row_info(call.problem, item.batch, item.kv_head + r / item.rows, item.row_begin + r % item.rows);
+            RowInfo info = row_info(call.problem, item.batch, item.kv_head + r / item.rows,
+                                    item.row_begin + r % item.rows);
             if (info.begin < item.key_begin) info.begin = item.key_begin;
             if (info.end > item.key_end) info.end = item.key_end;
             if (info.end <= info.begin) info.begin = info.end = item.key_begin;
@@ -116,8 +117,9 @@ void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
             const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
             write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
         } else {
-            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), total_weight(x, r, false),
-                                                      total_weight(x, r, true), x.o + r * x.o_stride);
+            const double factor =
+                finish_output<E, S>(x, x.info[r], double(x.row_max[r]), total_weight(x, r, false),
+                                    total_weight(x, r, true), x.o + r * x.o_stride);
             x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(factor);  // for the weights
         }
     }
@@ -129,8 +131,8 @@ void flash_merge(const FlashCall& call, std::int64_t item) {
     const std::int64_t b = head / call.problem.kv_heads;
     FlashBlock<E> x = make_block<E>(call.problem, b);
     x.o_stride = call.plan.o_stride;
-    merge_row<E, S>(x, row_info(call.problem, b, head % call.problem.kv_heads, row), partial_of<E>(call, head, row, 0),
-                    call.plan.key_splits, call.plan.partial_stride);
+    merge_row<E, S>(x, row_info(call.problem, b, head % call.problem.kv_heads, row),
+                    partial_of<E>(call, head, row, 0), call.plan.key_splits, call.plan.partial_stride);
 }
 
 }  // namespace

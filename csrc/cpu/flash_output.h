@@ -74,7 +74,8 @@ void write_partial(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* part
     partial[1] = static_cast<Acc>(total_weight(x, r, false));
     partial[2] = static_cast<Acc>(total_weight(x, r, true));
     const auto* o = x.o + r * x.o_stride;
-    for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::load(o + c).store(partial + kPartialHeader + c);
+    for (std::int64_t c = 0; c < x.o_stride; c += V::width)
+        V::load(o + c).store(partial + kPartialHeader + c);
 }
 
 // Merges the partial results of one row in the order of the keys and writes the output.

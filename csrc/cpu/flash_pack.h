@@ -96,10 +96,11 @@ template <class E, class S>
 bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const S* src, std::int64_t row_stride,
                  std::int64_t dim_stride, std::int64_t keys, std::int64_t key_block, std::int64_t dv) {
     const std::int64_t panel_units = key_block / E::scalars * E::nr;
-    if (pack_value_rows<E, false>(dst, src, row_stride, dim_stride, 0, key_block, keys, panel_units, dv)) return false;
+    if (pack_value_rows<E, false>(dst, src, row_stride, dim_stride, 0, key_block, keys, panel_units, dv))
+        return false;
     for (std::int64_t j = 0; j < key_block; j += E::scalars) {
-        const bool finite = pack_value_rows<E, true>(dst, src, row_stride, dim_stride, j, j + E::scalars, keys,
-                                                     panel_units, dv);
+        const bool finite = pack_value_rows<E, true>(dst, src, row_stride, dim_stride, j, j + E::scalars,
+                                                     keys, panel_units, dv);
         for (int s = 0; s < E::scalars; ++s) bad[j + s] = !finite;
     }
     return true;

@@ -38,7 +38,8 @@ public:
             pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
             const std::int64_t rounded = (n + E::nr - 1) / E::nr * E::nr;
             v_units_ = rounded / E::scalars;
-            has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n, rounded, p_.value_dim);
+            has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n, rounded,
+                                      p_.value_dim);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
                 if (call_.executor.stop_requested()) return;
                 attend_tile(r, j, n);
@@ -52,8 +53,8 @@ private:
     void pack_queries() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<E>(at_.q + r * call_.plan.q_stride, row_pointer<const S>(p_.q, item_.batch, row.query, row.head),
-                        p_.q.dim, p_.head_dim);
+            pack_row<E>(at_.q + r * call_.plan.q_stride,
+                        row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
 
@@ -155,7 +156,8 @@ private:
                 V row_top = acc[m][0];
 #pragma GCC unroll 8
                 for (int n = 1; n < NV; ++n) row_top = V::max(acc[m][n], row_top);
-                const V shift = V::set1(follow_peak(x_, r + m, V::reduce_max(row_top), weights_row(m), first, c));
+                const V shift =
+                    V::set1(follow_peak(x_, r + m, V::reduce_max(row_top), weights_row(m), first, c));
 #pragma GCC unroll 8
                 for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] - shift;
             }
@@ -208,8 +210,8 @@ private:
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
         }
-        gemm_tile<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride, at_.k + c * d_units_, E::nr,
-                                d_units_);
+        gemm_tile<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+                                at_.k + c * d_units_, E::nr, d_units_);
     }
 
     // O += p . v over columns [first, last) of the block.
@@ -221,8 +223,8 @@ private:
             const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
             const Unit* panel = at_.v + c * v_units_ + begin * E::nr;
             with_count<E::nv>(vectors, [&](auto count) {
-                gemm_accumulate<E, E::mr, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + begin,
-                                                                  p_stride, panel, E::nr, depth);
+                gemm_accumulate<E, E::mr, decltype(count)::value>(
+                    x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + begin, p_stride, panel, E::nr, depth);
             });
         }
     }
@@ -276,7 +278,8 @@ private:
 
     void set_weight(std::int64_t r, std::int64_t j, Acc value) {
         const RowInfo& row = x_.info[r];
-        static_cast<Acc*>(p_.weights.data)[score_offset(p_.weights, item_.batch, row.head, row.query, j)] = value;
+        static_cast<Acc*>(p_.weights.data)[score_offset(p_.weights, item_.batch, row.head, row.query, j)] =
+            value;
     }
 
     const FlashCall& call_;

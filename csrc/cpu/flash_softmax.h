@@ -59,13 +59,16 @@ FASTATTN_INLINE V load_mask(const ScoreOperand& mask, std::int64_t at, std::int6
     return V::load_bytes(buffer);
 }
 
-inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int64_t h, std::int64_t i,
+                                 std::int64_t j) {
     return b * x.batch + h * x.head + i * x.query + j * x.key;
 }
 
 // Whether any of n mask bytes from (b, h, i, j) on is set.
-inline bool mask_any(const ScoreOperand& mask, std::int64_t b, const RowInfo& row, std::int64_t j, std::int64_t n) {
-    const auto* p = static_cast<const std::uint8_t*>(mask.data) + score_offset(mask, b, row.head, row.query, j);
+inline bool mask_any(const ScoreOperand& mask, std::int64_t b, const RowInfo& row, std::int64_t j,
+                     std::int64_t n) {
+    const auto* p =
+        static_cast<const std::uint8_t*>(mask.data) + score_offset(mask, b, row.head, row.query, j);
     if (mask.key == 0) return n > 0 && *p != 0;
     std::int64_t k = 0;
     if (mask.key == 1) {
@@ -122,7 +125,8 @@ bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (mask.data != nullptr && !mask_any(mask, x.batch, row, j, 1)) return false;
     return bias.data == nullptr ||
-           read_float(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) != -kInf<double>;
+           read_float(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) !=
+               -kInf<double>;
 }
 
 template <class E>
@@ -144,9 +148,10 @@ void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc m
     const V minus_m = V::set1(m == -kInf<Acc> ? Acc(0) : -m);
     const V masked = V::set1(-kInf<Acc>);
     const V iota = V::iota();
-    const bool alibi = p.alibi_slopes.data != nullptr, bias = p.bias.data != nullptr, mask = p.mask.data != nullptr;
+    const bool alibi = p.alibi_slopes.data != nullptr, bias = p.bias.data != nullptr,
+               mask = p.mask.data != nullptr;
     const V slope = V::set1(alibi ? Acc(-read_head(p.alibi_slopes, x.batch, row.head)) : Acc(0));
-    const std::int64_t position = row.query + p.offset(x.batch);
+    const double position = double(row.query) + double(p.offset(x.batch));  // any q_offset, no overflow
     const std::int64_t bias_at = bias ? score_offset(p.bias, x.batch, row.head, row.query, j0) : 0;
     const std::int64_t mask_at = mask ? score_offset(p.mask, x.batch, row.head, row.query, j0) : 0;
     for (int c = 0; c < vectors; ++c) {
@@ -157,7 +162,7 @@ void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc m
             t = t * V::set1(x.scale);
             if (x.softcap > 0) t = V::set1(x.softcap) * tanh(t * V::set1(x.inverse_softcap));
             if (alibi) {
-                const V distance = V::set1(Acc(position - j)) - iota;
+                const V distance = V::set1(Acc(position - double(j))) - iota;
                 t = V::fma(slope, V::max(distance, V::zero() - distance), t);
             }
             if (bias) {
@@ -260,8 +265,8 @@ typename E::Acc follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::
 // t (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
 // from `first` on belong to the same block; m and l follow.
 template <class E>
-void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, typename E::Unit* p, std::int64_t first,
-                std::int64_t column, std::int64_t j0, int vectors) {
+void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, typename E::Unit* p,
+                std::int64_t first, std::int64_t column, std::int64_t j0, int vectors) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     constexpr int w = V::width;

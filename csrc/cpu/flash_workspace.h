@@ -23,7 +23,8 @@ struct FlashOffsets {
     std::size_t total;
 };
 
-inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPlan& plan, const TileShape& t) {
+inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPlan& plan,
+                                  const TileShape& t) {
     std::size_t at = 0;
     auto take = [&](std::int64_t bytes) {
         const std::size_t start = at;
@@ -57,7 +58,8 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     return f;
 }
 
-inline std::size_t workspace_bytes(const AttentionProblem& problem, const FlashPlan& plan, const TileShape& t) {
+inline std::size_t workspace_bytes(const AttentionProblem& problem, const FlashPlan& plan,
+                                   const TileShape& t) {
     return flash_offsets(problem, plan, t).total;
 }
 

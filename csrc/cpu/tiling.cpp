@@ -29,7 +29,8 @@ std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
 // Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
 // read in the order of the addresses. Fewer where there would be too few items.
 std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int threads) {
-    const bool side_by_side = magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
+    const bool side_by_side =
+        magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
     if (!side_by_side) return 1;
     std::int64_t heads = std::max<std::int64_t>(p.kv_heads, 1);
     while (heads > 1 && p.batch * ceil_div(p.kv_heads, heads) * plan.key_splits < std::int64_t{4} * threads) {
@@ -40,7 +41,8 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 
 }  // namespace
 
-FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const TileShape& decode, int threads) {
+FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const TileShape& decode,
+                     int threads) {
     FlashPlan plan;
     plan.rows = p.q_size * p.group;
     plan.decode = plan.rows <= kDecodeRows && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
@@ -48,7 +50,9 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;
-    plan.key_block = plan.decode ? kDecodeBlock : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
+    plan.key_block = plan.decode
+                         ? kDecodeBlock
+                         : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
 
     const std::int64_t heads = p.batch * p.kv_heads;
     plan.split_keys = split_length(p, plan);
@@ -71,8 +75,9 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     plan.items = p.batch * plan.head_items * plan.row_items * plan.key_splits;
     if (plan.key_splits > 1) {
         plan.merge_items = heads * plan.rows;
-        plan.shared_bytes = static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *
-                            static_cast<std::size_t>(tile.unit_bytes);
+        plan.shared_bytes =
+            static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *
+            static_cast<std::size_t>(tile.unit_bytes);
     }
     plan.per_thread_bytes = workspace_bytes(p, plan, tile);
     return plan;

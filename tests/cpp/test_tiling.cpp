@@ -12,7 +12,8 @@ constexpr TileShape kWide{6, 64, 16, 1, 1, 4}, kPairs{6, 64, 16, 2, 2, 4}, kNarr
 AttentionProblem problem(std::int64_t batch, std::int64_t q_heads, std::int64_t kv_heads, std::int64_t q_size,
                          std::int64_t kv_size, std::int64_t d, std::int64_t dv) {
     AttentionProblem p;
-    p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.group = kv_heads == 0 ? 1 : q_heads / kv_heads;
+    p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads,
+    p.group = kv_heads == 0 ? 1 : q_heads / kv_heads;
     p.q_size = q_size, p.kv_size = kv_size, p.head_dim = d, p.value_dim = dv;
     p.k.dim = p.v.dim = 1;
     return p;
@@ -55,7 +56,8 @@ TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
             const FlashPlan one = plan_flash(problem(1, 8, 8, q, keys, 64, 64), kWide, kWide, 1);
             for (std::int64_t batch : {1, 3, 64}) {
                 for (int threads : {1, 2, 7, 128}) {
-                    const FlashPlan plan = plan_flash(problem(batch, 8, 8, q, keys, 64, 64), kWide, kWide, threads);
+                    const FlashPlan plan =
+                        plan_flash(problem(batch, 8, 8, q, keys, 64, 64), kWide, kWide, threads);
                     EXPECT_EQ(plan.decode, one.decode);
                     EXPECT_EQ(plan.key_block, one.key_block);
                     EXPECT_EQ(plan.key_splits, one.key_splits);
@@ -72,7 +74,8 @@ TEST(Tiling, WorkspaceDoesNotGrowWithTheSequence) {
     };
     EXPECT_LT(bytes(4096), std::size_t{1} << 20);
     EXPECT_LE(bytes(1 << 20), bytes(4096) + 65536);
-    EXPECT_LT(plan_flash(problem(1, 1, 1, 8, 8, 16, 16), kWide, kWide, 2).per_thread_bytes, std::size_t{16} << 10);
+    EXPECT_LT(plan_flash(problem(1, 1, 1, 8, 8, 16, 16), kWide, kWide, 2).per_thread_bytes,
+              std::size_t{16} << 10);
 }
 
 TEST(Tiling, BuffersDoNotOverlap) {

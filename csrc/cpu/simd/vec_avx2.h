@@ -29,7 +29,8 @@ struct Vec<float, Avx2> {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
     }
     static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+        return {
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
     }
     FASTATTN_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
     FASTATTN_INLINE void store(f16_t* p) const {
@@ -39,7 +40,8 @@ struct Vec<float, Avx2> {
     FASTATTN_INLINE void store(bf16_t* p) const {
         const __m256i bits = _mm256_castps_si256(v);
         const __m256i high = _mm256_srli_epi32(bits, 16);
-        const __m256i bias = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+        const __m256i bias =
+            _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
         const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
         const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
         const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
@@ -57,7 +59,8 @@ struct Vec<float, Avx2> {
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         const __m256 k = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), n.v));
-        const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
+        const __m256i e =
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
         return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(e))};
     }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }

@@ -51,7 +51,8 @@ struct Vec<float, Avx512> {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
     }
     static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+        return {
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
     }
     FASTATTN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
     FASTATTN_INLINE void store(f16_t* p) const {
@@ -98,7 +99,8 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec iota() { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
     static FASTATTN_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
     static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+        return {
+            _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
     }
     FASTATTN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
     friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
