@@ -32,10 +32,10 @@ public:
             return false;
         }
         self.attach();
-        if (self.thread_ == Thread::unknown) {
-            self.thread_ = is_main_thread() ? Thread::main : Thread::other;
+        bool stop = PyErr_CheckSignals() != 0;
+        if (!stop && self.thread_ == Thread::unknown) {
+            stop = !self.ask_which_thread();
         }
-        const bool stop = PyErr_CheckSignals() != 0;
         self.state_ = PyEval_SaveThread();
         return stop;
     }
@@ -55,13 +55,17 @@ private:
         PyEval_RestoreThread(state_);
     }
 
-    static bool is_main_thread() noexcept {
+    // False with a Python error set: this runs Python code, in which a signal handler may raise. That error
+    // is the caller's; swallowing it would lose a Ctrl-C.
+    bool ask_which_thread() noexcept {
         try {
             const py::module_ threading = py::module_::import("threading");
             const py::object main_ident = threading.attr("main_thread")().attr("ident");
-            return main_ident.equal(threading.attr("get_ident")());
-        } catch (py::error_already_set&) {
-            return true;  // then asking again costs time, and nothing else
+            thread_ = main_ident.equal(threading.attr("get_ident")()) ? Thread::main : Thread::other;
+            return true;
+        } catch (py::error_already_set& error) {
+            error.restore();
+            return false;
         }
     }
 

@@ -152,10 +152,22 @@ std::size_t aligned(std::size_t bytes) {
     return (bytes + mask) & ~mask;
 }
 
+// Waking a worker costs as much as some hundred thousand FLOPs; below that per thread, fewer are faster.
+constexpr double kFlopsPerThread = 400e3;
+
+int useful_threads(const AttentionProblem& p) noexcept {
+    const int threads = get_num_threads();
+    const double pairs = static_cast<double>(p.batch) * static_cast<double>(p.q_heads) *
+                         static_cast<double>(p.q_size) * static_cast<double>(p.kv_size);
+    const double flops = 2.0 * static_cast<double>(p.head_dim + p.value_dim) * pairs;
+    if (flops >= kFlopsPerThread * threads) return threads;
+    return flops < 2.0 * kFlopsPerThread ? 1 : static_cast<int>(flops / kFlopsPerThread);
+}
+
 Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
     const Device device = choose_device(problem, options.device);
     const Kernel& kernel = choose_kernel(problem, device, options);
-    int threads = options.num_threads > 0 ? options.num_threads : get_num_threads();
+    int threads = options.num_threads > 0 ? options.num_threads : useful_threads(problem);
     if (threads > kMaxThreads) threads = kMaxThreads;
     KernelPlan details = kernel.plan(problem, threads, describe);
     if (details.work_items < threads) {  // fewer slots, less workspace

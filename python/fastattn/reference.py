@@ -75,8 +75,9 @@ def mha(
         Weights are dropped with this probability, see `dropout_keep`.
     return_lse, return_weights : bool
     dtype : dtype, optional
-        None: all results are float64 and unrounded, whatever the dtype of q; that is what an error is measured
-        against. Otherwise out is rounded to this dtype, lse and weights to float64 if it is that, else float32.
+        None: all results are float64 and unrounded, whatever the dtype of q; that is what an error is
+        measured against. Otherwise out is rounded to this dtype, lse and weights to float64 if it is that,
+        else to float32.
 
     Returns
     -------
