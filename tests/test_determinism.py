@@ -15,7 +15,7 @@ CASES = {
     "prefill": ({"B": 2, "Sq": 200, "Sk": 333, "Hq": 3, "D": 40}, {"causal": True}),
     "prefill-gqa": ({"B": 2, "Sq": 130, "Sk": 300, "Hq": 4, "Hkv": 1, "D": 64}, {}),
     "decode": ({"B": 3, "Sq": 1, "Sk": 2100, "Hq": 8, "Hkv": 2, "D": 64}, {}),
-    "decode-one": ({"B": 1, "Sq": 1, "Sk": 4097, "Hq": 2, "D": 33}, {}),
+    "decode-one": ({"B": 1, "Sq": 1, "Sk": 4097, "Hq": 8, "D": 33}, {}),
     "few-rows": ({"B": 2, "Sq": 5, "Sk": 1500, "Hq": 2, "D": 32}, {"causal": True}),
     "dropout": ({"B": 2, "Sq": 70, "Sk": 300, "Hq": 2, "D": 16}, {"dropout": 0.3, "seed": 5}),
     "window": ({"B": 2, "Sq": 300, "Sk": 300, "Hq": 2, "D": 16}, {"window": (40, 9), "softcap": 5.0}),

@@ -41,4 +41,5 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}
 export TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:suppressions=$PWD/tools/tsan.supp${TSAN_OPTIONS:+:$TSAN_OPTIONS}
-"${run[@]}" env LD_PRELOAD="${preload# }" python -m pytest -p no:cacheprovider -q "$@"
+# --capture=sys: a report on the file descriptor of stderr must not be swallowed.
+"${run[@]}" env LD_PRELOAD="${preload# }" python -m pytest -p no:cacheprovider --capture=sys -q "$@"
