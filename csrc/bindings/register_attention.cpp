@@ -202,7 +202,8 @@ void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) 
 
 double flops_at_most(const AttentionProblem& p) noexcept {
     return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.batch) *
-           static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) * static_cast<double>(p.kv_size);
+           static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) *
+           static_cast<double>(p.kv_size + 1);
 }
 
 void compute(const AttentionProblem& problem, RunOptions& options) {

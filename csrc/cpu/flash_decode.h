@@ -76,7 +76,7 @@ private:
                 score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     Acc* s = at_.scores + r * block;
-                    transform_row(x_, x_.info[r], x_.row_max[r], s, j, vectors);
+                    transform_row(x_, x_.info[r], s, j, vectors);
                     finish_row(x_, r, s, at_.p + r * block, 0, 0, j, vectors);
                 }
             }

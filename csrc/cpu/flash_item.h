@@ -113,6 +113,7 @@ typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64
 template <class E, class S>
 void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
     for (std::int64_t r = 0; r < item.rows * item.heads; ++r) {
+        if (call.executor.stop_requested()) return;  // a row that sees nothing may look at its whole mask
         if (call.plan.key_splits > 1) {
             const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
             write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));

@@ -54,6 +54,11 @@ double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, doubl
         factor = share / denominator;
         out_factor = share / (rounded_l * share + sink_share);
         lse = (top + ::log2(denominator)) / kLog2E;
+        // At score_limit all that is known is that the score was about the dtype's largest number.
+        constexpr double most = double(std::numeric_limits<Acc>::max()),
+                         edge = double(score_limit<Acc>) * 1.44;
+        if (top <= -edge) lse = -most;
+        if (top >= edge && top < inf) lse = most;
     }
     write_lse(p, x.batch, row, lse);
     const double keep = out_factor / (1.0 - p.dropout);

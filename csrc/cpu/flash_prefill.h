@@ -141,48 +141,48 @@ private:
         const V scale = V::set1(x_.scale_log2e);
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
-            const Acc row_max = x_.row_max[r + m];
-            fresh = fresh || row_max == -kInf<Acc>;
-            const V minus_m = V::set1(row_max == -kInf<Acc> ? Acc(0) : -row_max);
 #pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n] = V::fma(acc[m][n], scale, minus_m);
+            for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
             if constexpr (ranged) keep_range<NV>(x_.info[r + m], j + c, acc[m]);
-#pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) top = V::max(acc[m][n], top);
+            fresh = fresh || x_.row_max[r + m] == -kInf<Acc>;
+            top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
         if (fresh || V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
 #pragma GCC unroll 8
             for (int m = 0; m < E::mr; ++m) {
-                V row_top = acc[m][0];
-#pragma GCC unroll 8
-                for (int n = 1; n < NV; ++n) row_top = V::max(acc[m][n], row_top);
-                const V shift =
-                    V::set1(follow_peak(x_, r + m, V::reduce_max(row_top), weights_row(m), first, c));
-#pragma GCC unroll 8
-                for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] - shift;
+                follow_peak(x_, r + m, V::reduce_max(largest<NV>(acc[m])), weights_row(m), first, c);
             }
         }
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
             RowSums<E> sums(x_.row_sum + (r + m) * E::sums * w);
+            const V shift = row_shift(x_, r + m);
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) {
-                const V weight = exp2<E::accuracy>(acc[m][n]);
+                const V weight = exp2<E::accuracy>(acc[m][n] - shift);
                 sums.add(weight, E::store_weights(weight, weights_row(m), c + n * w));
             }
             sums.store();
         }
     }
 
+    template <int NV>
+    static FASTATTN_INLINE V largest(const V (&x)[NV]) {
+        V top = x[0];
+#pragma GCC unroll 8
+        for (int n = 1; n < NV; ++n) top = V::max(x[n], top);
+        return top;
+    }
+
     // -inf for the keys j0, j0+1, ... that are outside of the row's range.
     template <int NV>
-    FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&t)[NV]) const {
+    FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&x)[NV]) const {
         const V begin = V::set1(Acc(row.begin - j0)), end = V::set1(Acc(row.end - j0));
         const V masked = V::set1(-kInf<Acc>);
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) {
             const V key = V::iota() + V::set1(Acc(n * w));
-            t[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, t[n]), masked);
+            x[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, x[n]), masked);
         }
     }
 
@@ -198,7 +198,7 @@ private:
         }
         for (int m = 0; m < E::mr; ++m) {
             Acc* s = at_.scores + m * E::nr;
-            transform_row(x_, x_.info[r + m], x_.row_max[r + m], s, j + c, NV);
+            transform_row(x_, x_.info[r + m], s, j + c, NV);
             finish_row(x_, r + m, s, weights_row(m), first, c, j + c, NV);
         }
     }
@@ -248,14 +248,15 @@ private:
     // Second pass on request: the scores again, now with the final sums.
     void write_weights() {
         for (std::int64_t r = 0; r < item_.rows; ++r) {
+            if (call_.executor.stop_requested()) return;
             for (std::int64_t j = 0; j < p_.kv_size; ++j) set_weight(r, j, Acc(0));
         }
         const std::int64_t block = call_.plan.key_block;
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
-            if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
             pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
+                if (call_.executor.stop_requested()) return;
                 for (std::int64_t c = 0; c < n; c += E::nr) weights_tile(r, j, c, n);
             }
         }
@@ -267,11 +268,17 @@ private:
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores;
             for (int v = 0; v < E::nv; ++v) acc[m][v].store(s + v * w);
-            transform_row(x_, x_.info[r + m], x_.row_max[r + m], s, j + c, E::nv);
+            transform_row(x_, x_.info[r + m], s, j + c, E::nv);
+            const V shift = row_shift(x_, r + m);
+            for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w) - shift).store(s + v * w);
+            // A denominator of 0 or NaN makes every attended weight NaN; masked ones stay 0. With a score of
+            // +inf the others are 0.
             const Acc factor = x_.row_sum[(r + m) * E::sums * w];
-            for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w)).store(s + v * w);
+            const bool spoilt = factor != factor && x_.row_max[r + m] != kInf<Acc>;
             for (std::int64_t k = c; k < n && k < c + E::nr; ++k) {
-                if (s[k - c] != 0) set_weight(r + m, j + k, s[k - c] * factor);
+                if (s[k - c] != 0 || (spoilt && attends(x_, x_.info[r + m], j + k))) {
+                    set_weight(r + m, j + k, s[k - c] * factor);
+                }
             }
         }
     }

@@ -1,10 +1,12 @@
 // Online softmax over a tile of scores (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
 // FlashAttention, arXiv:2205.14135), in powers of two:
 //
-//   t = score * log2(e) - m,   p = 2^t,   l += p,   O += p . v
+//   x = score * log2(e),   p = 2^(x - m),   l += p,   O += p . v
 //
-// m follows the row's maximum lazily: only when t exceeds kSlack is m raised (to an integer, so that the
-// correction is an exact power of two) and what was summed so far scaled down. m = -inf: nothing seen.
+// m follows the row's maximum lazily: only when x - m exceeds kSlack is m raised (to an integer, so that
+// the correction is an exact power of two) and what was summed so far scaled down. m = -inf: nothing seen.
+// x is rounded before m is taken off (no fused multiply-add): equal scores have equal weights, whatever
+// their size.
 #pragma once
 
 #include <cmath>
@@ -22,6 +24,18 @@ inline constexpr int kSlack = 8;
 
 template <class T>
 inline constexpr T kInf = std::numeric_limits<T>::infinity();
+
+// Finite scores stay finite in powers of two: those beyond +-score_limit count as that. So a bias of the
+// dtype's lowest number, which some use as a mask, leaves a row that has nothing else the mean of its values.
+template <class T>
+inline constexpr T score_limit = std::numeric_limits<T>::max() / T(1.5);
+
+// A finite double as the nearest finite T.
+template <class T>
+T to_finite(double x) {
+    constexpr double top = double(std::numeric_limits<T>::max());
+    return static_cast<T>(x > top ? top : (x < -top ? -top : x));
+}
 
 inline double read_float(const void* data, DType dtype, std::int64_t i) {
     switch (dtype) {
@@ -102,11 +116,12 @@ struct FlashBlock {
 template <class E>
 FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
     using Acc = typename E::Acc;
-    const double cap = p.softcap;
+    // Beyond these a cap is nothing, or all; its reciprocal stays a number.
+    const double cap = p.softcap > 1e30 ? 0.0 : (p.softcap > 0 && p.softcap < 1e-30 ? 1e-30 : p.softcap);
     return {p,
             b,
-            Acc(p.scale),
-            Acc(p.scale * kLog2E),
+            to_finite<Acc>(p.scale),
+            to_finite<Acc>(p.scale * kLog2E),
             Acc(cap),
             Acc(cap > 0 ? 1.0 / cap : 0.0),
             cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr ||
@@ -131,26 +146,29 @@ bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
 
 template <class E>
 bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
+    const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
+    if (row.begin >= row.end) return false;
+    if (mask.data != nullptr && !mask_any(mask, x.batch, row, row.begin, row.end - row.begin)) return false;
+    if (bias.data == nullptr) return true;
     for (std::int64_t j = row.begin; j < row.end; ++j) {
         if (attends(x, row, j)) return true;
     }
     return false;
 }
 
-// s: raw products q.k of one row with keys j0, j0+1, ...; becomes t, with -inf where masked.
+// s: raw products q.k of one row with keys j0, j0+1, ...; becomes x, with -inf where masked.
 template <class E>
-void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc m, typename E::Acc* s,
-                   std::int64_t j0, int vectors) {
+void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
+                   int vectors) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     constexpr int w = V::width;
     const AttentionProblem& p = x.problem;
-    const V minus_m = V::set1(m == -kInf<Acc> ? Acc(0) : -m);
-    const V masked = V::set1(-kInf<Acc>);
+    const V masked = V::set1(-kInf<Acc>), limit = V::set1(score_limit<Acc>);
     const V iota = V::iota();
     const bool alibi = p.alibi_slopes.data != nullptr, bias = p.bias.data != nullptr,
                mask = p.mask.data != nullptr;
-    const V slope = V::set1(alibi ? Acc(-read_head(p.alibi_slopes, x.batch, row.head)) : Acc(0));
+    const V slope = V::set1(alibi ? to_finite<Acc>(-read_head(p.alibi_slopes, x.batch, row.head)) : Acc(0));
     const double position = double(row.query) + double(p.offset(x.batch));  // any q_offset, no overflow
     const std::int64_t bias_at = bias ? score_offset(p.bias, x.batch, row.head, row.query, j0) : 0;
     const std::int64_t mask_at = mask ? score_offset(p.mask, x.batch, row.head, row.query, j0) : 0;
@@ -174,9 +192,14 @@ void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc m
                 const V byte = load_mask<V>(p.mask, mask_at + c * w * p.mask.key, left);
                 allowed = V::select(V::gt(byte, V::zero()), allowed, V::zero());
             }
-            t = V::fma(t, V::set1(Acc(kLog2E)), minus_m);
+            if (alibi || bias) {
+                const V near = V::max(V::zero() - limit, V::min(limit, t));
+                const V size = V::max(t, V::zero() - t);
+                t = V::select(V::eq(size, V::set1(kInf<Acc>)), t, near);
+            }
+            t = t * V::set1(Acc(kLog2E));
         } else {
-            t = V::fma(t, V::set1(x.scale_log2e), minus_m);
+            t = t * V::set1(x.scale_log2e);
         }
         if (row.begin > j) allowed = V::select(V::gt(V::set1(Acc(row.begin - j)), iota), V::zero(), allowed);
         if (row.end < j + w) {
@@ -247,22 +270,28 @@ double total_weight(const FlashBlock<E>& x, std::int64_t r, bool rounded) {
     return double(V::reduce_add(V::load(x.row_sum + (r * E::sums + s) * V::width)));
 }
 
-// Raises m of row r when its largest t, peak, asks for it. Returns what to subtract from its t.
+// Raises m of row r when its largest x, peak, asks for it.
 template <class E>
-typename E::Acc follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::Acc peak, typename E::Unit* p,
-                            std::int64_t first, std::int64_t column) {
+void follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::Acc peak, typename E::Unit* p,
+                 std::int64_t first, std::int64_t column) {
     using V = typename E::V;
     using Acc = typename E::Acc;
-    const bool fresh = x.row_max[r] == -kInf<Acc>;
-    if (!(peak > (fresh ? -kInf<Acc> : Acc(kSlack)))) return Acc(0);
-    const Acc old = fresh ? Acc(0) : x.row_max[r];
-    const Acc raised = V::reduce_max(V::round(V::set1(old + peak)));
+    const Acc old = x.row_max[r];
+    const bool fresh = old == -kInf<Acc>;
+    if (!(fresh ? peak > old : peak - old > Acc(kSlack))) return;
+    const Acc raised = V::reduce_max(V::round(V::set1(peak)));
     x.row_max[r] = raised;
     if (!fresh) rescale_row(x, r, raised - old, p, first, column);
-    return raised - old;
 }
 
-// t (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
+// What is taken off x: m, or nothing as long as the row has seen nothing.
+template <class E>
+typename E::V row_shift(const FlashBlock<E>& x, std::int64_t r) {
+    using Acc = typename E::Acc;
+    return E::V::set1(x.row_max[r] == -kInf<Acc> ? Acc(0) : x.row_max[r]);
+}
+
+// x (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
 // from `first` on belong to the same block; m and l follow.
 template <class E>
 void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, typename E::Unit* p,
@@ -272,7 +301,8 @@ void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, type
     constexpr int w = V::width;
     V top = V::load(s);
     for (int c = 1; c < vectors; ++c) top = V::max(V::load(s + c * w), top);
-    const V shift = V::set1(follow_peak(x, r, V::reduce_max(top), p, first, column));
+    follow_peak(x, r, V::reduce_max(top), p, first, column);
+    const V shift = row_shift(x, r);
     RowSums<E> sums(x.row_sum + r * E::sums * w);
     for (int c = 0; c < vectors; ++c) {
         const V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);

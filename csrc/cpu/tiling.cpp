@@ -20,7 +20,7 @@ constexpr std::int64_t kMinRows = 96;
 std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
     std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
     length = std::max(length, round_up(ceil_div(p.kv_size, kMostSplits), kKeyBlock));
-    const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size >= 2 * length;
+    const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size > length;
     return pays ? length : p.kv_size;
 }
 

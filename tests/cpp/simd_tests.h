@@ -94,6 +94,9 @@ void check_scale2() {
     for (int n = -top; n <= top; n += 7) {
         EXPECT_EQ(lanes(V::scale2(V::set1(T(1.5)), V::set1(T(n))))[0], std::ldexp(T(1.5), n)) << n;
     }
+    for (double a : {0.5, 1.5, 2.5, -0.5, -1.5, 4194304.5, 4194305.5, -4194304.5, 5e8, -3e9}) {
+        EXPECT_EQ(lanes(V::round(V::set1(T(a))))[0], std::nearbyint(T(a))) << a;
+    }
     EXPECT_EQ(lanes(V::scale2(V::set1(1), V::set1(T(-1100))))[0], 0);
     EXPECT_EQ(lanes(V::scale2(V::set1(1), V::set1(-std::numeric_limits<T>::infinity())))[0], 0);
 }
@@ -111,7 +114,7 @@ void check_exp2() {
             std::max(worst_bf16, std::fabs(lanes(exp2<Accuracy::bf16>(V::set1(arg)))[0] / exact - 1));
     }
     EXPECT_LT(worst, 2.0);
-    EXPECT_LT(worst_bf16, 6e-6);
+    EXPECT_LT(worst_bf16, 8e-6);  // of the polynomial 5.5e-6, the rest is rounding
 }
 
 template <class V>

@@ -166,7 +166,8 @@ TEST(Dispatch, PollCancelsALongCall) {
 }
 
 TEST(Dispatch, ACallFromWithinACallHasItsOwnWorkspace) {
-    Call outer(1, 200, 200, 4, 4, 32, 32), inner(1, 16, 16, 1, 1, 32, 32);
+    // The outer call must last longer than the interval of polling, 20 ms, on a fast machine too.
+    Call outer(1, 800, 800, 4, 4, 32, 32), inner(1, 16, 16, 1, 1, 32, 32);
     const RunOptions reference = with_kernel("cpu-reference");
     attention_forward(make_problem(outer.params), reference);
     attention_forward(make_problem(inner.params), reference);

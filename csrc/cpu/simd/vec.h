@@ -10,7 +10,7 @@
 //   load_bytes(p)                     bytes, each 0 or not, as lanes that are 0 or > 0
 //   fma(a,b,c) = a*b+c, + - * /       lanes
 //   max(a,b) min(a,b)                 b when either is NaN
-//   round(a)                          to nearest even, |a| < 2^22 or any value beyond
+//   round(a)                          to nearest even
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves
@@ -126,10 +126,11 @@ struct Vec<T, Scalar> {
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
     static FASTATTN_INLINE Vec round(Vec a) {
-        const Vec magic = set1(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));
-        const Vec limit = set1(sizeof(T) == 4 ? T(4194304.0) : T(2251799813685248.0));
-        const Lanes rounded = (a.v + magic.v) - magic.v;
-        return {(a.v < limit.v) & (a.v > -limit.v) ? rounded : a.v};
+        // From 2^23 (2^52) on every number is integral; below, adding it rounds the fraction away.
+        const Lanes whole = set1(sizeof(T) == 4 ? T(8388608.0) : T(4503599627370496.0)).v;
+        const Lanes size = a.v < T(0) ? -a.v : a.v;
+        const Lanes rounded = (size + whole) - whole;
+        return {size < whole ? (a.v < T(0) ? -rounded : rounded) : a.v};
     }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         return generate([&](int i) {
