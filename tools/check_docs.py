@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     errors = []
     checked = 0
     for path in paths:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         checked += len(blocks(text, "python")) + len(blocks(text, "cpp"))
         errors += python_errors(path, text) + cpp_errors(path, text) + link_errors(path, text)
     print("\n".join(errors) or f"{len(paths)} files, {checked} code blocks: all right")

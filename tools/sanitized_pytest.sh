@@ -27,8 +27,9 @@ cxx=${CXX:-c++}
 site=$PWD/build/$name-site
 
 python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$site" \
-  -Cbuild-dir="build/$name-python" -Ccmake.build-type=Debug -Ccmake.define.CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
-  -Ccmake.define.FASTATTN_SANITIZE="$sanitize" -Cinstall.strip=false .
+  --config-settings=build-dir="build/$name-python" --config-settings=cmake.build-type=Debug \
+  --config-settings=cmake.define.CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" --config-settings=install.strip=false \
+  --config-settings=cmake.define.FASTATTN_SANITIZE="$sanitize" .
 
 preload=""
 for lib in "${libs[@]}" libstdc++.so.6; do

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "core/philox.h"
+#include "core/scalar_access.h"
 #include "cpu/flash_engine.h"
 #include "cpu/flash_workspace.h"
 
@@ -37,17 +38,8 @@ T to_finite(double x) {
     return static_cast<T>(x > top ? top : (x < -top ? -top : x));
 }
 
-inline double read_float(const void* data, DType dtype, std::int64_t i) {
-    switch (dtype) {
-        case DType::f64: return static_cast<const double*>(data)[i];
-        case DType::f32: return double(static_cast<const float*>(data)[i]);
-        case DType::f16: return double(to_scalar(static_cast<const f16_t*>(data)[i]));
-        default: return double(to_scalar(static_cast<const bf16_t*>(data)[i]));
-    }
-}
-
 inline double read_head(const HeadOperand& x, std::int64_t b, std::int64_t h) {
-    return read_float(x.data, x.dtype, b * x.batch + h * x.head);
+    return load_real(x.data, x.dtype, b * x.batch + h * x.head);
 }
 
 // n values of a bias row, in the compute type.
@@ -140,7 +132,7 @@ bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (mask.data != nullptr && !mask_any(mask, x.batch, row, j, 1)) return false;
     return bias.data == nullptr ||
-           read_float(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) !=
+           load_real(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) !=
                -kInf<double>;
 }
 

@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 SCHEMA = 1
 MIN_SECONDS = 0.02  # of one timed burst: short calls are repeated
-SETTLE_SECONDS = 0.005  # before a burst: OpenMP threads of the one before may still be spinning
+SETTLE_SECONDS = 0.05  # before a burst: threads of the one before (OpenBLAS, OpenMP) may still be spinning
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 # A peer may be less exact than fastattn's own gate asks for; these only tell another computation from
 # rounding: max|out - reference| / max|v|.
