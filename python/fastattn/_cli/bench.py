@@ -33,7 +33,9 @@ Array = np.ndarray[Any, Any]
 
 SCHEMA = 1
 MIN_SECONDS = 0.02  # of one timed burst: short calls are repeated
-SETTLE_SECONDS = 0.05  # before a burst: threads of the one before (OpenBLAS, OpenMP) may still be spinning
+# Before a burst: threads of the one before may still be spinning, OpenBLAS's for more than 0.1 s.
+SETTLE_SECONDS = 0.05
+SETTLE_AFTER_NUMPY_SECONDS = 0.3
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 # A peer may be less exact than fastattn's own gate asks for; these only tell another computation from
 # rounding: max|out - reference| / max|v|.
@@ -158,8 +160,8 @@ def _bench_case(
     try:
         for number in range(rounds):
             progress.step(f"{case.name}, round {number + 1} of {rounds}", 0)
-            for entry in timed:
-                time.sleep(SETTLE_SECONDS)
+            for before, entry in zip(timed[-1:] + timed, timed, strict=False):
+                time.sleep(SETTLE_AFTER_NUMPY_SECONDS if before.name == "numpy" else SETTLE_SECONDS)
                 if entry.calls > 1:  # others have used the caches since; a long call does not notice
                     entry.runner.run()
                 entry.seconds.append(_burst(entry.runner, entry.calls))
