@@ -23,8 +23,8 @@ inline void write_lse(const AttentionProblem& p, std::int64_t b, const RowInfo& 
     }
 }
 
-// Writes out and lse of one row from m, l and O; returns the factor that turns 2^t into a weight. rounded_l
-// is the sum of the weights as v was multiplied with them.
+// Writes out and lse of one row from m, l and O; returns what 2^(x-m) is multiplied with to be a weight.
+// rounded_l is the sum of the weights as v was multiplied with them.
 template <class E, class S>
 double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, double l, double rounded_l,
                      const typename E::Acc* o) {

@@ -24,7 +24,7 @@ constexpr DtypeKernel dtype_kernel() {
     return {tile_shape<E>(), tile_shape<D>(), &flash_forward<E, D, S>, &flash_merge<D, S>};
 }
 
-// Register tiles of `rows` rows and `vectors` vectors; `chains` accumulators fill the register file.
+// Register tiles of `rows` rows and `vectors` vectors; the FMA burst has as many accumulators as a tile.
 template <class Isa, int rows, int vectors>
 constexpr IsaKernels isa_table() {
     using F64 = FmaEngine<double, Isa, rows, vectors>;
