@@ -20,6 +20,10 @@ public:
     // On the calling thread it also polls the caller (rate limited).
     virtual bool stop_requested() noexcept = 0;
 
+    // The item that this thread will probably get after its present one, or some number from `items` on: for
+    // prefetching only.
+    virtual std::int64_t next_item() const noexcept = 0;
+
     template <class F>
     void for_each(std::int64_t items, F& f) {
         parallel_for(

@@ -76,8 +76,9 @@ private:
                 score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     Acc* s = at_.scores + r * block;
-                    transform_row(x_, x_.info[r], s, j, vectors);
-                    finish_row(x_, r, s, at_.p + r * block, 0, 0, j, vectors);
+                    const V top = transform_row(x_, x_.info[r], s, j, vectors);
+                    follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
+                    store_weights(r, s, at_.p + r * block, j, vectors);
                 }
             }
             touch_block(v_, p_.v, p_.value_dim, j, n);
@@ -90,6 +91,21 @@ private:
                 }
             }
         }
+    }
+
+    // x (in s) of row r becomes weights, and its sum follows.
+    void store_weights(std::int64_t r, const Acc* s, Acc* p, std::int64_t j, int vectors) {
+        const V shift = row_shift(x_, r);
+        Acc* const memory = x_.row_sum + r * w;
+        V sum = V::load(memory);
+        for (int c = 0; c < vectors; ++c) {
+            const V weight = exp2(V::load(s + c * w) - shift);
+            sum = sum + weight;
+            weight.store(p + c * w);
+        }
+        sum.store(memory);
+        // After the sum: the denominator knows nothing of it.
+        if (p_.dropout > 0) drop_weights(x_, x_.info[r], p, j, vectors * w);
     }
 
     void touch_block(const S* x, const Operand& layout, std::int64_t dim, std::int64_t j,

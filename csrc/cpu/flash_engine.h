@@ -25,11 +25,12 @@ struct FmaEngine {
     static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
     static constexpr int sums = 1;             // of a row: see Bf16DotEngine
 
-    // Stores weights as the product with v takes them, and returns those.
-    static FASTATTN_INLINE V store_weights(V p, Unit* row, std::int64_t column) {
-        p.store(row + column);
-        return p;
+    // Stores two vectors of weights as the product with v takes them, and adds them to the row's sums in memory.
+    static FASTATTN_INLINE void store_weights(V a, V b, Unit* row, std::int64_t column) {
+        a.store(row + column);
+        b.store(row + column + V::width);
     }
+    static FASTATTN_INLINE void add_weights(V a, V b, Acc* sum) { (V::load(sum) + (a + b)).store(sum); }
     static FASTATTN_INLINE T weight(const Unit* row, std::int64_t column) { return row[column]; }
     static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, T p) { row[column] = p; }
 

@@ -6,31 +6,56 @@
 namespace fastattn::cpu {
 namespace {
 
-// acc[m][n] += sum_{k<depth} a[m*a_row + k] . b[k*b_row + n*width ...]
+// acc[m][n] += sum_{k=first}^{last-1} a[m*a_row + k] . b[k*b_row + n*width ...]
 //   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, any storage type
 //   that Vec loads (packed units, or k and v as they lie in memory)
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::Unit* a, std::int64_t a_row,
-                               const B* b, std::int64_t b_row, std::int64_t depth) {
+                               const B* b, std::int64_t b_row, std::int64_t first, std::int64_t last) {
     using V = typename E::V;
-    for (std::int64_t k = 0; k < depth; ++k) {
+    for (std::int64_t k = first; k < last; ++k) {
         V column[NV];
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) column[n] = V::load(b + n * V::width);
+        for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
             const V x = V::set1(a[m * a_row + k]);
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = E::mma(x, column[n], acc[m][n]);
         }
-        b += b_row;
     }
 }
 
-// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row).
-template <class E, int MR, int NV, class B>
+// No work on the side of a product.
+struct NoSide {
+    static constexpr int steps = 0;
+};
+
+// The same with other work spread over it: side(0) .. side(Side::steps - 1), unless `alone`. Nothing here waits
+// for the work on the side, so the CPU runs both at once.
+template <class E, int MR, int NV, class B, class Side>
+FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename E::Unit* a,
+                                    std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
+                                    bool alone, Side& side) {
+    std::int64_t done = 0;
+    if constexpr (Side::steps > 0) {
+        if (!alone) {
+            const std::int64_t chunk = depth / Side::steps;
+            for (int s = 0; s < Side::steps; ++s, done += chunk) {
+                gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, done, done + chunk);
+                side(s);
+            }
+        }
+    }
+    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, done, depth);
+}
+
+// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row); side: beside the first `before` of
+// depth, whose results the rest may need.
+template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
-                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth) {
+                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
+                                     std::int64_t before, Side& side) {
     using V = typename E::V;
     V acc[MR][NV];
 #pragma GCC unroll 8
@@ -38,12 +63,19 @@ FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row,
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
     }
-    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, depth);
+    if constexpr (Side::steps > 0) gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
+    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, before, depth);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) acc[m][n].store(out + m * out_row + n * V::width);
     }
+}
+template <class E, int MR, int NV, class B>
+FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
+                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth) {
+    NoSide none;
+    gemm_accumulate<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none);
 }
 
 // Calls f(std::integral_constant<int, n>) for a run-time n in [1, N]: tails as their own code.

@@ -40,8 +40,12 @@ public:
             v_units_ = rounded / E::scalars;
             has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n, rounded,
                                       p_.value_dim);
+            plan_prefetch(j + block);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
                 if (call_.executor.stop_requested()) return;
+                next_k_.advance(prefetch_rows_);
+                next_v_.advance(prefetch_rows_);
+                next_q_.advance(prefetch_rows_);
                 attend_tile(r, j, n);
             }
         }
@@ -50,6 +54,35 @@ public:
     }
 
 private:
+    // During the tiles of one block the keys and values of the next one, from key j on, are on their way; during
+    // those of the last one what this thread will probably compute next.
+    void plan_prefetch(std::int64_t j) {
+        next_q_ = {};
+        ItemRange item = item_;
+        std::int64_t n = j < keys_.end ? block_keys(j) : 0;
+        if (n == 0) {
+            const std::int64_t next = call_.executor.next_item();
+            if (next >= call_.plan.items) return;
+            item = item_range(call_, next);
+            const KeyRange keys = p_.key_range(item.batch, item.row_begin / p_.group);
+            j = keys.begin / call_.plan.key_block * call_.plan.key_block;
+            n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
+            next_q_ = rows_ahead(p_.q, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
+                                 p_.head_dim, p_.group == 1 ? item.rows : 0);
+        }
+        next_k_ = rows_ahead(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
+        next_v_ = rows_ahead(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
+        const std::int64_t tiles = padded_ / E::mr;
+        prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
+    }
+
+    static RowPrefetch rows_ahead(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h,
+                                  std::int64_t dim, std::int64_t n) {
+        constexpr auto size = static_cast<std::int64_t>(sizeof(S));
+        if (x.dim != 1 || n <= 0) return {};
+        return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n};
+    }
+
     void pack_queries() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
@@ -92,50 +125,120 @@ private:
         return t;
     }
 
-    // One row tile against one packed block.
+    // One row tile against one packed block. The weights of each panel of keys are computed beside the products
+    // of the next one, those of the last beside the first products with v.
     void attend_tile(std::int64_t r, std::int64_t j, std::int64_t n) {
         const TileKeys keys = tile_keys(r, j, n);
         if (keys.begin >= keys.end) return;
         const std::int64_t first = keys.begin / E::nr * E::nr;
+        PanelWeights weights{*this, r, j, first};
         std::int64_t last = first;
+        bool waiting = false;  // a panel has scores but no weights yet
         for (std::int64_t c = first; c < keys.end; c += E::nr) {
             const std::int64_t left = keys.end - c;
             const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
             const bool ranged = keys.all_begin > c || keys.all_end < c + vectors * w;
-            if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left < E::nr ? left : E::nr)) {
-                clear_weights(c, vectors);
-            } else {
-                with_count<E::nv>(vectors, [&](auto count) {
-                    constexpr int nv = decltype(count)::value;
-                    if (x_.elementwise) {
-                        score_tile_elementwise<nv>(r, j, first, c);
-                    } else if (ranged) {
-                        score_tile<nv, true>(r, j, first, c);
-                    } else {
-                        score_tile<nv, false>(r, j, first, c);
-                    }
-                });
-            }
             last = c + vectors * w;
+            if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left < E::nr ? left : E::nr)) {
+                if (waiting) weights.all();
+                waiting = false;
+                clear_weights(c);
+                continue;
+            }
+            with_count<E::nv>(vectors, [&](auto count) {
+                score_panel<decltype(count)::value>(r, j, first, c, ranged, waiting, weights);
+            });
+            waiting = true;
+            weights.column = c;
         }
-        multiply_values(r, first, last);
+        multiply_values(r, first, last, waiting, weights);
         if (has_bad_) add_bad_values(r, j, first, last < n ? last : n);
     }
 
-    void clear_weights(std::int64_t column, int vectors) {
+    void clear_weights(std::int64_t column) {
         for (int m = 0; m < E::mr; ++m) {
-            for (int c = 0; c < vectors; ++c) E::store_weights(V::zero(), weights_row(m), column + c * w);
+            for (int c = 0; c < E::nv; c += 2) {
+                E::store_weights(V::zero(), V::zero(), weights_row(m), column + c * w);
+            }
         }
     }
 
     Unit* weights_row(int m) const { return at_.p + m * (call_.plan.key_block / E::scalars); }
 
-    // Weights of mr rows for the keys of one panel, columns [c, c + NV*width) of the block. Scores stay in
-    // registers; `ranged`: some keys are outside of some row's range.
-    template <int NV, bool ranged>
-    void score_tile(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
+    // The scores x of one panel become weights, and the sums follow; a row at a time.
+    struct PanelWeights {
+        static constexpr int steps = E::mr;
+        Prefill& self;
+        std::int64_t r, j, column;
+
+        FASTATTN_INLINE void operator()(int m) {
+            const FlashBlock<E>& x = self.x_;
+            Acc* const s = self.at_.scores + m * E::nr;
+            Acc* const sum = x.row_sum + (r + m) * E::sums * w;
+            Unit* const p = self.weights_row(m);
+            const V shift = row_shift(x, r + m);
+            const bool drop = x.problem.dropout > 0;
+#pragma GCC unroll 4
+            for (int n = 0; n < E::nv; n += 2) {
+                const V a = exp2<E::accuracy>(V::load(s + n * w) - shift);
+                const V b = exp2<E::accuracy>(V::load(s + (n + 1) * w) - shift);
+                E::add_weights(a, b, sum);
+                E::store_weights(a, b, p, column + n * w);
+                if (drop) [[unlikely]] {
+                    a.store(s + n * w);
+                    b.store(s + (n + 1) * w);
+                }
+            }
+            if (drop) [[unlikely]]
+                self.drop(m, r, j, column);
+        }
+        void all() {
+            for (int m = 0; m < steps; ++m) (*this)(m);
+        }
+    };
+
+    // After the sums: the denominator knows nothing of dropout.
+    void drop(int m, std::int64_t r, std::int64_t j, std::int64_t column) {
+        Acc* const s = at_.scores + m * E::nr;
+        drop_weights(x_, x_.info[r + m], s, j + column, E::nr);
+        for (int n = 0; n < E::nv; n += 2) {
+            E::store_weights(V::load(s + n * w), V::load(s + (n + 1) * w), weights_row(m), column + n * w);
+        }
+    }
+
+    // Scores x of mr rows for the keys of one panel, columns [c, c + NV*width) of the block; `ranged`: some keys
+    // are outside of some row's range. m is raised where they ask for it.
+    template <int NV>
+    void score_panel(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, bool ranged,
+                     bool waiting, PanelWeights& weights) {
         V acc[E::mr][NV];
-        raw_scores<NV>(r, c, acc);
+#pragma GCC unroll 8
+        for (int m = 0; m < E::mr; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
+        }
+        gemm_tile_with<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+                                     at_.k + c * d_units_, E::nr, d_units_, !waiting, weights);
+        if (x_.elementwise) {
+            store_scores<NV>(acc);
+            for (int m = 0; m < E::mr; ++m) {
+                const V top = transform_row(x_, x_.info[r + m], at_.scores + m * E::nr, j + c, NV);
+                const Acc seen = x_.row_max[r + m];
+                if (seen == -kInf<Acc> || V::any(V::gt(top - V::set1(seen), V::set1(Acc(kSlack)))))
+                    [[unlikely]] {
+                    follow_peak(x_, r + m, V::reduce_max(top), weights_row(m), first, c);
+                }
+            }
+        } else if (ranged) {
+            scale_scores<NV, true>(r, j, first, c, acc);
+        } else {
+            scale_scores<NV, false>(r, j, first, c, acc);
+        }
+    }
+
+    template <int NV, bool ranged>
+    FASTATTN_INLINE void scale_scores(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c,
+                                      V (&acc)[E::mr][NV]) {
         V top = V::set1(-kInf<Acc>);
         bool fresh = false;
         const V scale = V::set1(x_.scale_log2e);
@@ -143,26 +246,29 @@ private:
         for (int m = 0; m < E::mr; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
-            if constexpr (ranged) keep_range<NV>(x_.info[r + m], j + c, acc[m]);
+            if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
             fresh = fresh || x_.row_max[r + m] == -kInf<Acc>;
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
+        store_scores<NV>(acc);
         if (fresh || V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
-#pragma GCC unroll 8
             for (int m = 0; m < E::mr; ++m) {
-                follow_peak(x_, r + m, V::reduce_max(largest<NV>(acc[m])), weights_row(m), first, c);
+                V row = V::load(at_.scores + m * E::nr);
+                for (int n = 1; n < NV; ++n) row = V::max(V::load(at_.scores + m * E::nr + n * w), row);
+                follow_peak(x_, r + m, V::reduce_max(row), weights_row(m), first, c);
             }
         }
+    }
+
+    // A panel that is not full is filled up with keys that no row may attend.
+    template <int NV>
+    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV]) {
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
-            RowSums<E> sums(x_.row_sum + (r + m) * E::sums * w);
-            const V shift = row_shift(x_, r + m);
 #pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) {
-                const V weight = exp2<E::accuracy>(acc[m][n] - shift);
-                sums.add(weight, E::store_weights(weight, weights_row(m), c + n * w));
+            for (int n = 0; n < E::nv; ++n) {
+                (n < NV ? acc[m][n < NV ? n : 0] : V::set1(-kInf<Acc>)).store(at_.scores + m * E::nr + n * w);
             }
-            sums.store();
         }
     }
 
@@ -174,57 +280,30 @@ private:
         return top;
     }
 
-    // -inf for the keys j0, j0+1, ... that are outside of the row's range.
-    template <int NV>
-    FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&x)[NV]) const {
-        const V begin = V::set1(Acc(row.begin - j0)), end = V::set1(Acc(row.end - j0));
-        const V masked = V::set1(-kInf<Acc>);
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) {
-            const V key = V::iota() + V::set1(Acc(n * w));
-            x[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, x[n]), masked);
-        }
-    }
-
-    // The same with softcap, alibi, bias, mask or dropout: row by row, through memory.
-    template <int NV>
-    void score_tile_elementwise(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
-        V acc[E::mr][NV];
-        raw_scores<NV>(r, c, acc);
-#pragma GCC unroll 8
-        for (int m = 0; m < E::mr; ++m) {
-#pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n].store(at_.scores + m * E::nr + n * w);
-        }
-        for (int m = 0; m < E::mr; ++m) {
-            Acc* s = at_.scores + m * E::nr;
-            transform_row(x_, x_.info[r + m], s, j + c, NV);
-            finish_row(x_, r + m, s, weights_row(m), first, c, j + c, NV);
-        }
-    }
-
-    template <int NV>
-    FASTATTN_INLINE void raw_scores(std::int64_t r, std::int64_t c, V (&acc)[E::mr][NV]) {
-#pragma GCC unroll 8
-        for (int m = 0; m < E::mr; ++m) {
-#pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
-        }
-        gemm_tile<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
-                                at_.k + c * d_units_, E::nr, d_units_);
-    }
-
-    // O += p . v over columns [first, last) of the block.
-    void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last) {
+    // O += p . v over columns [first, last) of the block; with `waiting` the weights of the last panel are
+    // computed on the way.
+    void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last, bool waiting,
+                         PanelWeights& weights) {
         const std::int64_t p_stride = call_.plan.key_block / E::scalars;
         const std::int64_t begin = first / E::scalars, depth = (last - first) / E::scalars;
+        std::int64_t before = waiting ? (weights.column - first) / E::scalars : 0;
+        if (waiting && (before == 0 || p_.value_dim < E::nr)) {
+            weights.all();
+            before = 0;
+        }
         for (std::int64_t c = 0; c < p_.value_dim; c += E::nr) {
             const std::int64_t left = p_.value_dim - c;
             const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
             const Unit* panel = at_.v + c * v_units_ + begin * E::nr;
+            Acc* const o = x_.o + r * x_.o_stride + c;
+            if (c == 0 && before > 0) {
+                gemm_accumulate<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride, panel, E::nr, depth,
+                                                 before, weights);
+                continue;
+            }
             with_count<E::nv>(vectors, [&](auto count) {
-                gemm_accumulate<E, E::mr, decltype(count)::value>(
-                    x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + begin, p_stride, panel, E::nr, depth);
+                gemm_accumulate<E, E::mr, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride,
+                                                                  panel, E::nr, depth);
             });
         }
     }
@@ -263,11 +342,12 @@ private:
     }
 
     void weights_tile(std::int64_t r, std::int64_t j, std::int64_t c, std::int64_t n) {
-        V acc[E::mr][E::nv];
-        raw_scores<E::nv>(r, c, acc);
+        V acc[E::mr][E::nv] = {};
+        gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+                                   at_.k + c * d_units_, E::nr, 0, d_units_);
+        store_scores<E::nv>(acc);
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
-            Acc* s = at_.scores;
-            for (int v = 0; v < E::nv; ++v) acc[m][v].store(s + v * w);
+            Acc* s = at_.scores + m * E::nr;
             transform_row(x_, x_.info[r + m], s, j + c, E::nv);
             const V shift = row_shift(x_, r + m);
             for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w) - shift).store(s + v * w);
@@ -297,6 +377,8 @@ private:
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
     bool has_bad_ = false;
+    RowPrefetch next_q_, next_k_, next_v_;
+    std::int64_t prefetch_rows_ = 0;
     const S* k_ = nullptr;
     const S* v_ = nullptr;
 };

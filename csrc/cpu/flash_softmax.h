@@ -56,13 +56,14 @@ FASTATTN_INLINE V load_bias(const ScoreOperand& bias, std::int64_t at, std::int6
     }
 }
 
+// Which of n keys from a mask's element `at` on may be attended.
 template <class V>
-FASTATTN_INLINE V load_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t n) {
+FASTATTN_INLINE typename V::Mask load_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t n) {
     const auto* p = static_cast<const std::uint8_t*>(mask.data) + at;
-    if (mask.key == 1 && n >= V::width) return V::load_bytes(p);
+    if (mask.key == 1 && n >= V::width) return V::mask_bytes(p);
     alignas(64) std::uint8_t buffer[64] = {};
     for (std::int64_t i = 0; i < n && i < V::width; ++i) buffer[i] = p[i * mask.key];
-    return V::load_bytes(buffer);
+    return V::mask_bytes(buffer);
 }
 
 inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int64_t h, std::int64_t i,
@@ -97,7 +98,8 @@ struct FlashBlock {
     const AttentionProblem& problem;
     std::int64_t batch;      // b
     Acc scale, scale_log2e, softcap, inverse_softcap;
-    bool elementwise;        // softcap, alibi, bias, mask or dropout: not just scale and ranges
+    bool alibi, bias, mask;
+    bool elementwise;        // softcap, alibi, bias or mask: not just scale and ranges
     std::int64_t o_stride;
     RowInfo* info;           // (rows)
     Acc* row_max;            // m (rows)
@@ -116,8 +118,10 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
             to_finite<Acc>(p.scale * kLog2E),
             Acc(cap),
             Acc(cap > 0 ? 1.0 / cap : 0.0),
-            cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr ||
-                p.dropout > 0,
+            p.alibi_slopes.data != nullptr,
+            p.bias.data != nullptr,
+            p.mask.data != nullptr,
+            cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr,
             0,
             nullptr,
             nullptr,
@@ -148,73 +152,95 @@ bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
     return false;
 }
 
-// s: raw products q.k of one row with keys j0, j0+1, ...; becomes x, with -inf where masked.
+// What the arguments of the scores hold for one row.
 template <class E>
-void transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
-                   int vectors) {
-    using V = typename E::V;
-    using Acc = typename E::Acc;
-    constexpr int w = V::width;
+void find_features(const FlashBlock<E>& x, RowInfo& row) {
     const AttentionProblem& p = x.problem;
-    const V masked = V::set1(-kInf<Acc>), limit = V::set1(score_limit<Acc>);
-    const V iota = V::iota();
-    const bool alibi = p.alibi_slopes.data != nullptr, bias = p.bias.data != nullptr,
-               mask = p.mask.data != nullptr;
-    const V slope = V::set1(alibi ? to_finite<Acc>(-read_head(p.alibi_slopes, x.batch, row.head)) : Acc(0));
-    const double position = double(row.query) + double(p.offset(x.batch));  // any q_offset, no overflow
-    const std::int64_t bias_at = bias ? score_offset(p.bias, x.batch, row.head, row.query, j0) : 0;
-    const std::int64_t mask_at = mask ? score_offset(p.mask, x.batch, row.head, row.query, j0) : 0;
-    for (int c = 0; c < vectors; ++c) {
-        const std::int64_t j = j0 + c * w, left = p.kv_size - j;
-        V t = V::load(s + c * w);
-        V allowed = V::set1(Acc(1));
-        if (x.elementwise) {
-            t = t * V::set1(x.scale);
-            if (x.softcap > 0) t = V::set1(x.softcap) * tanh(t * V::set1(x.inverse_softcap));
-            if (alibi) {
-                const V distance = V::set1(Acc(position - double(j))) - iota;
-                t = V::fma(slope, V::max(distance, V::zero() - distance), t);
-            }
-            if (bias) {
-                const V add = load_bias<V>(p.bias, bias_at + c * w * p.bias.key, left);
-                t = t + add;
-                allowed = V::select(V::eq(add, masked), V::zero(), allowed);
-            }
-            if (mask) {
-                const V byte = load_mask<V>(p.mask, mask_at + c * w * p.mask.key, left);
-                allowed = V::select(V::gt(byte, V::zero()), allowed, V::zero());
-            }
-            if (alibi || bias) {
-                const V near = V::max(V::zero() - limit, V::min(limit, t));
-                const V size = V::max(t, V::zero() - t);
-                t = V::select(V::eq(size, V::set1(kInf<Acc>)), t, near);
-            }
-            t = t * V::set1(Acc(kLog2E));
-        } else {
-            t = t * V::set1(x.scale_log2e);
-        }
-        if (row.begin > j) allowed = V::select(V::gt(V::set1(Acc(row.begin - j)), iota), V::zero(), allowed);
-        if (row.end < j + w) {
-            const Acc end = row.end > j ? Acc(row.end - j) : Acc(0);
-            allowed = V::select(V::gt(V::set1(end), iota), allowed, V::zero());
-        }
-        V::select(V::gt(allowed, V::zero()), t, masked).store(s + c * w);
+    row.bias = p.bias.data == nullptr ? 0 : score_offset(p.bias, x.batch, row.head, row.query, 0);
+    row.mask = p.mask.data == nullptr ? 0 : score_offset(p.mask, x.batch, row.head, row.query, 0);
+    row.slope = p.alibi_slopes.data == nullptr ? 0.0 : -read_head(p.alibi_slopes, x.batch, row.head);
+    row.position = double(row.query) + double(p.offset(x.batch));  // any q_offset, no overflow
+}
+
+// -inf for the keys j0, j0+1, ... that are outside of the row's range.
+template <class V, int N>
+FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&x)[N]) {
+    using Acc = typename V::value_type;
+    const V begin = V::set1(Acc(row.begin - j0)), end = V::set1(Acc(row.end - j0));
+    const V masked = V::set1(-kInf<Acc>);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+        const V key = V::iota() + V::set1(Acc(n * V::width));
+        x[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, x[n]), masked);
     }
 }
 
-// Zeroes dropped weights of keys j, j+1, ... (scaling by 1/(1-p) waits for the end).
+// One vector of raw products q.k with keys j, j+1, ... becomes x, by all arguments but the key ranges.
+template <class E>
+FASTATTN_INLINE typename E::V transform(const FlashBlock<E>& x, const RowInfo& row, typename E::V t,
+                                        std::int64_t j) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = x.problem;
+    const V masked = V::set1(-kInf<Acc>);
+    t = t * V::set1(x.scale);
+    if (x.softcap > 0) t = V::set1(x.softcap) * tanh(t * V::set1(x.inverse_softcap));
+    if (x.alibi) {
+        const V distance = V::set1(Acc(row.position - double(j))) - V::iota();
+        t = V::fma(V::set1(to_finite<Acc>(row.slope)), V::max(distance, V::zero() - distance), t);
+    }
+    typename V::Mask barred{};
+    if (x.bias) {
+        const V add = load_bias<V>(p.bias, row.bias + j * p.bias.key, p.kv_size - j);
+        barred = V::eq(add, masked);
+        t = t + add;
+    }
+    if (x.alibi || x.bias) {
+        const V limit = V::set1(score_limit<Acc>);
+        const V near = V::max(V::zero() - limit, V::min(limit, t));
+        const V size = V::max(t, V::zero() - t);
+        t = V::select(V::eq(size, V::set1(kInf<Acc>)), t, near);
+    }
+    t = t * V::set1(Acc(kLog2E));
+    if (x.bias) t = V::select(barred, masked, t);
+    if (x.mask) t = V::select(load_mask<V>(p.mask, row.mask + j * p.mask.key, p.kv_size - j), t, masked);
+    return t;
+}
+
+// s: raw products of one row with keys j0, j0+1, ...; becomes x, with -inf where masked. Returns the largest,
+// by lane.
+template <class E>
+typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
+                            int vectors) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    constexpr int w = V::width;
+    const bool ranged = row.begin > j0 || row.end < j0 + vectors * w;
+    V top = V::set1(-kInf<Acc>);
+    for (int c = 0; c < vectors; ++c) {
+        V t[1] = {V::load(s + c * w)};
+        t[0] = x.elementwise ? transform(x, row, t[0], j0 + c * w) : t[0] * V::set1(x.scale_log2e);
+        if (ranged) keep_range(row, j0 + c * w, t);
+        t[0].store(s + c * w);
+        top = V::max(t[0], top);
+    }
+    return top;
+}
+
+// Zeroes dropped weights of n keys from j on, both multiples of 4 (scaling by 1/(1-p) waits for the end).
 template <class E>
 void drop_weights(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* p, std::int64_t j, int n) {
+    constexpr int lanes = 16;  // blocks of 4 keys at once
     const std::uint32_t threshold = dropout_threshold(x.problem.dropout);
-    PhiloxBlock block{};
-    for (int i = 0; i < n; ++i) {
-        const auto key = static_cast<std::uint64_t>(j + i);
-        if (i == 0 || key % 4 == 0) {
-            block = philox4x32(static_cast<std::uint32_t>(key / 4), static_cast<std::uint32_t>(row.query),
-                               static_cast<std::uint32_t>(row.head), static_cast<std::uint32_t>(x.batch),
-                               x.problem.seed);
+    for (int i = 0; i < n; i += 4 * lanes) {
+        std::uint32_t words[4][lanes];
+        philox4x32<lanes>(static_cast<std::uint32_t>((j + i) / 4), static_cast<std::uint32_t>(row.query),
+                          static_cast<std::uint32_t>(row.head), static_cast<std::uint32_t>(x.batch),
+                          x.problem.seed, words);
+        const int left = n - i < 4 * lanes ? n - i : 4 * lanes;
+        for (int k = 0; k < left; ++k) {
+            if (words[k % 4][k / 4] < threshold) p[i + k] = 0;
         }
-        if (block.word[key % 4] < threshold) p[i] = 0;
     }
 }
 
@@ -234,25 +260,6 @@ void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, 
         (V::load(l) * alpha).store(l);
     }
 }
-
-// The sums of one row's weights while it is worked on.
-template <class E>
-struct RowSums {
-    using V = typename E::V;
-    V sum[E::sums];
-    typename E::Acc* memory;
-
-    FASTATTN_INLINE explicit RowSums(typename E::Acc* row) : memory(row) {
-        for (int s = 0; s < E::sums; ++s) sum[s] = V::load(memory + s * V::width);
-    }
-    FASTATTN_INLINE void add(V weight, V stored) {
-        sum[0] = sum[0] + weight;
-        if constexpr (E::sums == 2) sum[1] = sum[1] + stored;
-    }
-    FASTATTN_INLINE void store() const {
-        for (int s = 0; s < E::sums; ++s) sum[s].store(memory + s * V::width);
-    }
-};
 
 // l of row r: as computed (for lse), or as rounded for the product with v (for out).
 template <class E>
@@ -281,32 +288,6 @@ template <class E>
 typename E::V row_shift(const FlashBlock<E>& x, std::int64_t r) {
     using Acc = typename E::Acc;
     return E::V::set1(x.row_max[r] == -kInf<Acc> ? Acc(0) : x.row_max[r]);
-}
-
-// x (in s) of row r becomes weights in columns [column, column + vectors * width) of p, whose columns
-// from `first` on belong to the same block; m and l follow.
-template <class E>
-void finish_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc* s, typename E::Unit* p,
-                std::int64_t first, std::int64_t column, std::int64_t j0, int vectors) {
-    using V = typename E::V;
-    using Acc = typename E::Acc;
-    constexpr int w = V::width;
-    V top = V::load(s);
-    for (int c = 1; c < vectors; ++c) top = V::max(V::load(s + c * w), top);
-    follow_peak(x, r, V::reduce_max(top), p, first, column);
-    const V shift = row_shift(x, r);
-    RowSums<E> sums(x.row_sum + r * E::sums * w);
-    for (int c = 0; c < vectors; ++c) {
-        const V weight = exp2<E::accuracy>(V::load(s + c * w) - shift);
-        sums.add(weight, E::store_weights(weight, p, column + c * w));
-        if (x.problem.dropout > 0) {  // after the sums: the denominator knows nothing of it
-            alignas(64) Acc lanes[w];
-            weight.store(lanes);
-            drop_weights(x, x.info[r], lanes, j0 + c * w, w);
-            E::store_weights(V::load(lanes), p, column + c * w);
-        }
-    }
-    sums.store();
 }
 
 }  // namespace

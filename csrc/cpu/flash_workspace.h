@@ -10,10 +10,12 @@
 namespace fastattn::cpu {
 namespace {
 
-// What a row of an item stands for: its query and head, and the keys that causal, window and lengths
-// leave it.
+// What a row of an item stands for: its query and head, the keys that causal, window and lengths leave it,
+// and where its bias and mask begin (elements from the array's, for key 0).
 struct RowInfo {
     std::int64_t begin, end, query, head;
+    std::int64_t bias, mask;
+    double slope, position;  // ALiBi: adds slope * |position - key|
 };
 
 struct FlashOffsets {

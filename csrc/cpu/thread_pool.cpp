@@ -32,6 +32,7 @@ namespace {
 using Index = std::int64_t;
 
 constexpr Index kPollMilliseconds = 20;
+constexpr int kCallsPerClock = 8;  // even the clock is a few percent of the shortest tiles
 
 // Read often, so the cheap clock where there is one: good to 4 ms, a few ns a call.
 Index now_ms() noexcept {
@@ -68,8 +69,15 @@ private:
 struct CurrentItem {
     const Executor* executor = nullptr;
     int slot = 0;
+    Index item = 0;
+    const std::atomic<Index>* next = nullptr;  // shared by the threads of a job; inline: the one after `item`
 };
 thread_local CurrentItem current_item;
+
+struct RestoreCurrent {
+    const CurrentItem outer = current_item;
+    ~RestoreCurrent() { current_item = outer; }
+};
 
 // Counts forks on the child's side, to notice one that a poll function made within a call.
 std::atomic<unsigned> fork_generation{0};
@@ -92,7 +100,7 @@ struct ThreadPoolExecutor::Job {
 
     // Under the pool's mutex.
     int helpers = 0;  // slots handed out to workers
-    int active = 0;   // workers inside
+    int active = 0;  // workers inside
     std::condition_variable all_left{};
     Job* following = nullptr;
 
@@ -258,15 +266,18 @@ void ThreadPoolExecutor::parallel_for(Index items, ItemFn fn, void* context) {
 }
 
 void ThreadPoolExecutor::run_inline(Index items, ItemFn fn, void* context, int slot) {
+    const RestoreCurrent restore;
+    current_item.next = nullptr;
     for (Index item = 0; item < items; ++item) {
+        current_item.item = item;
         fn(context, item, slot);
         if (stop_requested()) throw Cancelled();
     }
 }
 
 void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
-    const CurrentItem outer = current_item;
-    current_item = {this, slot};
+    const RestoreCurrent restore;
+    current_item = {this, slot, 0, &job.next};
     for (; item < job.items; item = job.claim()) {
         try {
             job.fn(job.context, item, slot);
@@ -276,7 +287,11 @@ void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
         }
         if (stop_requested() || job.forked_away()) job.drop_rest();
     }
-    current_item = outer;
+}
+
+Index ThreadPoolExecutor::next_item() const noexcept {
+    const std::atomic<Index>* next = current_item.next;
+    return next != nullptr ? next->load(std::memory_order_relaxed) : current_item.item + 1;
 }
 
 bool ThreadPoolExecutor::stop_requested() noexcept {
@@ -286,6 +301,8 @@ bool ThreadPoolExecutor::stop_requested() noexcept {
 }
 
 void ThreadPoolExecutor::poll_if_due() noexcept {
+    if (--calls_until_clock_ > 0) return;
+    calls_until_clock_ = kCallsPerClock;
     if (now_ms() < next_poll_ms_) return;
     if (poll_(poll_context_)) stop_.store(true, std::memory_order_relaxed);
     next_poll_ms_ = now_ms() + kPollMilliseconds;

@@ -27,6 +27,7 @@ public:
     int threads() const noexcept override { return threads_; }
     void parallel_for(std::int64_t items, ItemFn fn, void* context) override;
     bool stop_requested() noexcept override;
+    std::int64_t next_item() const noexcept override;
 
 private:
     struct Job;
@@ -42,6 +43,7 @@ private:
     void* const poll_context_;
     const std::thread::id caller_;
     std::int64_t next_poll_ms_ = 0;
+    int calls_until_clock_ = 0;  // of stop_requested() on the calling thread
 };
 
 // Slots, and so threads, that one call can have.

@@ -10,8 +10,9 @@ namespace {
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// Bytes of packed q and accumulators that one item may hold: beside k and v of a block in a 1 MiB L2.
-constexpr std::int64_t kItemBytes = 320 * 1024;
+// Bytes of packed q and accumulators that one item may hold. They are read once per block of keys, a few KB for
+// each tile, so they need no place in L2; k and v of a block, read for every tile, do.
+constexpr std::int64_t kItemBytes = 1280 * 1024;
 // An item packs its own k and v; below so many rows that would cost more than a few percent.
 constexpr std::int64_t kMinRows = 96;
 
@@ -65,7 +66,7 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
         const std::int64_t row_bytes = (plan.q_stride + plan.o_stride) * tile.unit_bytes;
         const std::int64_t most = std::max<std::int64_t>(kItemBytes / row_bytes, tile.mr);
         std::int64_t blocks = ceil_div(plan.rows, most);
-        const std::int64_t wanted = ceil_div(std::int64_t{4} * threads, std::max<std::int64_t>(heads, 1));
+        const std::int64_t wanted = ceil_div(std::int64_t{8} * threads, std::max<std::int64_t>(heads, 1));
         blocks = std::max(blocks, std::min(wanted, plan.rows / kMinRows));
         blocks = std::max<std::int64_t>(blocks, 1);
         plan.rows_per_item = std::max<std::int64_t>(round_up(ceil_div(plan.rows, blocks), tile.mr), tile.mr);

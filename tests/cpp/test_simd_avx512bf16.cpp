@@ -6,13 +6,22 @@ namespace {
 
 TEST(Engine, Bf16Pairs) { check_engine<Bf16DotEngine, bf16_t>(); }
 
+// Two vectors of weights, stored rounded to nearest even; summed as they are and as they were rounded.
 TEST(Engine, WeightsRoundToNearestEven) {
-    alignas(64) float row[16] = {};
+    using V = Vec<float, Avx512>;
     for (int i = 0; i < 16; ++i) {
-        Bf16DotEngine::store_weights(Vec<float, Avx512>::set1(1.0f + static_cast<float>(i) / 256.0f), row, 0);
-        bf16_t expected;
-        from_scalar(1.0f + static_cast<float>(i) / 256.0f, &expected);
-        EXPECT_EQ(Bf16DotEngine::weight(row, 3), to_scalar(expected));
+        const float x = 1.0f + static_cast<float>(i) / 256.0f, y = x + 2.0f;
+        alignas(64) float row[16] = {}, sums[32] = {};
+        Bf16DotEngine::store_weights(V::set1(x), V::set1(y), row, 0);
+        bf16_t rounded_x, rounded_y;
+        from_scalar(x, &rounded_x);
+        from_scalar(y, &rounded_y);
+        EXPECT_EQ(Bf16DotEngine::weight(row, 3), to_scalar(rounded_x));
+        EXPECT_EQ(Bf16DotEngine::weight(row, 19), to_scalar(rounded_y));
+        Bf16DotEngine::add_weights(V::set1(x), V::set1(y), sums);
+        Bf16DotEngine::add_weights(V::set1(x), V::set1(y), sums);
+        EXPECT_EQ(V::reduce_add(V::load(sums)), 32 * (x + y));
+        EXPECT_EQ(V::reduce_add(V::load(sums + 16)), 32 * (to_scalar(rounded_x) + to_scalar(rounded_y)));
     }
 }
 

@@ -1,5 +1,6 @@
-// exp2 and tanh over Vec. Coefficients: interpolation at Chebyshev nodes of (2^r - 1)/r on [-1/2, 1/2]
-// and of (e^r - 1 - r)/r^2 on [-ln2/2, ln2/2]; relative errors before rounding are given.
+// exp2 and tanh over Vec. Coefficients: for 2^r on [0, 1) the polynomial of least relative error with 2^0 = 1
+// (Remez), for (e^r - 1 - r)/r^2 interpolation at Chebyshev nodes of [-ln2/2, ln2/2]; relative errors before
+// rounding are given.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -17,35 +18,34 @@ FASTATTN_INLINE V horner(V x, const typename V::value_type (&c)[N]) {
     return r;
 }
 
-// 2^x. NaN stays NaN, -inf gives 0; x up to 127 (float) or 1023 (double). Results under the smallest
-// normal number may be flushed to 0.
+// 2^x = 2^floor(x) * 2^r. NaN stays NaN, -inf gives 0; x up to 127 (float) or 1023 (double). Results under
+// the smallest normal number may be flushed to 0.
 template <Accuracy accuracy = Accuracy::full, class V>
 FASTATTN_INLINE V exp2(V x) {
     using T = typename V::value_type;
-    x = V::max(V::set1(sizeof(T) == 4 ? T(-150) : T(-1080)), x);
-    const V n = V::round(x);
-    const V r = x - n;
+    V r;
+    const V n = V::split2(x, r);
     if constexpr (sizeof(T) == 8) {
-        constexpr T c[] = {1.0,                       // 6e-18
-                           0.69314718055994530942,
-                           0.2402265069591009822,
-                           0.055504108664821594339,
-                           0.0096181291076068885273,
-                           0.001333355814641693531,
-                           0.00015403530441736050155,
-                           0.000015252733829836118394,
-                           1.3215442587921689653e-6,
-                           1.0178062445845773521e-7,
-                           7.0725859492692236999e-9,
-                           4.4549605981865183938e-10};
-        return V::scale2(horner(r, c), n);
+        constexpr T c[] = {1.0,  // 3e-18
+                           0.69314718055994592842,
+                           0.24022650695906330204,
+                           0.055504108665602253297,
+                           0.0096181290995507955717,
+                           0.0013333558629566755226,
+                           0.00015403512309628660399,
+                           0.000015253175055562795993,
+                           1.3208367288951140366e-6,
+                           1.0253212435721934234e-7,
+                           6.559529322770528367e-9,
+                           6.2634661422960210149e-10};
+        return V::shift2(horner(r, c), n);
     } else if constexpr (accuracy == Accuracy::bf16) {
-        constexpr T c[] = {1.0f, 0.693136734f, 0.240225301f, 0.0558382829f, 0.00965671029f};  // 5.5e-6
-        return V::scale2(horner(r, c), n);
+        constexpr T c[] = {1.0f, 0.693044845f, 0.241280204f, 0.0522424753f, 0.0134266837f};  // 2.9e-6
+        return V::shift2(horner(r, c), n);
     } else {
-        constexpr T c[] = {1.0f,           0.693147188f,   0.240226508f,   0.0555035711f,
-                           0.00961808256f, 0.00133908634f, 0.000154531623f};  // 4e-9
-        return V::scale2(horner(r, c), n);
+        constexpr T c[] = {1.0f,          0.693151312f,   0.24016445f,
+                           0.0557999134f, 0.00901702996f, 0.00186713021f};  // 8.2e-8
+        return V::shift2(horner(r, c), n);
     }
 }
 

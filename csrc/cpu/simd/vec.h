@@ -7,11 +7,12 @@
 //
 //   zero() set1(x) iota()             constants; iota = 0, 1, 2, ...
 //   load(p) store(p)                  p: T*, f16_t*, bf16_t* (conversion rounds to nearest even)
-//   load_bytes(p)                     bytes, each 0 or not, as lanes that are 0 or > 0
+//   mask_bytes(p)                     the mask of the bytes that are not 0
 //   fma(a,b,c) = a*b+c, + - * /       lanes
 //   max(a,b) min(a,b)                 b when either is NaN
 //   round(a)                          to nearest even
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
+//   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves
 //   reduce_max(a) reduce_add(a)       to a scalar
@@ -109,8 +110,8 @@ struct Vec<T, Scalar> {
     static FASTATTN_INLINE Vec load(const S* p) {
         return generate([&](int i) { return T(to_scalar(p[i])); });
     }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return generate([&](int i) { return T(p[i]); });
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        return generate([&](int i) { return T(p[i]); }).v > Lanes{};
     }
     FASTATTN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof v); }
     template <class S>
@@ -151,6 +152,14 @@ struct Vec<T, Scalar> {
             }
         });
     }
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        x = max(set1(sizeof(T) == 4 ? T(-127) : T(-1023)), x);
+        const Vec n = round(x);
+        const Vec floor = {n.v > x.v ? n.v - T(1) : n.v};
+        r = x - floor;
+        return floor;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return a.v > b.v; }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return a.v == b.v; }
     static FASTATTN_INLINE bool any(Mask m) {

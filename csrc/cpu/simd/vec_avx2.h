@@ -28,9 +28,9 @@ struct Vec<float, Avx2> {
         const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
     }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
     }
     FASTATTN_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
     FASTATTN_INLINE void store(f16_t* p) const {
@@ -61,6 +61,17 @@ struct Vec<float, Avx2> {
         const __m256 k = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), n.v));
         const __m256i e =
             _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
+        return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(e))};
+    }
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        const Vec y = max(set1(-127.0f), x);
+        const Vec n = {_mm256_floor_ps(y.v)};
+        r = y - n;
+        return n;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) {  // n >= -127: scale2 without its limits
+        const __m256i e =
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
         return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(e))};
     }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
@@ -98,10 +109,11 @@ struct Vec<double, Avx2> {
     static FASTATTN_INLINE Vec set1(double x) { return {_mm256_set1_pd(x)}; }
     static FASTATTN_INLINE Vec iota() { return {_mm256_setr_pd(0, 1, 2, 3)}; }
     static FASTATTN_INLINE Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
         std::int32_t four;
         std::memcpy(&four, p, 4);
-        return {_mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)))};
+        const __m256i x = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+        return _mm256_castsi256_pd(_mm256_cmpgt_epi64(x, _mm256_setzero_si256()));
     }
     FASTATTN_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
     friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
@@ -119,6 +131,13 @@ struct Vec<double, Avx2> {
         const __m256i e = _mm256_slli_epi64(_mm256_castpd_si256(_mm256_add_pd(k, magic)), 52);
         return {_mm256_mul_pd(a.v, _mm256_castsi256_pd(e))};
     }
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        const Vec y = max(set1(-1023.0), x);
+        const Vec n = {_mm256_floor_pd(y.v)};
+        r = y - n;
+        return n;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ); }
     static FASTATTN_INLINE bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }

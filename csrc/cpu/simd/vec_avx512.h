@@ -50,9 +50,9 @@ struct Vec<float, Avx512> {
         const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
     }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm_test_epi8_mask(bytes, bytes);
     }
     FASTATTN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
     FASTATTN_INLINE void store(f16_t* p) const {
@@ -71,6 +71,12 @@ struct Vec<float, Avx512> {
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+    // One instruction each: reduce gives 0 for infinities, and scalef takes the floor itself.
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        r = {_mm512_reduce_ps(x.v, 9)};
+        return x;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
     static FASTATTN_INLINE bool any(Mask m) { return m != 0; }
@@ -98,9 +104,9 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec set1(double x) { return {_mm512_set1_pd(x)}; }
     static FASTATTN_INLINE Vec iota() { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
     static FASTATTN_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        return {
-            _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        return static_cast<Mask>(_mm_test_epi8_mask(bytes, bytes));
     }
     FASTATTN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
     friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -112,6 +118,12 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_pd(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_pd(a.v, n.v)}; }
+    // One instruction each: reduce gives 0 for infinities, and scalef takes the floor itself.
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        r = {_mm512_reduce_pd(x.v, 9)};
+        return x;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
     static FASTATTN_INLINE bool any(Mask m) { return m != 0; }

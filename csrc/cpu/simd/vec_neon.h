@@ -30,9 +30,9 @@ struct Vec<float, Neon> {
     static FASTATTN_INLINE Vec load(const bf16_t* p) {
         return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)), 16))};
     }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        const float lanes[4] = {float(p[0]), float(p[1]), float(p[2]), float(p[3])};
-        return {vld1q_f32(lanes)};
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        const std::uint32_t lanes[4] = {p[0], p[1], p[2], p[3]};
+        return vtstq_u32(vld1q_u32(lanes), vdupq_n_u32(0xff));
     }
     FASTATTN_INLINE void store(float* p) const { vst1q_f32(p, v); }
     FASTATTN_INLINE void store(f16_t* p) const {
@@ -60,6 +60,13 @@ struct Vec<float, Neon> {
         const int32x4_t e = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(k), vdupq_n_s32(127)), 23);
         return {vmulq_f32(a.v, vreinterpretq_f32_s32(e))};
     }
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        const Vec y = max(set1(-127.0f), x);
+        const Vec n = {vrndmq_f32(y.v)};
+        r = y - n;
+        return n;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return vcgtq_f32(a.v, b.v); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return vceqq_f32(a.v, b.v); }
     static FASTATTN_INLINE bool any(Mask m) { return vmaxvq_u32(m) != 0; }
@@ -84,9 +91,9 @@ struct Vec<double, Neon> {
         return {vld1q_f64(lanes)};
     }
     static FASTATTN_INLINE Vec load(const double* p) { return {vld1q_f64(p)}; }
-    static FASTATTN_INLINE Vec load_bytes(const std::uint8_t* p) {
-        const double lanes[2] = {double(p[0]), double(p[1])};
-        return {vld1q_f64(lanes)};
+    static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
+        const std::uint64_t lanes[2] = {p[0], p[1]};
+        return vtstq_u64(vld1q_u64(lanes), vdupq_n_u64(0xff));
     }
     FASTATTN_INLINE void store(double* p) const { vst1q_f64(p, v); }
     friend FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f64(a.v, b.v)}; }
@@ -102,6 +109,13 @@ struct Vec<double, Neon> {
         const int64x2_t e = vshlq_n_s64(vaddq_s64(vcvtq_s64_f64(k), vdupq_n_s64(1023)), 52);
         return {vmulq_f64(a.v, vreinterpretq_f64_s64(e))};
     }
+    static FASTATTN_INLINE Vec split2(Vec x, Vec& r) {
+        const Vec y = max(set1(-1023.0), x);
+        const Vec n = {vrndmq_f64(y.v)};
+        r = y - n;
+        return n;
+    }
+    static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return vcgtq_f64(a.v, b.v); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return vceqq_f64(a.v, b.v); }
     static FASTATTN_INLINE bool any(Mask m) { return vmaxvq_u32(vreinterpretq_u32_u64(m)) != 0; }
