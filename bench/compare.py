@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """fastattn beside the installed peers: the same as ``python -m fastattn bench``, with all its options.
 
-bench/compare.py --json bench/results/<machine>.json --plot bench/results/<machine>.png
+bench/compare.py --threads 1,2 --json bench/results/<machine>.json --plot bench/results/<machine>.png
 """
 
 import sys

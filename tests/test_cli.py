@@ -1,15 +1,10 @@
-"""``python -m fastattn info|check|bench``: what they print, what they write, and when they fail."""
+"""``python -m fastattn info|check``: what they print, and when they fail; parts that ``bench`` shares."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import io
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,23 +13,7 @@ import pytest
 import fastattn
 from fastattn import _core, reference
 from fastattn.__main__ import main
-from fastattn._cli import bench, cases, check, gate, machine, onnx_model, output, peers, problems, report
-
-PNG = b"\x89PNG\r\n\x1a\n"
-TINY = ["bench", "--cases", "tiny", "--rounds", "2", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards(threads: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Peers set the threads of their libraries for the whole process: that is undone here."""
-    monkeypatch.setenv("NPROC", "1")
-    with contextlib.ExitStack() as stack:
-        if machine.installed_version("threadpoolctl") is not None:
-            stack.enter_context(importlib.import_module("threadpoolctl").threadpool_limits())
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-        yield
+from fastattn._cli import check, gate, output, problems
 
 
 @pytest.fixture
@@ -173,163 +152,6 @@ def test_the_textbook_is_the_same_attention_as_the_reference() -> None:
         )
 
 
-# ---- bench ------------------------------------------------------------------------------------------
-
-
-def test_bench_writes_a_complete_json_and_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("threadpoolctl")
-    before = fastattn.get_num_threads()
-    json_file, plot_file = tmp_path / "run.json", tmp_path / "run.png"
-    options = ["--peers", "numpy", "--json", str(json_file), "--plot", str(plot_file)]
-    assert (
-        main(["bench", "--cases", "vit,decode-4k-f32,tiny", "--rounds", "2", "--threads", "1", *options]) == 0
-    )
-    assert fastattn.get_num_threads() == before
-    assert plot_file.read_bytes().startswith(PNG)
-    assert plot_file.stat().st_size > 20_000
-
-    run = json.loads(json_file.read_text())
-    assert run["schema"] == bench.SCHEMA
-    assert run["threads"] == 1
-    assert run["rounds"] == 2
-    assert run["peers"] == ["numpy"]
-    assert run["command"][:4] == ["python", "-m", "fastattn", *sys.argv[1:2]]
-    assert run["machine"]["cpu"] == machine.cpu_model()
-    assert run["machine"]["cpus"] >= 1
-    assert run["versions"]["fastattn"] == fastattn.__version__
-    assert run["versions"]["numpy"] == np.__version__
-    assert {"commit", "when"} <= set(run)
-    assert [case["name"] for case in run["cases"]] == ["vit", "decode-4k-f32", "tiny"]
-    for case in run["cases"]:
-        ours, numpy = case["results"]
-        assert (ours["name"], numpy["name"]) == ("fastattn", "numpy")
-        assert ours["implementation"] == case["kernel"]
-        assert case["ratio_to_best_peer"] == pytest.approx(numpy["seconds"] / ours["seconds"])
-        assert case["best_peer"] == "numpy"
-        for entry in case["results"]:
-            assert len(entry["seconds_per_round"]) == 2
-            assert 0.0 < entry["seconds_min"] <= entry["seconds"] <= entry["seconds_max"] < 60.0
-            assert entry["gflops"] == pytest.approx(case["flops"] / entry["seconds"] / 1e9)
-            assert entry["max_error"] < 1e-4
-    vit, decode, tiny = run["cases"]
-    assert vit["limit"]["kind"] == "flops"
-    assert decode["limit"]["kind"] == "bandwidth"
-    assert tiny["limit"]["kind"] is None
-    # A peak is a peak: nothing may be faster than it (but for a machine whose clock changes meanwhile).
-    assert 0.0 < vit["results"][0]["fraction_of_limit"] < 1.1
-    assert 0.0 < decode["results"][0]["fraction_of_limit"] < 1.1
-    assert tiny["results"][0]["fraction_of_limit"] is None
-
-    text = capsys.readouterr().out
-    for case in run["cases"]:
-        assert f"\n{case['name']}: " in text
-    assert "geometric mean" in text
-
-
-def test_plot_has_a_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "--peers", "none", "--plot"]) == 0
-    assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
-
-
-def test_bench_without_peers_and_with_a_forced_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--peers", "none", "--kernel", "cpu-reference"]) == 0
-    text = capsys.readouterr().out
-    assert "fastattn (cpu-reference)" in text
-    assert "peers: none" in text
-
-
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "jax", "numpy"])
-@pytest.mark.parametrize("case", ["bert", "gpt2", "llama-bf16", "llama-f16", "decode-4k-f32", "tiny"])
-def test_each_peer_computes_the_same_attention(name: str, case: str) -> None:
-    pytest.importorskip(name)
-    if name == "jax":
-        pytest.importorskip("ml_dtypes")
-    (full,) = cases.select(case)
-    # The case's heads, dtype and mask with few tokens: every route of the peer, in no time.
-    tokens = min(40, full.q_size), min(40, full.kv_size)
-    small = cases.Case(
-        full.name,
-        "",
-        full.kind,
-        full.batch,
-        full.q_heads,
-        full.kv_heads,
-        *tokens,
-        32,
-        full.dtype,
-        full.causal,
-    )
-    q, k, v = small.arrays()
-    try:
-        peer = peers.PEERS[name](1)
-        runner = peer.prepare(small, q, k, v)
-        out = runner.to_numpy(runner.run())
-    except (peers.NotApplicable, NotImplementedError, ValueError) as reason:
-        if small.dtype == "float32":  # which every peer has
-            raise
-        pytest.skip(str(reason).splitlines()[0])
-    assert out.shape == q.shape
-    want = reference.mha(q, k, v, causal=small.causal)
-    assert np.abs(out.astype(np.float64) - want).max() < bench.SAME_COMPUTATION[small.dtype]
-
-
-def test_a_peer_that_computes_something_else_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("threadpoolctl")
-    honest = peers.NumPy.prepare
-
-    def prepare(self: peers.NumPy, *arguments: Any) -> peers.Runner:
-        runner = honest(self, *arguments)
-        return peers.Runner(lambda: 1.1 * runner.run(), runner.to_numpy, runner.implementation)
-
-    monkeypatch.setattr(peers.NumPy, "prepare", prepare)
-    assert main([*TINY, "--peers", "numpy"]) == 0
-    text = capsys.readouterr().out
-    assert "numpy: wrong result, off by 0.1" in text
-    assert "geometric mean" not in text
-
-
-def test_bench_stops_when_fastattn_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = fastattn.mha
-    monkeypatch.setattr(fastattn, "mha", lambda *a, **kw: 1.1 * honest(*a, **kw))
-    with pytest.raises(RuntimeError, match="wrong result"):
-        main([*TINY, "--peers", "none"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--cases", "tiny,nonsense"], "nonsense"),
-        (["--peers", "tensorflow"], "tensorflow"),
-        (["--cases", "tiny", "--threads", "0"], "--threads"),
-        (["--cases", "tiny", "--rounds", "0"], "--rounds"),
-        (["--cases", "tiny", "--kernel", "cpu-mmx"], "cpu-mmx"),
-        (["--cases", "tiny", "--json", "/no/such/folder/x.json"], "/no/such/folder"),
-        (["--cases", "tiny", "--plot", "run.docx"], "run.docx"),
-    ],
-)
-def test_bench_refuses_wrong_options(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--peers", "none", *options]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_cases_count_what_explain_counts() -> None:
-    pytest.importorskip("ml_dtypes")
-    for case in cases.CASES:
-        # Views of a single number: explain reads no element.
-        zero = np.zeros((), cases.numpy_dtype(case.dtype))
-        q = np.broadcast_to(zero, (case.batch, case.q_size, case.q_heads, case.head_dim))
-        k = v = np.broadcast_to(zero, (case.batch, case.kv_size, case.kv_heads, case.head_dim))
-        assert case.flops == fastattn.explain(q, k, v, causal=case.causal).flops
-        assert case.kv_bytes == k.nbytes + v.nbytes
-
-
 # ---- parts ------------------------------------------------------------------------------------------
 
 
@@ -373,31 +195,3 @@ def test_progress_draws_on_a_terminal_only() -> None:
 )
 def test_times_have_three_digits(seconds: float, text: str) -> None:
     assert output.time_text(seconds) == text
-
-
-def test_onnx_models_are_valid_protobuf() -> None:
-    ort = pytest.importorskip("onnxruntime")
-    model = onnx_model.one_node_model(
-        "LeakyRelu",
-        domain="",
-        opset=23,
-        inputs={"x": (2, 300)},
-        output=("y", (2, 300)),
-        dtype="float32",
-        attributes={"alpha": 0.25},
-    )
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    x = np.linspace(-1, 1, 600, dtype=np.float32).reshape(2, 300)
-    (y,) = session.run(None, {"x": x})
-    np.testing.assert_allclose(y, np.where(x < 0, 0.25 * x, x), rtol=1e-6)
-
-
-def test_the_report_of_a_run_where_a_peer_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
-    run = bench.run(cases="tiny", rounds=1, peer_names="none")
-    (case,) = run["cases"]
-    fast = dict(case["results"][0], name="torch", seconds=case["results"][0]["seconds"] / 4)
-    case["results"].append(fast)
-    case["best_peer"], case["ratio_to_best_peer"] = "torch", 0.25
-    text = report.report(run)
-    assert "0.25x the speed of torch" in text
-    assert "faster than every peer in 0 of 1 cases" in text

@@ -18,22 +18,30 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time fastattn beside the installed peers")
     bench.add_argument("--cases", metavar="NAMES", help="names or patterns, e.g. 'bert,decode-*'")
+    bench.add_argument("--quick", action="store_true", help="the headline cases alone, 3 rounds")
+    scaling_help = "instead of the cases: time and memory of one causal call as the sequence grows"
+    bench.add_argument("--scaling", action="store_true", help=scaling_help)
     bench.add_argument("--peers", metavar="NAMES", help="torch, onnxruntime, jax, numpy, or none")
-    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads, for fastattn and every peer")
-    bench.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
+    threads_help = "CPU threads, for fastattn and every peer; several, as in 1,2, are a run each"
+    bench.add_argument("--threads", metavar="N", help=threads_help)
+    rounds_help = "interleaved rounds (default 7); 3 at most where a round takes over 10 s"
+    bench.add_argument("--rounds", type=int, metavar="N", help=rounds_help)
     bench.add_argument("--kernel", metavar="NAME", help="force this kernel of fastattn")
     bench.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    plot_help = "draw it (needs matplotlib); default bench.png"
-    bench.add_argument("--plot", metavar="FILE", nargs="?", const="bench.png", help=plot_help)
+    plot_help = (
+        "draw it (needs matplotlib): NAME.png and NAME-roofline.png, with --scaling NAME.png alone; "
+        "default bench.png"
+    )
+    bench.add_argument("--plot", metavar="NAME.png", nargs="?", const="bench.png", help=plot_help)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     # Imported here, so that --help is quick and each command loads only what it needs.
-    from fastattn._cli import bench, check, info
+    from fastattn._cli import bench_options, check, info
 
-    command = {"info": info.main, "check": check.main, "bench": bench.main}[arguments.command]
+    command = {"info": info.main, "check": check.main, "bench": bench_options.main}[arguments.command]
     try:
         return command(arguments)
     except ValueError as error:  # a wrong option: the text says which

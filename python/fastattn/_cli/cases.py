@@ -10,19 +10,27 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Window = tuple[int | None, int | None]
 ITEM_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = (("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"))
+# Random numbers per array, repeated from there on; odd, so that neighbours never get the same ones.
+DRAWN = (1 << 22) + 3
+MOST_KV_BYTES = 4e9  # of a case: every peer keeps its own copy of K and V
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: q (B,Sq,Hq,D), k and v (B,Sk,Hkv,D), all of one dtype.
+    """One problem: q (B,Sq,Hq,D), k (B,Sk,Hkv,D) and v (B,Sk,Hkv,Dv), all of one dtype.
 
     `kind` says what limits it: "prefill" is arithmetic, "decode" is reading K and V, and "latency" is the
-    cost of the call itself.
+    cost of the call itself. `family` is a heading. `causal` and `window` are those of `fastattn.mha`, aligned
+    bottom-right. `feature` is an argument that needs an array: "mask", "bias", "alibi" or "sinks";
+    `plain` is the name of the same case without its feature, softcap or window.
     """
 
     name: str
     title: str
+    family: str
     kind: str
     batch: int
     q_heads: int
@@ -32,45 +40,109 @@ class Case:
     head_dim: int
     dtype: str = "float32"
     causal: bool = False
+    value_dim: int | None = None  # None: head_dim
+    softcap: float | None = None
+    window: Window | None = None
+    feature: str | None = None
+    plain: str | None = None
+
+    @property
+    def v_dim(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one head inside causal and window; a padding mask hides none of them here."""
+        left, right = (None, None) if self.window is None else self.window
+        position = np.arange(self.q_size) + self.kv_size - self.q_size
+        last = np.full(self.q_size, self.kv_size - 1)
+        if self.causal:
+            last = np.minimum(last, position)
+        if right is not None:
+            last = np.minimum(last, position + right)
+        first = np.zeros(self.q_size, int) if left is None else np.maximum(0, position - left)
+        return int(np.maximum(0, last - first + 1).sum())
 
     @property
     def flops(self) -> float:
-        """2 * (D + Dv) for every (query, key) pair that may attend; causal is aligned bottom-right."""
+        """2 * (D + Dv) for every pair."""
+        return 2.0 * (self.head_dim + self.v_dim) * self.batch * self.q_heads * self.pairs
+
+    @property
+    def dense_flops(self) -> float:
+        """The same where the pairs that may not attend are computed too."""
         pairs = self.q_size * self.kv_size
-        if self.causal:
-            # Row i sees its position, i + Sk - Sq, and every key before it.
-            seen = [min(max(i + self.kv_size - self.q_size + 1, 0), self.kv_size) for i in range(self.q_size)]
-            pairs = sum(seen)
-        return 4.0 * self.batch * self.q_heads * self.head_dim * pairs
+        return 2.0 * (self.head_dim + self.v_dim) * self.batch * self.q_heads * pairs
+
+    @property
+    def score_bytes(self) -> int:
+        """All scores at once, as the textbook keeps them."""
+        scores = self.batch * self.q_heads * self.q_size * self.kv_size
+        return scores * max(4, ITEM_SIZE[self.dtype])
 
     @property
     def kv_bytes(self) -> int:
-        return 2 * self.batch * self.kv_heads * self.kv_size * self.head_dim * ITEM_SIZE[self.dtype]
+        rows = self.batch * self.kv_heads * self.kv_size
+        return rows * (self.head_dim + self.v_dim) * ITEM_SIZE[self.dtype]
 
     @property
     def bytes(self) -> int:
-        """Inputs and output, each once."""
-        rows = 2 * self.batch * self.q_heads * self.q_size * self.head_dim
-        return self.kv_bytes + rows * ITEM_SIZE[self.dtype]
+        """Inputs and output, each once; not the arrays of a feature."""
+        rows = self.batch * self.q_heads * self.q_size
+        return self.kv_bytes + rows * (self.head_dim + self.v_dim) * ITEM_SIZE[self.dtype]
 
     @property
     def shape(self) -> str:
         heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
         size = f"{self.q_size}" if self.q_size == self.kv_size else f"{self.q_size}x{self.kv_size}"
-        return f"B{self.batch} H{heads} S{size} D{self.head_dim}{' causal' if self.causal else ''}"
+        dim = f"{self.head_dim}" if self.v_dim == self.head_dim else f"{self.head_dim}/{self.v_dim}"
+        text = f"B{self.batch} H{heads} S{size} D{dim}{' causal' if self.causal else ''}"
+        if self.window is not None:
+            sides = ["all" if side is None else str(side) for side in self.window]
+            text += f" window {sides[0]}" if self.causal else f" window {sides[0]},{sides[1]}"
+        return text if self.softcap is None else f"{text} softcap {self.softcap:g}"
 
     def arrays(self, seed: int = 0) -> tuple[Array, Array, Array]:
-        """q, k and v in layout bshd, standard normal."""
+        """q, k and v in layout bshd, standard normal; q is larger under a softcap, so that it matters."""
         rng = np.random.default_rng(seed)
-        dtype = numpy_dtype(self.dtype)
+        rows = (self.batch, self.q_size, self.q_heads), (self.batch, self.kv_size, self.kv_heads)
+        q = _draw(rng, (*rows[0], self.head_dim), self.dtype)
+        if self.softcap is not None:
+            q *= q.dtype.type(4)
+        k = _draw(rng, (*rows[1], self.head_dim), self.dtype)
+        return q, k, _draw(rng, (*rows[1], self.v_dim), self.dtype)
 
-        def draw(size: int, heads: int) -> Array:
-            shape = (self.batch, size, heads, self.head_dim)
-            return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    def options(self, seed: int = 1) -> dict[str, Any]:
+        """The keyword arguments of `fastattn.mha`, with the arrays of the feature.
 
-        q = draw(self.q_size, self.q_heads)
-        k, v = (draw(self.kv_size, self.kv_heads) for _ in range(2))
-        return q, k, v
+        The mask is a padding mask (B,1,1,Sk): each entry of the batch has between half and all of its keys,
+        a single entry three quarters. The bias is one per head (1,Hq,Sq,Sk) with full attention, as T5 has
+        it, and shared by the heads (1,1,Sq,Sk) with causal. Sinks weigh about as much as all keys together.
+        """
+        rng = np.random.default_rng(seed)
+        options: dict[str, Any] = {}
+        if self.causal:
+            options["causal"] = True
+        if self.window is not None:
+            options["window"] = self.window
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        if self.feature == "mask":
+            share = np.linspace(0.5, 1.0, self.batch) if self.batch > 1 else np.array([0.75])
+            lengths = np.maximum(1, np.round(share * self.kv_size))
+            options["mask"] = np.arange(self.kv_size) < lengths[:, None, None, None]
+        elif self.feature == "bias":
+            heads = 1 if self.causal else self.q_heads
+            options["bias"] = _draw(rng, (1, heads, self.q_size, self.kv_size), self.dtype)
+        elif self.feature == "alibi":
+            powers = np.arange(1, self.q_heads + 1) * (8.0 / self.q_heads)
+            options["alibi_slopes"] = (2.0**-powers).astype(np.float32)
+        elif self.feature == "sinks":
+            sinks = rng.standard_normal(self.q_heads, dtype=np.float32)
+            options["sinks"] = sinks + np.float32(np.log(self.kv_size))
+        elif self.feature is not None:
+            raise ValueError(f"case {self.name}: no feature is named {self.feature!r}")
+        return options
 
 
 def numpy_dtype(name: str) -> Any:
@@ -81,29 +153,18 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(name)
 
 
-def _cases() -> list[Case]:
-    cases = [
-        Case("bert", "BERT-base", "prefill", 4, 12, 12, 512, 512, 64),
-        Case("vit", "ViT-B/16", "prefill", 8, 12, 12, 197, 197, 64),
-        Case("whisper", "Whisper large encoder", "prefill", 1, 20, 20, 1500, 1500, 64),
-        Case("gpt2", "GPT-2", "prefill", 1, 12, 12, 1024, 1024, 64, causal=True),
-    ]
-    dtypes = (("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"))
-    for short, dtype in dtypes:
-        name, title = f"llama-{short}", "Llama-8B prefill"
-        cases.append(Case(name, title, "prefill", 1, 32, 8, 2048, 2048, 128, dtype, causal=True))
-    for label, size in (("4k", 4096), ("32k", 32768)):
-        for short, dtype in dtypes:
-            name, title = f"decode-{label}-{short}", f"Llama-8B decode, {label} keys"
-            cases.append(Case(name, title, "decode", 1, 32, 8, 1, size, 128, dtype))
-    cases.append(Case("tiny", "one small call", "latency", 1, 1, 1, 8, 8, 16))
-    return cases
+def _draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    """Standard normal; a large array repeats itself, for drawing gigabytes would take longer than timing."""
+    out: Array = np.empty(shape, numpy_dtype(dtype))
+    flat = out.reshape(-1)
+    numbers = rng.standard_normal(min(flat.size, DRAWN), dtype=np.float32).astype(out.dtype)
+    for start in range(0, flat.size, DRAWN):
+        part = flat[start : start + DRAWN]
+        part[:] = numbers[: part.size]
+    return out
 
 
-CASES = _cases()
-
-
-def select(patterns: str | None) -> list[Case]:
+def select(patterns: str | None, among: list[Case]) -> list[Case]:
     """The cases that match one of the comma-separated patterns (``decode-*,tiny``), in the list's order.
 
     Raises
@@ -112,9 +173,9 @@ def select(patterns: str | None) -> list[Case]:
         A pattern that matches nothing.
     """
     if patterns is None:
-        return CASES
+        return among
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]
     for pattern in wanted:
-        if not any(fnmatch.fnmatch(case.name, pattern) for case in CASES):
-            raise ValueError(f"--cases: {pattern!r} matches none of {', '.join(c.name for c in CASES)}")
-    return [case for case in CASES if any(fnmatch.fnmatch(case.name, p) for p in wanted)]
+        if not any(fnmatch.fnmatch(case.name, pattern) for case in among):
+            raise ValueError(f"--cases: {pattern!r} matches none of {', '.join(c.name for c in among)}")
+    return [case for case in among if any(fnmatch.fnmatch(case.name, p) for p in wanted)]

@@ -13,8 +13,8 @@ from fastattn._cli.cases import Case, numpy_dtype
 from fastattn._cli.output import Progress, table, three_digits
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PREFILL = Case("prefill", "", "prefill", 1, 8, 8, 512, 512, 64)
-DECODE = Case("decode", "", "decode", 1, 32, 8, 1, 4096, 128)
+PREFILL = Case("prefill", "", "", "prefill", 1, 8, 8, 512, 512, 64)
+DECODE = Case("decode", "", "", "decode", 1, 32, 8, 1, 4096, 128)
 SPEED_SECONDS = 0.15  # per figure; slow kernels take one call
 
 

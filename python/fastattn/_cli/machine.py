@@ -93,6 +93,14 @@ def memory_bytes() -> int | None:
         return None
 
 
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, where the system says."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def commit() -> str | None:
     """The commit of fastattn's source tree, when one stands in it; "-dirty" at its end for local changes."""
     top = _output("git", "rev-parse", "--show-toplevel")

@@ -8,8 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-ELEMENT_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
+ELEMENT_TYPES = {"float32": 1, "int32": 6, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16}
+
+
+class Tensor(NamedTuple):
+    """An input or output; an input without a name is an optional one that is left out."""
+
+    name: str
+    dtype: str  # a key of ELEMENT_TYPES
+    shape: Sequence[int]
 
 
 def one_node_model(
@@ -17,9 +26,8 @@ def one_node_model(
     *,
     domain: str,
     opset: int,
-    inputs: Mapping[str, Sequence[int]],
-    output: tuple[str, Sequence[int]],
-    dtype: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
     attributes: Mapping[str, int | float],
 ) -> bytes:
     """A serialised ModelProto whose graph is one node.
@@ -28,18 +36,16 @@ def one_node_model(
     ----------
     op_type, domain, opset : str, str, int
         The operator, its domain ("" for the standard one) and that domain's version.
-    inputs : mapping of name to shape, in the operator's order
-    output : name and shape
-    dtype : str
-        Element type of all of them, a key of `ELEMENT_TYPES`.
+    inputs, outputs : sequence of Tensor
+        In the operator's order.
     attributes : mapping of name to int or float
     """
-    node = b"".join(_text(1, name) for name in inputs) + _text(2, output[0])
+    node = b"".join(_text(1, x.name) for x in inputs) + b"".join(_text(2, x.name) for x in outputs)
     node += _text(4, op_type) + b"".join(_message(5, _attribute(n, x)) for n, x in attributes.items())
     node += _text(7, domain)
     graph = _message(1, node) + _text(2, "attention")
-    graph += b"".join(_message(11, _value_info(name, shape, dtype)) for name, shape in inputs.items())
-    graph += _message(12, _value_info(*output, dtype))
+    graph += b"".join(_message(11, _value_info(x)) for x in inputs if x.name)
+    graph += b"".join(_message(12, _value_info(x)) for x in outputs)
     opsets = {"": 23} | {domain: opset}
     imports = b"".join(_message(8, _text(1, name) + _integer(2, version)) for name, version in opsets.items())
     return _integer(1, 10) + _message(7, graph) + imports
@@ -51,10 +57,10 @@ def _attribute(name: str, value: int | float) -> bytes:
     return _text(1, name) + _integer(3, value) + _integer(20, 2)
 
 
-def _value_info(name: str, shape: Sequence[int], dtype: str) -> bytes:
-    dims = b"".join(_message(1, _integer(1, size)) for size in shape)
-    tensor = _integer(1, ELEMENT_TYPES[dtype]) + _message(2, dims)
-    return _text(1, name) + _message(2, _message(1, tensor))
+def _value_info(x: Tensor) -> bytes:
+    dims = b"".join(_message(1, _integer(1, size)) for size in x.shape)
+    tensor = _integer(1, ELEMENT_TYPES[x.dtype]) + _message(2, dims)
+    return _text(1, x.name) + _message(2, _message(1, tensor))
 
 
 def _varint(value: int) -> bytes:

@@ -1,12 +1,15 @@
-"""Draws a run of ``bench``: everybody's share of the machine's limit, and fastattn beside each peer."""
+"""Draws a run of ``bench``: fastattn's share of the machine's limit, and how much faster than its peers.
+
+A row per case; each number of threads has its own pair of columns.
+"""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 from typing import Any
 
 from fastattn._cli import machine
+from fastattn._cli.cases import DTYPES
 from fastattn._cli.output import three_digits, time_text
 from fastattn._cli.report import speed
 
@@ -14,16 +17,19 @@ from fastattn._cli.report import speed
 COLORS = {
     "fastattn": "#1f4e79",
     "torch": "#e08e45",
-    "onnxruntime": "#8aa29e",
+    "onnxruntime": "#4f9d8f",
     "jax": "#b9a44c",
-    "numpy": "#c9cdd2",
+    "numpy": "#9aa0a6",
 }
+MARKERS = {"torch": "o", "onnxruntime": "s", "jax": "^", "numpy": "D"}
 INK = "#2b2b2b"
 GREY = "#6b6b6b"
-FAINT = "#d9d9d9"
-
-
-GAP = 0.9  # between cases, in bars
+FAINT = "#e2e2e2"
+SLOWER = "#b03a2e"
+SHORT = {dtype: short for short, dtype in DTYPES} | {"float64": "f64"}
+FONT = 7.5
+ROW_INCHES = 0.185
+FULL = 100.0  # percent
 
 
 def draw(document: dict[str, Any], path: str) -> None:
@@ -36,104 +42,137 @@ def draw(document: dict[str, Any], path: str) -> None:
     ValueError
         The run has no cases, or matplotlib does not know the suffix.
     """
-    cases = document["cases"]
-    if not cases:
-        raise ValueError("--plot: there are no cases to draw")
+    runs = document["runs"]
+    rows = _rows(runs)
     # Without pyplot: no display, no global state.
     figure_class = importlib.import_module("matplotlib.figure").Figure
-    starts = [0.0]  # where each case's bars begin, counted in bars from the top
-    for case in cases:
-        starts.append(starts[-1] + len(case["results"]) + GAP)
-    figure = figure_class(figsize=(11.0, 1.5 + 0.185 * starts[-1]), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.7, 1.0])
-    _draw_limits(left, cases, starts)
-    _draw_ratios(right, cases, starts)
-    middles = [(start + end - GAP) / 2 for start, end in itertools.pairwise(starts)]
-    left.set_yticks(middles, [f"{case['title']}, {case['dtype']}\n{case['shape']}" for case in cases])
-    left.set_ylim(starts[-1] - GAP / 2, -GAP / 2)
-    for axes in (left, right):
-        axes.tick_params(colors=INK, labelsize=8.5, length=0)
-        axes.spines[:].set_visible(False)
-        axes.grid(axis="x", color=FAINT, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for start in starts[1:-1]:
-            axes.axhline(start - GAP / 2, color=FAINT, linewidth=0.6)
-
-    names = ["fastattn", *document["peers"]]
-    versions = document["versions"]
-    patch = importlib.import_module("matplotlib.patches").Patch
+    size = (4.2 + 6.8 * len(runs), 1.5 + ROW_INCHES * len(rows))
+    figure = figure_class(figsize=size, layout="constrained", facecolor="white")
+    columns = figure.subplots(
+        1, 2 * len(runs), sharey=True, squeeze=False, width_ratios=[1.25, 1.0] * len(runs)
+    )
+    for run, left, right in zip(runs, columns[0, ::2], columns[0, 1::2], strict=True):
+        by_name = {case["name"]: case for case in run["cases"]}
+        cases = [(y, by_name[name]) for y, (name, _) in enumerate(rows) if name in by_name]
+        _draw_limits(left, cases, _threads(run))
+        _draw_ratios(right, cases)
+        for axes in (left, right):
+            axes.tick_params(colors=INK, labelsize=FONT, length=0)
+            axes.spines[:].set_visible(False)
+            axes.grid(axis="x", color=FAINT, linewidth=0.6)
+            axes.set_axisbelow(True)
+            for y, _ in cases[1::2]:
+                axes.axhspan(y - 0.5, y + 0.5, color="#f6f6f6", zorder=0)
+    first = columns[0, 0]
+    first.set_yticks(range(len(rows)), [label for _, label in rows])
+    for (name, _), label in zip(rows, first.get_yticklabels(), strict=True):
+        if name is None:
+            label.set(weight="bold", color=COLORS["fastattn"], fontsize=FONT + 1)
+    first.set_ylim(len(rows) - 0.4, -0.6)
+    names = list(dict.fromkeys(name for run in runs for name in run["peers"]))
     figure.legend(
-        handles=[patch(color=COLORS[name], label=f"{name} {versions[name]}") for name in names],
+        handles=_handles(names, document["versions"]),
         loc="outside upper center",
-        ncols=len(names),
+        ncols=len(names) + 1,
         frameon=False,
         fontsize=9,
         labelcolor=INK,
     )
-    threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
-    rounds = f"median of {document['rounds']} interleaved rounds"
     where = machine.summary(document["machine"])
-    figure.supxlabel(f"{where}; {threads}; {rounds}; {document['when'][:10]}", fontsize=7.5, color=GREY)
-    figure.savefig(path, dpi=160)
+    rounds = f"median of up to {runs[0]['rounds']} interleaved rounds"
+    figure.supxlabel(f"{where}; {rounds}; {document['when'][:10]}", fontsize=FONT, color=GREY)
+    figure.savefig(path, dpi=150)
 
 
-def _draw_limits(axes: Any, cases: list[dict[str, Any]], starts: list[float]) -> None:
-    """Percent of the limit, with the absolute figure at the end of each bar."""
-    for case, start in zip(cases, starts, strict=False):
-        for i, entry in enumerate(case["results"]):
-            ours = entry["name"] == "fastattn"
-            y, width, text = start + i + 0.5, 0.0, time_text(entry["seconds"])
+def _rows(runs: list[dict[str, Any]]) -> list[tuple[str | None, str]]:
+    """The name of each row's case and its label; None and the family for a heading."""
+    cases = {case["name"]: case for run in runs for case in run["cases"]}
+    if not cases:
+        raise ValueError("--plot: there are no cases to draw")
+    rows: list[tuple[str | None, str]] = []
+    family = None
+    for name, case in cases.items():
+        if case["family"] != family:
+            family = case["family"]
+            rows.append((None, family))
+        rows.append((name, f"{case['title']}, {case['shape']}, {SHORT[case['dtype']]}"))
+    return rows
+
+
+def _threads(run: dict[str, Any]) -> str:
+    return f"{run['threads']} thread{'s' if run['threads'] != 1 else ''}"
+
+
+def _handles(names: list[str], versions: dict[str, str]) -> list[Any]:
+    patch = importlib.import_module("matplotlib.patches").Patch
+    line = importlib.import_module("matplotlib.lines").Line2D
+    ours = patch(color=COLORS["fastattn"], label=f"fastattn {versions['fastattn']}")
+    style = {"linestyle": "", "markersize": 5}
+    return [
+        ours,
+        *(
+            line([], [], marker=MARKERS[name], color=COLORS[name], label=f"{name} {versions[name]}", **style)
+            for name in names
+        ),
+    ]
+
+
+def _draw_limits(axes: Any, cases: list[tuple[int, dict[str, Any]]], threads: str) -> None:
+    """Percent of the limit: fastattn a bar, its peers marks; the absolute figure beside."""
+    for y, case in cases:
+        ours, *others = case["results"]
+        text = speed(case, ours) or time_text(ours["seconds"])
+        if ours["fraction_of_limit"] is not None:
+            width = min(FULL, FULL * ours["fraction_of_limit"])
+            axes.barh(y, width, height=0.62, color=COLORS["fastattn"])
+            text = f"{FULL * ours['fraction_of_limit']:.0f} %   {text}"
+        for entry in others:
             if entry["fraction_of_limit"] is not None:
-                width, text = 100.0 * entry["fraction_of_limit"], speed(case, entry)
-            axes.barh(y, width, height=0.84, color=COLORS[entry["name"]])
-            weight = "bold" if ours else "normal"
-            inside = width > 78.0  # beside the bar it would run into the line at 100 %
-            style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": INK}
-            x = width + (-0.8 if inside else 0.8)
-            axes.text(x, y, text, va="center", fontsize=7, weight=weight, **style)
-        limit = case["limit"]
-        if limit["kind"] is not None:
-            figure, unit = (
-                (limit["gflops"], "GFLOP/s") if limit["kind"] == "flops" else (limit["gbytes"], "GB/s")
-            )
-            middle = start + len(case["results"]) / 2
-            axes.text(101.0, middle, f"{three_digits(figure)}\n{unit}", va="center", fontsize=7, color=GREY)
+                _mark(axes, min(FULL, FULL * entry["fraction_of_limit"]), y, entry["name"])
+        if ours["slowdown"] is not None:
+            text += f"   cost {ours['slowdown']:.2f}x"
+        axes.text(FULL + 2.0, y, text, va="center", fontsize=FONT - 0.5, color=INK, in_layout=False)
     axes.axvline(0.0, color=INK, linewidth=0.9)
-    axes.axvline(100.0, color=INK, linewidth=0.9)
-    axes.set_xlim(0.0, 112.0)
+    axes.axvline(FULL, color=INK, linewidth=0.9)
+    axes.set_xlim(0.0, 176.0)
     axes.set_xticks(range(0, 101, 20), [f"{x} %" for x in range(0, 101, 20)])
-    title = "share of the limit: multiply-adds in registers, or for decode reads of as many bytes"
-    axes.set_title(title, fontsize=8.5, color=INK, loc="left")
+    title = f"{threads}: share of the limit\n(FMA peak; for decode, reads of as many bytes)"
+    axes.set_title(title, fontsize=FONT + 1, color=INK, loc="left")
 
 
-def _draw_ratios(axes: Any, cases: list[dict[str, Any]], starts: list[float]) -> None:
+def _draw_ratios(axes: Any, cases: list[tuple[int, dict[str, Any]]]) -> None:
     """How many times faster than each peer fastattn is, on a logarithmic axis; below 1 it is slower."""
     low, high = 0.9, 2.0
-    for case, start in zip(cases, starts, strict=False):
+    for y, case in cases:
         ours, *others = case["results"]
-        for i, entry in enumerate(others, start=1):
-            ratio, y, color = entry["seconds"] / ours["seconds"], start + i + 0.5, COLORS[entry["name"]]
+        for entry in others:
+            ratio = entry["seconds"] / ours["seconds"]
             low, high = min(low, ratio), max(high, ratio)
-            axes.plot([1.0, ratio], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
-            axes.plot([ratio], [y], "o", color=color, markersize=4.5)
-            faster = ratio >= 1.0
-            axes.annotate(
-                f"{three_digits(ratio)}x",
-                (ratio, y),
-                xytext=(5 if faster else -5, 0),
-                textcoords="offset points",
-                ha="left" if faster else "right",
-                va="center",
-                fontsize=7,
-                color=INK,
-                weight="bold" if entry["name"] == case["best_peer"] else "normal",
+            _mark(axes, ratio, y, entry["name"])
+    low, high = 0.7 * low, 1.3 * high
+    room = (high / low) ** 0.6  # for the text beside
+    for y, case in cases:
+        ratio = case["ratio_to_best_peer"]
+        if ratio is None:
+            axes.text(
+                high, y, "no peer has it", va="center", fontsize=FONT - 0.5, color=GREY, in_layout=False
             )
-    low, high = 0.7 * low, 1.9 * high  # room for the figures beside the dots
+            continue
+        axes.plot([1.0, ratio], [y, y], color=GREY, linewidth=1.0, zorder=1)
+        text = f"{three_digits(ratio)}x {case['best_peer']}"
+        color = INK if ratio >= 1.0 else SLOWER
+        axes.text(high, y, text, va="center", fontsize=FONT - 0.5, color=color, in_layout=False)
     axes.axvline(1.0, color=INK, linewidth=0.9)
     axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    every = 2 if high < 64 else 4
+    axes.set_xlim(low, high * room)
+    every = 2 if high < 32 else 4 if high < 256 else 10
     ticks = [t for t in (float(every) ** n for n in range(-6, 12)) if low <= t <= high]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    axes.set_title("times faster than each peer (bold: the best peer)", fontsize=8.5, color=INK, loc="left")
+    title = "times faster than each peer\n(in figures: than the best one)"
+    axes.set_title(title, fontsize=FONT + 1, color=INK, loc="left")
+
+
+def _mark(axes: Any, x: float, y: float, name: str) -> None:
+    style = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 3}
+    axes.plot([x], [y], MARKERS[name], color=COLORS[name], clip_on=False, **style)

@@ -8,29 +8,59 @@ from typing import Any
 from fastattn._cli import machine
 from fastattn._cli.output import table, three_digits, time_text
 
-HEADER = ("", "time", "speed", "of limit", "time / ours")
+HEADER = ("", "time", "speed", "of limit", "of best limit", "time / ours", "cost")
 
 
 def report(document: dict[str, Any]) -> str:
     """What `bench.run` returned, a heading per case and a line per implementation."""
     versions = document["versions"]
-    others = ", ".join(f"{name} {versions[name]}" for name in document["peers"])
+    lines = [f"fastattn {versions['fastattn']} on {machine.summary(document['machine'])}"]
+    for run in document["runs"]:
+        lines += _run(run, versions)
+    return "\n".join(lines)
+
+
+def _run(run: dict[str, Any], versions: dict[str, str]) -> list[str]:
+    others = ", ".join(f"{name} {versions[name]}" for name in run["peers"])
     lines = [
-        f"fastattn {versions['fastattn']} on {machine.summary(document['machine'])}",
-        f"threads: {document['threads']}, median of {document['rounds']} interleaved rounds",
+        "",
+        f"threads: {run['threads']}, median of up to {run['rounds']} interleaved rounds",
         f"peers: {others or 'none'}",
     ]
-    lines += [f"{name} is left out: {reason}" for name, reason in document["unavailable_peers"].items()]
-    lines += [f"{name} is left out: {reason}" for name, reason in document["skipped_cases"].items()]
+    for left_out in (run["unavailable_peers"], run["skipped_cases"]):
+        lines += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    lines += ["", *_limits(run["limits"])]
+    if not run["cases"]:
+        return lines
 
     # One table for all cases, so that the columns line up; the headings go between its lines.
-    rows = [_row(case, entry) for case in document["cases"] for entry in case["results"]]
+    rows = [_row(case, entry) for case in run["cases"] for entry in case["results"]]
     text = iter(table(HEADER, rows).splitlines())
-    lines += ["", next(text), next(text)]
-    for case in document["cases"]:
+    lines += [
+        "",
+        "of limit: beside the peak of the same round, median; of best limit: beside the best peak of the run",
+        "cost: time per computed score, in units of the plain case's (fastattn's from the same rounds)",
+        *("", next(text), next(text)),
+    ]
+    for case in run["cases"]:
         lines += ["", _heading(case), *(next(text) for _ in case["results"])]
         lines += [f"  {name}: {reason}" for name, reason in case["skipped"].items()]
-    return "\n".join([*lines, *_summary(document["cases"])])
+    return [*lines, *_summary(run["cases"])]
+
+
+def _limits(limits: dict[str, Any]) -> list[str]:
+    """FMA peaks, a line per kernel and a column per dtype, and the read bandwidths."""
+    dtypes = list(dict.fromkeys(peak["dtype"] for peak in limits["fma_peak"]))
+    rows: dict[str, dict[str, str]] = {}
+    for peak in limits["fma_peak"]:
+        rows.setdefault(peak["kernel"], {})[peak["dtype"]] = three_digits(peak["gflops"])
+    cells = [(kernel, *(row.get(dtype, "") for dtype in dtypes)) for kernel, row in rows.items()]
+    lines = table(("FMA peak, GFLOP/s", *dtypes), cells).splitlines()
+    reads = [
+        f"{x['level']} ({x['bytes'] / 2**20:g} MiB) {three_digits(x['gbytes'])} GB/s"
+        for x in limits["read_bandwidth"]
+    ]
+    return [*lines, f"reading: {', '.join(reads)}"]
 
 
 def speed(case: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -42,16 +72,20 @@ def speed(case: dict[str, Any], entry: dict[str, Any]) -> str:
 
 
 def _row(case: dict[str, Any], entry: dict[str, Any]) -> tuple[str, ...]:
-    ours = case["results"][0]
-    name = f"  {entry['name']} ({entry['implementation']})" if entry is ours else f"  {entry['name']}"
-    fraction = entry["fraction_of_limit"]
+    slowdown = entry["slowdown"]
     return (
-        name,
+        f"  {entry['name']} ({entry['implementation']})",
         time_text(entry["seconds"]),
         speed(case, entry),
-        f"{100 * fraction:.0f} %" if fraction is not None else "",
-        f"{entry['seconds'] / ours['seconds']:.2f}",
+        _percent(entry["fraction_of_limit"]),
+        _percent(entry["fraction_of_best_limit"]),
+        f"{entry['seconds'] / case['results'][0]['seconds']:.2f}",
+        f"{slowdown:.2f}x" if slowdown is not None else "",
     )
+
+
+def _percent(fraction: float | None) -> str:
+    return f"{100 * fraction:.0f} %" if fraction is not None else ""
 
 
 def _heading(case: dict[str, Any]) -> str:
