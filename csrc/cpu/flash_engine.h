@@ -37,7 +37,12 @@ struct FmaEngine {
     // One vector of units from the `scalars` rows that they combine (as numbers, one vector per row).
     static FASTATTN_INLINE V combine(const V (&rows)[scalars]) { return rows[0]; }
 
-    // Loads units [u, u + width) of a row of n scalars with the given stride; zeros beyond it.
+    // Loads units [u, u + width) of a row whose scalars lie side by side; or of one of n scalars with the given
+    // stride, zeros beyond it.
+    template <class S>
+    static FASTATTN_INLINE V load_whole(const S* row, std::int64_t u) {
+        return V::load(row + u);
+    }
     template <class S>
     static FASTATTN_INLINE V load_units(const S* row, std::int64_t stride, std::int64_t u, std::int64_t n) {
         return load_strided<V>(row + u * stride, stride, n - u);

@@ -50,11 +50,14 @@ struct Bf16DotEngine {
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(rows[0].v), 16);
         return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(rows[1].v)))};
     }
+    static FASTATTN_INLINE V load_whole(const bf16_t* row, std::int64_t u) {
+        return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + 2 * u))};
+    }
     static FASTATTN_INLINE V load_units(const bf16_t* row, std::int64_t stride, std::int64_t u,
                                         std::int64_t n) {
         const std::int64_t first = 2 * u, left = n - first;
         if (stride == 1 && left >= 2 * V::width) {
-            return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + first))};
+            return load_whole(row, u);
         }
         alignas(64) bf16_t buffer[2 * V::width] = {};
         for (std::int64_t i = 0; i < left && i < 2 * V::width; ++i) buffer[i] = row[(first + i) * stride];

@@ -54,6 +54,7 @@ inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t 
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
 // often a page apart, which no hardware prefetcher follows.
+template <bool for_writing>
 class RowPrefetch {
 public:
     RowPrefetch() = default;
@@ -62,11 +63,10 @@ public:
 
     void advance(std::int64_t rows) {
         for (; rows > 0 && left_ > 0; --rows, --left_, at_ += stride_) {
-            for (std::int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(at_ + b, 0, 3);
-            __builtin_prefetch(at_ + row_bytes_ - 1, 0, 3);
+            for (std::int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(at_ + b, for_writing, 3);
+            __builtin_prefetch(at_ + row_bytes_ - 1, for_writing, 3);
         }
     }
-    std::int64_t left() const { return left_; }
 
 private:
     const char* at_ = nullptr;
@@ -101,12 +101,15 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
     x.row_sum = accs(at.row_sum);
     x.o = accs(at.o);
     KeyRange keys{item.key_end, item.key_begin};
-    for (std::int64_t r = 0; r < padded_rows; ++r) {
+    for (std::int64_t r = 0, head = item.kv_head, row = item.row_begin; r < padded_rows; ++r) {
         if (r >= item.rows * item.heads) {
             x.info[r] = x.info[r - 1];
         } else {
-            RowInfo info = row_info(call.problem, item.batch, item.kv_head + r / item.rows,
-                                    item.row_begin + r % item.rows);
+            RowInfo info = row_info(call.problem, item.batch, head, row);
+            if (++row == item.row_begin + item.rows) {
+                row = item.row_begin;
+                ++head;
+            }
             if (info.begin < item.key_begin) info.begin = item.key_begin;
             if (info.end > item.key_end) info.end = item.key_end;
             if (info.end <= info.begin) info.begin = info.end = item.key_begin;

@@ -23,6 +23,16 @@ inline void write_lse(const AttentionProblem& p, std::int64_t b, const RowInfo& 
     }
 }
 
+// (top + log2(denominator)) * ln 2. At score_limit all that is known is that the score was about the dtype's
+// largest number.
+template <class Acc>
+double log_sum(double top, double denominator) {
+    constexpr double most = double(std::numeric_limits<Acc>::max()), edge = double(score_limit<Acc>) * 1.44;
+    if (top <= -edge) return -most;
+    if (top >= edge && top < kInf<double>) return most;
+    return (top + ::log2(denominator)) / kLog2E;
+}
+
 // Writes out and lse of one row from m, l and O; returns what 2^(x-m) is multiplied with to be a weight.
 // rounded_l is the sum of the weights as v was multiplied with them.
 template <class E, class S>
@@ -47,18 +57,15 @@ double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, doubl
         factor = out_factor = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
         lse = l == 0 ? sink / kLog2E : l;
     } else {
-        const double top = sink > m ? sink : m;
-        const double share = ::exp2(m - top);
-        const double sink_share = sink == -inf ? 0.0 : ::exp2(sink - top);
-        const double denominator = l * share + sink_share;
-        factor = share / denominator;
+        double top = m, share = 1.0, sink_share = 0.0;
+        if (sink != -inf) {
+            top = sink > m ? sink : m;
+            share = ::exp2(m - top);
+            sink_share = ::exp2(sink - top);
+        }
+        factor = share / (l * share + sink_share);
         out_factor = share / (rounded_l * share + sink_share);
-        lse = (top + ::log2(denominator)) / kLog2E;
-        // At score_limit all that is known is that the score was about the dtype's largest number.
-        constexpr double most = double(std::numeric_limits<Acc>::max()),
-                         edge = double(score_limit<Acc>) * 1.44;
-        if (top <= -edge) lse = -most;
-        if (top >= edge && top < inf) lse = most;
+        lse = p.lse.data == nullptr ? 0.0 : log_sum<Acc>(top, l * share + sink_share);
     }
     write_lse(p, x.batch, row, lse);
     const double keep = out_factor / (1.0 - p.dropout);

@@ -32,7 +32,11 @@ template <class E, class S>
 FASTATTN_INLINE void pack_row(typename E::Unit* dst, const S* src, std::int64_t stride, std::int64_t d) {
     using V = typename E::V;
     const std::int64_t units = (d + E::scalars - 1) / E::scalars;
-    for (std::int64_t u = 0; u < units; u += V::width) E::load_units(src, stride, u, d).store(dst + u);
+    std::int64_t u = 0;
+    if (stride == 1) {
+        for (; (u + V::width) * E::scalars <= d; u += V::width) E::load_whole(src, u).store(dst + u);
+    }
+    for (; u < units; u += V::width) E::load_units(src, stride, u, d).store(dst + u);
 }
 
 // src: key j at src + j*row_stride, feature f at + f*dim_stride. Panels are filled up with zero keys.
@@ -49,10 +53,17 @@ void pack_keys(typename E::Unit* dst, const S* src, std::int64_t row_stride, std
             for (std::int64_t u = 0; u < units; ++u) V::zero().store(panel + u * E::nr);
             continue;
         }
+        const bool whole = dim_stride == 1 && j + w <= keys;
         for (std::int64_t u = 0; u < units; u += w) {
             V r[w];
-            for (int i = 0; i < w; ++i) {
-                r[i] = j + i < keys ? E::load_units(src + (j + i) * row_stride, dim_stride, u, d) : V::zero();
+            if (whole && (u + w) * E::scalars <= d) {
+#pragma GCC unroll 16
+                for (int i = 0; i < w; ++i) r[i] = E::load_whole(src + (j + i) * row_stride, u);
+            } else {
+                for (int i = 0; i < w; ++i) {
+                    r[i] = j + i < keys ? E::load_units(src + (j + i) * row_stride, dim_stride, u, d)
+                                        : V::zero();
+                }
             }
             transpose(r);
             const std::int64_t n = units - u < w ? units - u : w;
@@ -72,21 +83,38 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
                      std::int64_t first, std::int64_t last, std::int64_t keys, std::int64_t panel_units,
                      std::int64_t dv) {
     using V = typename E::V;
-    V check = V::zero();  // stays 0, or becomes NaN
+    V check[E::nv];  // stay 0, or become NaN
+#pragma GCC unroll 8
+    for (int n = 0; n < E::nv; ++n) check[n] = V::zero();
+    // Columns [c, c + width) of the rows of a unit; `load` reads them from a row that exists.
+    auto pack = [&](std::int64_t j, std::int64_t c, V& seen, auto load) {
+        V x[E::scalars];
+#pragma GCC unroll 2
+        for (int s = 0; s < E::scalars; ++s) {
+            x[s] = V::zero();
+            if (j + s >= keys) continue;
+            x[s] = load(src + (j + s) * row_stride + c * dim_stride);
+            seen = V::fma(x[s], V::zero(), seen);
+            if (kSanitize) x[s] = V::select(V::eq(x[s] - x[s], V::zero()), x[s], V::zero());
+        }
+        E::combine(x).store(dst + (c / E::nr) * panel_units + (j / E::scalars) * E::nr + c % E::nr);
+    };
     for (std::int64_t j = first; j < last; j += E::scalars) {
-        for (std::int64_t c = 0; c < dv; c += V::width) {
-            V x[E::scalars];
-            for (int s = 0; s < E::scalars; ++s) {
-                x[s] = V::zero();
-                if (j + s >= keys) continue;
-                x[s] = load_strided<V>(src + (j + s) * row_stride + c * dim_stride, dim_stride, dv - c);
-                check = V::fma(x[s], V::zero(), check);
-                if (kSanitize) x[s] = V::select(V::eq(x[s] - x[s], V::zero()), x[s], V::zero());
+        std::int64_t c = 0;
+        if (dim_stride == 1) {
+            for (; c + E::nr <= dv; c += E::nr) {
+#pragma GCC unroll 8
+                for (int n = 0; n < E::nv; ++n)
+                    pack(j, c + n * V::width, check[n], [](const S* x) { return V::load(x); });
             }
-            E::combine(x).store(dst + (c / E::nr) * panel_units + (j / E::scalars) * E::nr + c % E::nr);
+        }
+        for (; c < dv; c += V::width) {
+            pack(j, c, check[0], [&](const S* x) { return load_strided<V>(x, dim_stride, dv - c); });
         }
     }
-    return V::reduce_add(check) == 0;
+#pragma GCC unroll 8
+    for (int n = 1; n < E::nv; ++n) check[0] = check[0] + check[n];
+    return V::reduce_add(check[0]) == 0;
 }
 
 // Packs v and takes NaN and Inf out of it: a masked key's weight is 0, and 0 * NaN must not reach the

@@ -46,6 +46,7 @@ public:
                 next_k_.advance(prefetch_rows_);
                 next_v_.advance(prefetch_rows_);
                 next_q_.advance(prefetch_rows_);
+                out_.advance(prefetch_rows_);
                 attend_tile(r, j, n);
             }
         }
@@ -58,26 +59,31 @@ private:
     // those of the last one what this thread will probably compute next.
     void plan_prefetch(std::int64_t j) {
         next_q_ = {};
+        out_ = {};
         ItemRange item = item_;
         std::int64_t n = j < keys_.end ? block_keys(j) : 0;
+        const std::int64_t tiles = padded_ / E::mr;
         if (n == 0) {
+            out_ = rows_ahead<true>(p_.out, item_.batch, item_.row_begin / p_.group, item_.kv_head * p_.group,
+                                    p_.value_dim, p_.group == 1 ? item_.rows : 0);
+            prefetch_rows_ = (item_.rows + tiles - 1) / tiles;
             const std::int64_t next = call_.executor.next_item();
             if (next >= call_.plan.items) return;
             item = item_range(call_, next);
             const KeyRange keys = p_.key_range(item.batch, item.row_begin / p_.group);
             j = keys.begin / call_.plan.key_block * call_.plan.key_block;
             n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
-            next_q_ = rows_ahead(p_.q, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
-                                 p_.head_dim, p_.group == 1 ? item.rows : 0);
+            next_q_ = rows_ahead<false>(p_.q, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
+                                        p_.head_dim, p_.group == 1 ? item.rows : 0);
         }
-        next_k_ = rows_ahead(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
-        next_v_ = rows_ahead(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
-        const std::int64_t tiles = padded_ / E::mr;
+        next_k_ = rows_ahead<false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
+        next_v_ = rows_ahead<false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
         prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
     }
 
-    static RowPrefetch rows_ahead(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h,
-                                  std::int64_t dim, std::int64_t n) {
+    template <bool for_writing>
+    static RowPrefetch<for_writing> rows_ahead(const Operand& x, std::int64_t b, std::int64_t i,
+                                               std::int64_t h, std::int64_t dim, std::int64_t n) {
         constexpr auto size = static_cast<std::int64_t>(sizeof(S));
         if (x.dim != 1 || n <= 0) return {};
         return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n};
@@ -377,7 +383,8 @@ private:
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
     bool has_bad_ = false;
-    RowPrefetch next_q_, next_k_, next_v_;
+    RowPrefetch<false> next_q_, next_k_, next_v_;
+    RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;
     const S* k_ = nullptr;
     const S* v_ = nullptr;

@@ -251,7 +251,7 @@ void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, 
                  std::int64_t first, std::int64_t column) {
     using V = typename E::V;
     const V alpha = V::scale2(V::set1(1), V::set1(-delta));
-    const auto factor = V::reduce_max(alpha);
+    const auto factor = V::first(alpha);
     for (std::int64_t c = first; c < column; ++c) E::set_weight(p, c, E::weight(p, c) * factor);
     auto* o = x.o + r * x.o_stride;
     for (std::int64_t c = 0; c < x.o_stride; c += V::width) (V::load(o + c) * alpha).store(o + c);
@@ -278,7 +278,7 @@ void follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::Acc peak, t
     const Acc old = x.row_max[r];
     const bool fresh = old == -kInf<Acc>;
     if (!(fresh ? peak > old : peak - old > Acc(kSlack))) return;
-    const Acc raised = V::reduce_max(V::round(V::set1(peak)));
+    const Acc raised = V::first(V::round(V::set1(peak)));
     x.row_max[r] = raised;
     if (!fresh) rescale_row(x, r, raised - old, p, first, column);
 }

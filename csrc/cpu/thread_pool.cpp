@@ -16,6 +16,7 @@
 #include <fastattn/attention.h>
 
 #include "cpu/cpu_count.h"
+#include "cpu/cpu_placement.h"
 
 #if defined(_WIN32)
 #define FASTATTN_EXPORT __declspec(dllexport)
@@ -91,6 +92,7 @@ struct ThreadPoolExecutor::Job {
     void* const context;
     const Index items;
     const int max_helpers;
+    const int caller_cpu = current_cpu();
     const unsigned generation = fork_generation.load(std::memory_order_relaxed);
     std::fenv_t float_environment{};  // the caller's: an item's result may not depend on its thread
 
@@ -132,18 +134,17 @@ public:
     }
 
     void submit(Job& job) {
-        int to_wake = 0;
-        bool wake_all = false;
-        {
-            const std::lock_guard lock(mutex_);
-            start_workers(job.max_helpers);
-            job.following = first_;
-            first_ = &job;
-            to_wake = std::min(idle_, job.max_helpers);
-            wake_all = to_wake == idle_;
+        const std::lock_guard lock(mutex_);
+        start_workers(job.max_helpers);
+        job.following = first_;
+        first_ = &job;
+        for (int n = 0; n < job.max_helpers && idle_ != nullptr; ++n) {
+            Worker& worker = *idle_;
+            idle_ = worker.next_idle;
+            worker.idle = false;
+            worker.placement.leave(job.caller_cpu);
+            worker.wake.notify_one();
         }
-        if (wake_all) return work_there_.notify_all();
-        for (; to_wake > 0; --to_wake) work_there_.notify_one();
     }
 
     // The caller has no more items to take: waits for those that workers have. False when this process
@@ -168,6 +169,14 @@ public:
     }
 
 private:
+    // One thread of the pool, on its own stack.
+    struct Worker {
+        CpuPlacement placement{};
+        std::condition_variable wake{};
+        bool idle = false;
+        Worker* next_idle = nullptr;
+    };
+
     void start_workers(int wanted) {
         if (workers_ >= wanted) return;
         const BlockSignals block;
@@ -199,18 +208,23 @@ private:
     }
 
     void work() {
+        Worker me;
         std::unique_lock lock(mutex_);
+        me.placement.start();
         while (true) {
             Job* job = nullptr;
             Index item = 0;
             if (!claim(job, item)) {
-                ++idle_;
-                work_there_.wait(lock);
-                --idle_;
+                // The last to fall asleep is the first to be woken: its caches and its CPU are the warmest.
+                me.idle = true;
+                me.next_idle = idle_;
+                idle_ = &me;
+                me.wake.wait(lock, [&] { return !me.idle; });
                 continue;
             }
             const int slot = ++job->helpers;
             ++job->active;
+            if (current_cpu() == job->caller_cpu) me.placement.leave(job->caller_cpu);
             lock.unlock();
             std::fesetenv(&job->float_environment);
             job->executor.run_items(*job, item, slot);
@@ -223,9 +237,9 @@ private:
     static std::atomic<ThreadPool*> instance;
 
     std::mutex mutex_;
-    std::condition_variable work_there_;
     Job* first_ = nullptr;
-    int workers_ = 0, idle_ = 0;
+    Worker* idle_ = nullptr;
+    int workers_ = 0;
 };
 
 std::atomic<ThreadPool*> ThreadPool::instance{nullptr};

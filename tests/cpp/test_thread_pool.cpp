@@ -18,6 +18,7 @@
 
 #include "child_process.h"
 #include "cpu/cpu_count.h"
+#include "cpu/cpu_placement.h"
 
 namespace fastattn {
 namespace {
@@ -395,6 +396,87 @@ TEST(NumThreads, EnvironmentVariable) {
         const bool complained =
             child.output.find("FASTATTN_NUM_THREADS: expected 1 to 1024, got") != std::string::npos;
         EXPECT_EQ(complained, value != "" && value != "7") << child.output;
+    }
+}
+
+#if defined(__linux__)
+// CPUs that this thread may use, as a list.
+std::vector<int> my_cpus() {
+    cpu_set_t set;
+    std::vector<int> cpus;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return cpus;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+        if (CPU_ISSET(static_cast<unsigned>(cpu), &set)) cpus.push_back(cpu);
+    return cpus;
+}
+
+// The calling thread alone on one CPU.
+void pin_to(int cpu) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(static_cast<unsigned>(cpu), &one);
+    ASSERT_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+}
+
+TEST(ThreadPool, WorkersStayOffTheCallersCpu) {
+    const std::vector<int> cpus = my_cpus();
+    if (cpus.size() < 2) GTEST_SKIP() << "needs two CPUs";
+    EXPECT_EQ(in_child([&] {  // an affinity of its own, and a pool of its own
+                  if (!needs_two_threads()) return false;  // starts the worker before anybody is pinned
+                  for (int round = 0; round < 8; ++round) {
+                      const int mine = cpus[static_cast<std::size_t>(round) % cpus.size()];
+                      pin_to(mine);
+                      std::atomic<int> wrong{0}, by_worker{0};
+                      ThreadPoolExecutor executor(2);
+                      auto item = [&](std::int64_t, int slot) {
+                          const int cpu = current_cpu();
+                          if (slot == 0 ? cpu != mine : cpu == mine) ++wrong;
+                          by_worker += slot;
+                          std::this_thread::sleep_for(1ms);
+                      };
+                      executor.for_each(20, item);
+                      if (wrong > 0 || by_worker == 0) return false;
+                  }
+                  return true;
+              }),
+              0);
+}
+
+TEST(CpuPlacement, KeepsWhatOthersAllow) {
+    const std::vector<int> cpus = my_cpus();
+    if (cpus.size() < 2) GTEST_SKIP() << "needs two CPUs";
+    std::thread([&] {
+        CpuPlacement placement;
+        placement.leave(cpus[0]);  // not started: nothing happens
+        EXPECT_EQ(my_cpus(), cpus);
+        placement.start();
+        placement.leave(-1);
+        EXPECT_EQ(my_cpus(), cpus);
+        placement.leave(cpus[0]);
+        EXPECT_EQ(my_cpus(), std::vector<int>(cpus.begin() + 1, cpus.end()));
+        placement.leave(cpus[1]);  // the first one is free again
+        const std::vector<int> now = my_cpus();
+        EXPECT_EQ(now.size(), cpus.size() - 1);
+        EXPECT_EQ(now.front(), cpus[0]);
+        pin_to(cpus[1]);  // by somebody else: the only CPU there is, so it cannot be left
+        placement.leave(cpus[0]);
+        EXPECT_EQ(my_cpus(), std::vector<int>{cpus[1]});
+        placement.leave(cpus[1]);
+        EXPECT_EQ(my_cpus(), std::vector<int>{cpus[1]});
+    }).join();
+}
+#endif
+
+TEST(ThreadPool, NextItemIsWhatComesNext) {
+    for (const int threads : {1, 2}) {
+        ThreadPoolExecutor executor(threads);
+        std::atomic<int> wrong{0};
+        auto item = [&](std::int64_t i, int) {
+            const std::int64_t next = executor.next_item();
+            if (next <= i || (threads == 1 && next != i + 1)) ++wrong;
+        };
+        executor.for_each(100, item);
+        EXPECT_EQ(wrong, 0);
     }
 }
 

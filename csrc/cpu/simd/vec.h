@@ -15,7 +15,7 @@
 //   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves
-//   reduce_max(a) reduce_add(a)       to a scalar
+//   first(a) reduce_max(a) reduce_add(a)    to a scalar
 #pragma once
 
 #include <cstddef>
@@ -174,6 +174,7 @@ struct Vec<T, Scalar> {
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
         return generate([&](int i) { return i % 2 == 0 ? a.v[(width + i) / 2] : b.v[(width + i) / 2]; });
     }
+    static FASTATTN_INLINE T first(Vec a) { return a.v[0]; }
     static FASTATTN_INLINE T reduce_max(Vec a) {
         T r = a.v[0];
         for (int i = 1; i < width; ++i) r = a.v[i] > r ? a.v[i] : r;

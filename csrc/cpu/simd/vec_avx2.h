@@ -86,6 +86,7 @@ struct Vec<float, Avx2> {
         const __m256 lo = _mm256_unpacklo_ps(a.v, b.v), hi = _mm256_unpackhi_ps(a.v, b.v);
         return {_mm256_permute2f128_ps(lo, hi, 0x31)};
     }
+    static FASTATTN_INLINE float first(Vec a) { return _mm256_cvtss_f32(a.v); }
     static FASTATTN_INLINE float reduce_max(Vec a) {
         __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
         x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -148,6 +149,7 @@ struct Vec<double, Avx2> {
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
         return {_mm256_permute2f128_pd(_mm256_unpacklo_pd(a.v, b.v), _mm256_unpackhi_pd(a.v, b.v), 0x31)};
     }
+    static FASTATTN_INLINE double first(Vec a) { return _mm256_cvtsd_f64(a.v); }
     static FASTATTN_INLINE double reduce_max(Vec a) {
         const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
         return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));

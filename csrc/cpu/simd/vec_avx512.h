@@ -89,6 +89,7 @@ struct Vec<float, Avx512> {
         const __m512i idx = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         return {_mm512_permutex2var_ps(a.v, idx, b.v)};
     }
+    static FASTATTN_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
     static FASTATTN_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
     static FASTATTN_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 };
@@ -134,6 +135,7 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
         return {_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b.v)};
     }
+    static FASTATTN_INLINE double first(Vec a) { return _mm512_cvtsd_f64(a.v); }
     static FASTATTN_INLINE double reduce_max(Vec a) { return _mm512_reduce_max_pd(a.v); }
     static FASTATTN_INLINE double reduce_add(Vec a) { return _mm512_reduce_add_pd(a.v); }
 };

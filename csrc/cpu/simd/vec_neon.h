@@ -73,6 +73,7 @@ struct Vec<float, Neon> {
     static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {vbslq_f32(m, a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) { return {vzip1q_f32(a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) { return {vzip2q_f32(a.v, b.v)}; }
+    static FASTATTN_INLINE float first(Vec a) { return vgetq_lane_f32(a.v, 0); }
     static FASTATTN_INLINE float reduce_max(Vec a) { return vmaxnmvq_f32(a.v); }
     static FASTATTN_INLINE float reduce_add(Vec a) { return vaddvq_f32(a.v); }
 };
@@ -122,6 +123,7 @@ struct Vec<double, Neon> {
     static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {vbslq_f64(m, a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) { return {vzip1q_f64(a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) { return {vzip2q_f64(a.v, b.v)}; }
+    static FASTATTN_INLINE double first(Vec a) { return vgetq_lane_f64(a.v, 0); }
     static FASTATTN_INLINE double reduce_max(Vec a) { return vmaxnmvq_f64(a.v); }
     static FASTATTN_INLINE double reduce_add(Vec a) { return vaddvq_f64(a.v); }
 };
