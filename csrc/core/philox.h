@@ -29,31 +29,6 @@ inline PhiloxBlock philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t 
     return {{c0, c1, c2, c3}};
 }
 
-// words[w][i] = word w of the block with counter c0 + i, for `lanes` blocks: loops that a compiler vectorises.
-template <int lanes>
-inline void philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
-                       std::uint64_t seed, std::uint32_t (&words)[4][lanes]) noexcept {
-    std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
-    for (int i = 0; i < lanes; ++i) {
-        words[0][i] = c0 + static_cast<std::uint32_t>(i);
-        words[1][i] = c1;
-        words[2][i] = c2;
-        words[3][i] = c3;
-    }
-    for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < lanes; ++i) {
-            const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * words[0][i];
-            const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * words[2][i];
-            words[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ words[1][i] ^ k0;
-            words[1][i] = static_cast<std::uint32_t>(p1);
-            words[2][i] = static_cast<std::uint32_t>(p0 >> 32) ^ words[3][i] ^ k1;
-            words[3][i] = static_cast<std::uint32_t>(p0);
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-}
-
 inline std::uint32_t dropout_threshold(double p) noexcept {
     return static_cast<std::uint32_t>(p * 4294967296.0);
 }

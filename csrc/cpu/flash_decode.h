@@ -76,7 +76,7 @@ private:
                 score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     Acc* s = at_.scores + r * block;
-                    const V top = transform_row(x_, x_.info[r], s, j, vectors);
+                    const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
                     follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
                     store_weights(r, s, at_.p + r * block, j, vectors);
                 }

@@ -175,7 +175,8 @@ private:
     struct PanelWeights {
         static constexpr int steps = E::mr;
         Prefill& self;
-        std::int64_t r, j, column;
+        const std::int64_t r, j;
+        std::int64_t column;
 
         FASTATTN_INLINE void operator()(int m) {
             const FlashBlock<E>& x = self.x_;
@@ -227,18 +228,20 @@ private:
                                      at_.k + c * d_units_, E::nr, d_units_, !waiting, weights);
         if (x_.elementwise) {
             store_scores<NV>(acc);
-            for (int m = 0; m < E::mr; ++m) {
-                const V top = transform_row(x_, x_.info[r + m], at_.scores + m * E::nr, j + c, NV);
-                const Acc seen = x_.row_max[r + m];
-                if (seen == -kInf<Acc> || V::any(V::gt(top - V::set1(seen), V::set1(Acc(kSlack)))))
-                    [[unlikely]] {
-                    follow_peak(x_, r + m, V::reduce_max(top), weights_row(m), first, c);
-                }
-            }
+            for (int m = 0; m < E::mr; ++m) transform_scores(m, r, j, first, c);
         } else if (ranged) {
             scale_scores<NV, true>(r, j, first, c, acc);
         } else {
             scale_scores<NV, false>(r, j, first, c, acc);
+        }
+    }
+
+    // Row m of the products q.k in memory becomes scores, with all arguments.
+    void transform_scores(int m, std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
+        const V top = transform_row<E, E::nv>(x_, x_.info[r + m], at_.scores + m * E::nr, j + c, E::nv);
+        const Acc seen = x_.row_max[r + m];
+        if (seen == -kInf<Acc> || V::any(V::gt(top - V::set1(seen), V::set1(Acc(kSlack))))) [[unlikely]] {
+            follow_peak(x_, r + m, V::reduce_max(top), weights_row(m), first, c);
         }
     }
 
@@ -354,7 +357,7 @@ private:
         store_scores<E::nv>(acc);
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores + m * E::nr;
-            transform_row(x_, x_.info[r + m], s, j + c, E::nv);
+            transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv);
             const V shift = row_shift(x_, r + m);
             for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w) - shift).store(s + v * w);
             // A denominator of 0 or NaN makes every attended weight NaN; masked ones stay 0. With a score of

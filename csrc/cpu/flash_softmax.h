@@ -42,30 +42,6 @@ inline double read_head(const HeadOperand& x, std::int64_t b, std::int64_t h) {
     return load_real(x.data, x.dtype, b * x.batch + h * x.head);
 }
 
-// n values of a bias row, in the compute type.
-template <class V>
-FASTATTN_INLINE V load_bias(const ScoreOperand& bias, std::int64_t at, std::int64_t n) {
-    if constexpr (sizeof(typename V::value_type) == 8) {
-        return load_strided<V>(static_cast<const double*>(bias.data) + at, bias.key, n);
-    } else {
-        switch (bias.dtype) {
-            case DType::f16: return load_strided<V>(static_cast<const f16_t*>(bias.data) + at, bias.key, n);
-            case DType::bf16: return load_strided<V>(static_cast<const bf16_t*>(bias.data) + at, bias.key, n);
-            default: return load_strided<V>(static_cast<const float*>(bias.data) + at, bias.key, n);
-        }
-    }
-}
-
-// Which of n keys from a mask's element `at` on may be attended.
-template <class V>
-FASTATTN_INLINE typename V::Mask load_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t n) {
-    const auto* p = static_cast<const std::uint8_t*>(mask.data) + at;
-    if (mask.key == 1 && n >= V::width) return V::mask_bytes(p);
-    alignas(64) std::uint8_t buffer[64] = {};
-    for (std::int64_t i = 0; i < n && i < V::width; ++i) buffer[i] = p[i * mask.key];
-    return V::mask_bytes(buffer);
-}
-
 inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int64_t h, std::int64_t i,
                                  std::int64_t j) {
     return b * x.batch + h * x.head + i * x.query + j * x.key;
@@ -175,41 +151,120 @@ FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&x)[N]) 
     }
 }
 
-// One vector of raw products q.k with keys j, j+1, ... becomes x, by all arguments but the key ranges.
-template <class E>
-FASTATTN_INLINE typename E::V transform(const FlashBlock<E>& x, const RowInfo& row, typename E::V t,
-                                        std::int64_t j) {
+// N vectors of a row of bias or mask whose next `left` elements lie `stride` apart.
+template <class V, int N, class S>
+FASTATTN_INLINE void load_side(const S* p, std::int64_t stride, std::int64_t left, V (&x)[N]) {
+    if (stride == 1 && left >= N * V::width) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) x[n] = V::load(p + n * V::width);
+    } else {
+        for (int n = 0; n < N; ++n)
+            x[n] = load_strided<V>(p + n * V::width * stride, stride, left - n * V::width);
+    }
+}
+
+template <class V, int N>
+FASTATTN_INLINE void load_bias(const ScoreOperand& bias, std::int64_t at, std::int64_t left, V (&x)[N]) {
+    if constexpr (sizeof(typename V::value_type) == 8) {
+        load_side(static_cast<const double*>(bias.data) + at, bias.key, left, x);
+    } else {
+        switch (bias.dtype) {
+            case DType::f16: return load_side(static_cast<const f16_t*>(bias.data) + at, bias.key, left, x);
+            case DType::bf16: return load_side(static_cast<const bf16_t*>(bias.data) + at, bias.key, left, x);
+            default: return load_side(static_cast<const float*>(bias.data) + at, bias.key, left, x);
+        }
+    }
+}
+
+// x where the mask is set, -inf elsewhere.
+template <class V, int N>
+FASTATTN_INLINE void keep_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t left, V (&x)[N]) {
+    constexpr int keys = N * V::width;
+    const auto* p = static_cast<const std::uint8_t*>(mask.data) + at;
+    std::uint8_t buffer[keys + 64];
+    if (mask.key != 1 || left < keys) {
+        for (std::int64_t i = 0; i < keys; ++i) buffer[i] = i < left ? p[i * mask.key] : 0;
+        p = buffer;
+    }
+    const V masked = V::set1(-kInf<typename V::value_type>);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = V::select(V::mask_bytes(p + n * V::width), x[n], masked);
+}
+
+// Scores beyond the limit count as that; infinite ones stay.
+template <class V, int N>
+[[gnu::noinline]] void limit_scores(V (&x)[N]) {
+    using Acc = typename V::value_type;
+    const V limit = V::set1(score_limit<Acc>);
+    for (int n = 0; n < N; ++n) {
+        const V near = V::max(V::zero() - limit, V::min(limit, x[n]));
+        const V size = V::max(x[n], V::zero() - x[n]);
+        x[n] = V::select(V::eq(size, V::set1(kInf<Acc>)), x[n], near);
+    }
+}
+
+// N vectors of raw products q.k with keys j, j+1, ... become x, by all arguments but the key ranges.
+template <class E, int N>
+FASTATTN_INLINE void transform(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j,
+                               typename E::V (&t)[N]) {
     using V = typename E::V;
     using Acc = typename E::Acc;
+    constexpr int w = V::width;
     const AttentionProblem& p = x.problem;
-    const V masked = V::set1(-kInf<Acc>);
-    t = t * V::set1(x.scale);
-    if (x.softcap > 0) t = V::set1(x.softcap) * tanh(t * V::set1(x.inverse_softcap));
-    if (x.alibi) {
-        const V distance = V::set1(Acc(row.position - double(j))) - V::iota();
-        t = V::fma(V::set1(to_finite<Acc>(row.slope)), V::max(distance, V::zero() - distance), t);
+    const std::int64_t left = p.kv_size - j;
+    const V zero = V::zero(), scale = V::set1(x.scale), log2e = V::set1(Acc(kLog2E));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) t[n] = t[n] * scale;
+    if (x.softcap > 0) {
+        const V cap = V::set1(x.softcap), inverse = V::set1(x.inverse_softcap);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) t[n] = cap * tanh(t[n] * inverse);
     }
-    typename V::Mask barred{};
-    if (x.bias) {
-        const V add = load_bias<V>(p.bias, row.bias + j * p.bias.key, p.kv_size - j);
-        barred = V::eq(add, masked);
-        t = t + add;
+    if (x.alibi) {
+        const V slope = V::set1(to_finite<Acc>(row.slope));
+        const V first = V::set1(Acc(row.position - double(j))) - V::iota();
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const V distance = first - V::set1(Acc(n * w));
+            t[n] = V::fma(slope, V::max(distance, zero - distance), t[n]);
+        }
     }
     if (x.alibi || x.bias) {
+        typename V::Mask barred[N] = {};
+        const V none = V::set1(-kInf<Acc>);
+        if (x.bias) {
+            V add[N];
+            load_bias(p.bias, row.bias + j * p.bias.key, left, add);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                barred[n] = V::eq(add[n], none);
+                t[n] = V::select(barred[n], zero, t[n] + add[n]);
+            }
+        }
+        V high = zero, low = zero;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            high = V::max(t[n], high);
+            low = V::min(t[n], low);
+        }
         const V limit = V::set1(score_limit<Acc>);
-        const V near = V::max(V::zero() - limit, V::min(limit, t));
-        const V size = V::max(t, V::zero() - t);
-        t = V::select(V::eq(size, V::set1(kInf<Acc>)), t, near);
+        if (V::any(V::gt(V::max(high, zero - low), limit))) [[unlikely]]
+            limit_scores(t);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            t[n] = t[n] * log2e;
+            if (x.bias) t[n] = V::select(barred[n], none, t[n]);
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) t[n] = t[n] * log2e;
     }
-    t = t * V::set1(Acc(kLog2E));
-    if (x.bias) t = V::select(barred, masked, t);
-    if (x.mask) t = V::select(load_mask<V>(p.mask, row.mask + j * p.mask.key, p.kv_size - j), t, masked);
-    return t;
+    if (x.mask) keep_mask(p.mask, row.mask + j * p.mask.key, left, t);
 }
 
 // s: raw products of one row with keys j0, j0+1, ...; becomes x, with -inf where masked. Returns the largest,
-// by lane.
-template <class E>
+// by lane. `vectors` is a multiple of N.
+template <class E, int N>
 typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
                             int vectors) {
     using V = typename E::V;
@@ -217,30 +272,92 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
     constexpr int w = V::width;
     const bool ranged = row.begin > j0 || row.end < j0 + vectors * w;
     V top = V::set1(-kInf<Acc>);
-    for (int c = 0; c < vectors; ++c) {
-        V t[1] = {V::load(s + c * w)};
-        t[0] = x.elementwise ? transform(x, row, t[0], j0 + c * w) : t[0] * V::set1(x.scale_log2e);
+    for (int c = 0; c < vectors; c += N) {
+        V t[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) t[n] = V::load(s + (c + n) * w);
+        if (x.elementwise) {
+            transform(x, row, j0 + c * w, t);
+        } else {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) t[n] = t[n] * V::set1(x.scale_log2e);
+        }
         if (ranged) keep_range(row, j0 + c * w, t);
-        t[0].store(s + c * w);
-        top = V::max(t[0], top);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            t[n].store(s + (c + n) * w);
+            top = V::max(t[n], top);
+        }
     }
     return top;
 }
 
-// Zeroes dropped weights of n keys from j on, both multiples of 4 (scaling by 1/(1-p) waits for the end).
+// philox4x32 for the counters c0, c0 + 1, ... of the lanes; words[w] holds word w of each.
+template <class V>
+FASTATTN_INLINE void philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
+                                  std::uint64_t seed, typename V::Words (&words)[4]) {
+    using Words = typename V::Words;
+    std::uint32_t counters[V::width];
+    for (int i = 0; i < V::width; ++i) counters[i] = c0 + static_cast<std::uint32_t>(i);
+    Words x0, x1 = Words{} + c1, x2 = Words{} + c2, x3 = Words{} + c3;
+    std::memcpy(&x0, counters, sizeof x0);
+    auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        Words hi0, lo0, hi1, lo1;
+        V::mul_wide(x0, 0xD2511F53u, hi0, lo0);
+        V::mul_wide(x2, 0xCD9E8D57u, hi1, lo1);
+        x0 = hi1 ^ x1 ^ k0;
+        x1 = lo1;
+        x2 = hi0 ^ x3 ^ k1;
+        x3 = lo0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    words[0] = x0;
+    words[1] = x1;
+    words[2] = x2;
+    words[3] = x3;
+}
+
+// Zeroes dropped weights of the n keys from j on, j a multiple of 4 (scaling by 1/(1-p) waits for the end).
 template <class E>
 void drop_weights(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* p, std::int64_t j, int n) {
-    constexpr int lanes = 16;  // blocks of 4 keys at once
+    using V = typename E::V;
     const std::uint32_t threshold = dropout_threshold(x.problem.dropout);
-    for (int i = 0; i < n; i += 4 * lanes) {
-        std::uint32_t words[4][lanes];
-        philox4x32<lanes>(static_cast<std::uint32_t>((j + i) / 4), static_cast<std::uint32_t>(row.query),
-                          static_cast<std::uint32_t>(row.head), static_cast<std::uint32_t>(x.batch),
-                          x.problem.seed, words);
-        const int left = n - i < 4 * lanes ? n - i : 4 * lanes;
-        for (int k = 0; k < left; ++k) {
-            if (words[k % 4][k / 4] < threshold) p[i + k] = 0;
+    const auto word = [](std::int64_t i) { return static_cast<std::uint32_t>(i); };
+    int done = 0;
+    if constexpr (sizeof(typename E::Acc) == 4) {
+        constexpr int w = V::width;
+        for (; done + 4 * w <= n; done += 4 * w) {
+            typename V::Words words[4];
+            philox_words<V>(word((j + done) / 4), word(row.query), word(row.head), word(x.batch),
+                            x.problem.seed, words);
+            V keep[4];  // all ones or zeros; by lane of the counter, then by key
+            for (int k = 0; k < 4; ++k) {
+                words[k] = (typename V::Words)(words[k] >= threshold);
+                std::memcpy(&keep[k], &words[k], sizeof keep[k]);
+            }
+            const V even_lo = V::interleave_lo(keep[0], keep[2]),
+                    even_hi = V::interleave_hi(keep[0], keep[2]);
+            const V odd_lo = V::interleave_lo(keep[1], keep[3]), odd_hi = V::interleave_hi(keep[1], keep[3]);
+            const V by_key[4] = {V::interleave_lo(even_lo, odd_lo), V::interleave_hi(even_lo, odd_lo),
+                                 V::interleave_lo(even_hi, odd_hi), V::interleave_hi(even_hi, odd_hi)};
+            for (int k = 0; k < 4; ++k) {
+                typename V::Words weight, mask;
+                std::memcpy(&mask, &by_key[k], sizeof mask);
+                std::memcpy(&weight, p + done + k * w, sizeof weight);
+                weight &= mask;
+                std::memcpy(p + done + k * w, &weight, sizeof weight);
+            }
         }
+    }
+    PhiloxBlock block{};
+    for (; done < n; ++done) {
+        if ((j + done) % 4 == 0) {
+            block = philox4x32(word((j + done) / 4), word(row.query), word(row.head), word(x.batch),
+                               x.problem.seed);
+        }
+        if (block.word[(j + done) % 4] < threshold) p[done] = 0;
     }
 }
 

@@ -218,6 +218,18 @@ void check_halves() {
     }
 }
 
+// Many blocks at once are the blocks one by one.
+template <class V>
+void check_philox() {
+    typename V::Words words[4];
+    philox_words<V>(0xfffffff0u, 5, 0x80000001u, 0xffffffffu, 0x123456789abcdef0u, words);
+    for (int i = 0; i < V::width; ++i) {
+        const PhiloxBlock one = philox4x32(0xfffffff0u + static_cast<std::uint32_t>(i), 5, 0x80000001u,
+                                           0xffffffffu, 0x123456789abcdef0u);
+        for (int k = 0; k < 4; ++k) EXPECT_EQ(words[k][i], one.word[k]) << i << ' ' << k;
+    }
+}
+
 struct SideSteps {
     static constexpr int steps = 5;
     int done = 0;
@@ -332,6 +344,7 @@ void check_engine() {
     TEST(Simd, Arithmetic) { check_arithmetic<F>(), check_arithmetic<D>(); }             \
     TEST(Simd, NanRules) { check_nan_rules<F>(), check_nan_rules<D>(); }                 \
     TEST(Simd, Scale2) { check_scale2<F>(), check_scale2<D>(); }                         \
+    TEST(Simd, Philox) { check_philox<F>(); }                                            \
     TEST(Simd, Exp2Ulps) { check_exp2<F>(), check_exp2<D>(); }                           \
     TEST(Simd, TanhUlps) { check_tanh<F>(), check_tanh<D>(); }                           \
     TEST(Simd, Shuffles) { check_shuffles<F>(), check_shuffles<D>(); }                   \

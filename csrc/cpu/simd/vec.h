@@ -14,6 +14,7 @@
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
 //   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
+//   Words, mul_wide(a, m, hi, lo)     float only: as many 32-bit words; the halves of a * m
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves
 //   first(a) reduce_max(a) reduce_add(a)    to a scalar
 #pragma once
@@ -173,6 +174,14 @@ struct Vec<T, Scalar> {
     }
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) {
         return generate([&](int i) { return i % 2 == 0 ? a.v[(width + i) / 2] : b.v[(width + i) / 2]; });
+    }
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
+    static FASTATTN_INLINE void mul_wide(Words a, std::uint32_t m, Words& hi, Words& lo) {
+        for (int i = 0; i < 4; ++i) {
+            const std::uint64_t product = std::uint64_t{a[i]} * m;
+            hi[i] = static_cast<std::uint32_t>(product >> 32);
+            lo[i] = static_cast<std::uint32_t>(product);
+        }
     }
     static FASTATTN_INLINE T first(Vec a) { return a.v[0]; }
     static FASTATTN_INLINE T reduce_max(Vec a) {

@@ -86,6 +86,13 @@ struct Vec<float, Avx2> {
         const __m256 lo = _mm256_unpacklo_ps(a.v, b.v), hi = _mm256_unpackhi_ps(a.v, b.v);
         return {_mm256_permute2f128_ps(lo, hi, 0x31)};
     }
+    typedef std::uint32_t Words __attribute__((vector_size(32)));
+    static FASTATTN_INLINE void mul_wide(Words a, std::uint32_t m, Words& hi, Words& lo) {
+        const __m256i x = (__m256i)a, y = _mm256_set1_epi64x(static_cast<std::int64_t>(m));
+        const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+        hi = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+        lo = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    }
     static FASTATTN_INLINE float first(Vec a) { return _mm256_cvtss_f32(a.v); }
     static FASTATTN_INLINE float reduce_max(Vec a) {
         __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

@@ -89,6 +89,13 @@ struct Vec<float, Avx512> {
         const __m512i idx = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         return {_mm512_permutex2var_ps(a.v, idx, b.v)};
     }
+    typedef std::uint32_t Words __attribute__((vector_size(64)));
+    static FASTATTN_INLINE void mul_wide(Words a, std::uint32_t m, Words& hi, Words& lo) {
+        const __m512i x = (__m512i)a, y = _mm512_set1_epi64(static_cast<std::int64_t>(m));
+        const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+        hi = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+        lo = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+    }
     static FASTATTN_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
     static FASTATTN_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
     static FASTATTN_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }

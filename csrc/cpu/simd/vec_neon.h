@@ -73,6 +73,14 @@ struct Vec<float, Neon> {
     static FASTATTN_INLINE Vec select(Mask m, Vec a, Vec b) { return {vbslq_f32(m, a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_lo(Vec a, Vec b) { return {vzip1q_f32(a.v, b.v)}; }
     static FASTATTN_INLINE Vec interleave_hi(Vec a, Vec b) { return {vzip2q_f32(a.v, b.v)}; }
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
+    static FASTATTN_INLINE void mul_wide(Words a, std::uint32_t m, Words& hi, Words& lo) {
+        const uint32x4_t x = (uint32x4_t)a, y = vdupq_n_u32(m);
+        const uint32x4_t low = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(y)));
+        const uint32x4_t high = vreinterpretq_u32_u64(vmull_high_u32(x, y));
+        hi = (Words)vuzp2q_u32(low, high);
+        lo = (Words)vuzp1q_u32(low, high);
+    }
     static FASTATTN_INLINE float first(Vec a) { return vgetq_lane_f32(a.v, 0); }
     static FASTATTN_INLINE float reduce_max(Vec a) { return vmaxnmvq_f32(a.v); }
     static FASTATTN_INLINE float reduce_add(Vec a) { return vaddvq_f32(a.v); }
