@@ -39,20 +39,16 @@ FASTATTN_INLINE void pack_row(typename E::Unit* dst, const S* src, std::int64_t 
     for (; u < units; u += V::width) E::load_units(src, stride, u, d).store(dst + u);
 }
 
-// src: key j at src + j*row_stride, feature f at + f*dim_stride. Panels are filled up with zero keys.
+// src: key j at src + j*row_stride, feature f at + f*dim_stride. The last vector is filled up with zero keys; the
+// panel beyond it stays as it is.
 template <class E, class S>
 void pack_keys(typename E::Unit* dst, const S* src, std::int64_t row_stride, std::int64_t dim_stride,
                std::int64_t keys, std::int64_t d) {
     using V = typename E::V;
     constexpr int w = V::width;
     const std::int64_t units = (d + E::scalars - 1) / E::scalars;
-    const std::int64_t padded = (keys + E::nr - 1) / E::nr * E::nr;
-    for (std::int64_t j = 0; j < padded; j += w) {
+    for (std::int64_t j = 0; j < keys; j += w) {
         typename E::Unit* panel = dst + (j / E::nr) * units * E::nr + j % E::nr;
-        if (j >= keys) {
-            for (std::int64_t u = 0; u < units; ++u) V::zero().store(panel + u * E::nr);
-            continue;
-        }
         const bool whole = dim_stride == 1 && j + w <= keys;
         for (std::int64_t u = 0; u < units; u += w) {
             V r[w];
@@ -117,16 +113,17 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
     return V::reduce_add(check[0]) == 0;
 }
 
-// Packs v and takes NaN and Inf out of it: a masked key's weight is 0, and 0 * NaN must not reach the
+// Packs `rows` rows of v, zeros from `keys` on, and takes NaN and Inf out of it: a masked key's weight is 0, and 0 * NaN must not reach the
 // sum. bad[j] is set for keys that held any; true when there was one. The caller adds the non-finite
 // products of the keys that are attended.
 template <class E, class S>
 bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const S* src, std::int64_t row_stride,
-                 std::int64_t dim_stride, std::int64_t keys, std::int64_t key_block, std::int64_t dv) {
+                 std::int64_t dim_stride, std::int64_t keys, std::int64_t rows, std::int64_t key_block,
+                 std::int64_t dv) {
     const std::int64_t panel_units = key_block / E::scalars * E::nr;
-    if (pack_value_rows<E, false>(dst, src, row_stride, dim_stride, 0, key_block, keys, panel_units, dv))
+    if (pack_value_rows<E, false>(dst, src, row_stride, dim_stride, 0, rows, keys, panel_units, dv))
         return false;
-    for (std::int64_t j = 0; j < key_block; j += E::scalars) {
+    for (std::int64_t j = 0; j < rows; j += E::scalars) {
         const bool finite = pack_value_rows<E, true>(dst, src, row_stride, dim_stride, j, j + E::scalars,
                                                      keys, panel_units, dv);
         for (int s = 0; s < E::scalars; ++s) bad[j + s] = !finite;

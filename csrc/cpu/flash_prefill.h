@@ -17,6 +17,7 @@ class Prefill {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
     static constexpr int w = V::width;
+    static constexpr std::int64_t kInCaches = 256 * 1024;  // bytes of k and v that need no prefetching
 
 public:
     Prefill(const FlashCall& call, std::int64_t item, std::byte* workspace)
@@ -26,6 +27,8 @@ public:
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
+        const std::int64_t scalars = p_.batch * p_.kv_heads * p_.kv_size * (p_.head_dim + p_.value_dim);
+        large_ = scalars * static_cast<std::int64_t>(sizeof(S)) > kInCaches;
     }
 
     void run() {
@@ -36,17 +39,19 @@ public:
             const std::int64_t n = block_keys(j);
             if (block_masked(j, n)) continue;
             pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
-            const std::int64_t rounded = (n + E::nr - 1) / E::nr * E::nr;
-            v_units_ = rounded / E::scalars;
-            has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n, rounded,
-                                      p_.value_dim);
-            plan_prefetch(j + block);
+            const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
+            v_units_ = padded / E::scalars;
+            has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n,
+                                      (n + w - 1) / w * w, padded, p_.value_dim);
+            if (large_) plan_prefetch(j + block);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
                 if (call_.executor.stop_requested()) return;
-                next_k_.advance(prefetch_rows_);
-                next_v_.advance(prefetch_rows_);
-                next_q_.advance(prefetch_rows_);
-                out_.advance(prefetch_rows_);
+                if (large_) {
+                    next_k_.advance(prefetch_rows_);
+                    next_v_.advance(prefetch_rows_);
+                    next_q_.advance(prefetch_rows_);
+                    out_.advance(prefetch_rows_);
+                }
                 attend_tile(r, j, n);
             }
         }
@@ -385,7 +390,7 @@ private:
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
-    bool has_bad_ = false;
+    bool has_bad_ = false, large_ = false;
     RowPrefetch<false> next_q_, next_k_, next_v_;
     RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;

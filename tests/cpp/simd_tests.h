@@ -267,7 +267,9 @@ void check_packed_product(std::int64_t keys, std::int64_t d, std::int64_t dim_st
                                         c % (2 * E::nr) != 0, side);
         EXPECT_EQ(side.done, c % (2 * E::nr) != 0 ? 0 : SideSteps::steps);
         for (int m = 0; m < E::mr; ++m) {
-            for (int n = 0; n < E::nr; ++n) {
+            // Keys beyond the last one are zeros up to a whole vector.
+            const std::int64_t filled = (keys + V::width - 1) / V::width * V::width;
+            for (int n = 0; n < E::nr && c + n < filled; ++n) {
                 double exact = 0, size = 0;
                 for (std::int64_t i = 0; i < d && c + n < keys; ++i) {
                     const double x = to_scalar(q[static_cast<std::size_t>(m * row_stride + i * dim_stride)]);
@@ -300,8 +302,9 @@ void check_packed_values(std::int64_t keys, std::int64_t dv, std::int64_t dim_st
     }
     std::vector<Unit> packed(static_cast<std::size_t>(panels * E::nr * units), Unit(7));
     std::vector<std::uint8_t> bad(static_cast<std::size_t>(block));
-    EXPECT_EQ(pack_values<E>(packed.data(), bad.data(), v.data(), row_stride, dim_stride, keys, block, dv),
-              with_nan);
+    EXPECT_EQ(
+        pack_values<E>(packed.data(), bad.data(), v.data(), row_stride, dim_stride, keys, block, block, dv),
+        with_nan);
     for (std::int64_t j = 0; j < block; ++j) {
         if (with_nan && j / E::scalars != bad_key / E::scalars) {
             EXPECT_FALSE(bad[static_cast<std::size_t>(j)]);

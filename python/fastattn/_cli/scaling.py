@@ -116,7 +116,7 @@ def _point(
         start = time.perf_counter()
         peak = limits.measure_flops(kernel, case.dtype)
         for name, runner, calls in runners:
-            time.sleep(timing.SETTLE_SECONDS)
+            timing.settle()
             seconds[name].append(timing.burst(runner, calls))
             if name == "fastattn":  # on both sides of its burst, as for the cases
                 peaks.append(max(peak, limits.measure_flops(kernel, case.dtype)))

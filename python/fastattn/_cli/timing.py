@@ -17,9 +17,10 @@ from fastattn._cli.output import Progress
 from fastattn._cli.sample import Sample
 
 MIN_SECONDS = 0.02  # of one timed burst: short calls are repeated
-# Before a burst: threads of the one before may still be spinning, OpenBLAS's for more than 0.1 s.
-SETTLE_SECONDS = 0.05
-SETTLE_AFTER_NUMPY_SECONDS = 0.3
+# Before a burst: threads of the one before may still be at work, OpenBLAS's and XLA's for more than 0.1 s.
+SETTLE_SECONDS = 0.03
+SETTLED_SHARE = 0.1  # of one CPU
+LONGEST_SETTLE_SECONDS = 3.0
 LONG_CALL_SECONDS = 20.0  # a peer that needs longer is skipped
 LONG_ROUND_SECONDS = 10.0
 ROUNDS_OF_LONG_CASE = 3
@@ -201,8 +202,8 @@ def _rounds(
         while number < last:
             progress.step(f"{case.name}, round {number + 1} of {last}", 0)
             start = time.perf_counter()
-            for before, entry in zip([timed[-1], *timed], timed, strict=False):
-                time.sleep(SETTLE_AFTER_NUMPY_SECONDS if before.name == "numpy" else SETTLE_SECONDS)
+            for entry in timed:
+                settle()
                 measured = entry is timed[0] and case.kind != "latency"
                 before_it = _peak(case, entry, limits) if measured else (0.0, 0.0)
                 if entry.calls > 1:  # others have used the caches since; a long call does not notice
@@ -224,6 +225,17 @@ def _rounds(
             gc.enable()
             gc.collect()
     return peaks, rates if case.kind == "decode" else []
+
+
+def settle() -> None:
+    """Waits until no thread of this process works any more."""
+    last = time.perf_counter() + LONGEST_SETTLE_SECONDS
+    while True:
+        wall, cpu = time.perf_counter(), time.process_time()
+        time.sleep(SETTLE_SECONDS)
+        now = time.perf_counter()
+        if time.process_time() - cpu < SETTLED_SHARE * (now - wall) or now > last:
+            return
 
 
 def _peak(case: Case, entry: Timed, limits: Limits) -> tuple[float, float]:
