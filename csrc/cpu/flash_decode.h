@@ -155,6 +155,15 @@ private:
 
     // scores[r][0..n) = q_r . k_j for the rows of a head
     void score_block(std::int64_t first, const S* keys_begin, std::int64_t n) {
+        if (p_.head_dim % w == 0) {
+            score_block<false>(first, keys_begin, n);
+        } else {
+            score_block<true>(first, keys_begin, n);
+        }
+    }
+    // has_tail: D is not a multiple of the width. Code of its own, so that the sums stay in registers without.
+    template <bool has_tail>
+    void score_block(std::int64_t first, const S* keys_begin, std::int64_t n) {
         for_row_tiles(first, [&](std::int64_t r, auto rows) {
             constexpr int heads = decltype(rows)::value, keys = w / heads;
             for (std::int64_t c = 0; c < n; c += keys) {
@@ -162,7 +171,7 @@ private:
 #pragma GCC unroll 16
                 for (int i = 0; i < keys; ++i) k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
                 alignas(64) Acc sums[w];
-                dot_tile<heads, keys>(at_.q + r * call_.plan.q_stride, k).store(sums);
+                dot_tile<heads, keys, has_tail>(at_.q + r * call_.plan.q_stride, k).store(sums);
                 for (int h = 0; h < heads; ++h) {
                     for (int i = 0; i < keys; ++i) at_.scores[(r + h) * block + c + i] = sums[h * keys + i];
                 }
@@ -171,7 +180,7 @@ private:
     }
 
     // Sums of `heads` rows of q with `keys` rows of k, heads-major; heads * keys = width.
-    template <int heads, int keys>
+    template <int heads, int keys, bool has_tail>
     FASTATTN_INLINE V dot_tile(const Acc* q, const S* const (&k)[keys]) const {
         V acc[w];
 #pragma GCC unroll 16
@@ -189,7 +198,7 @@ private:
         };
         std::int64_t d = 0;
         for (; d + w <= p_.head_dim; d += w) step(d, [](const S* x) { return V::load(x); });
-        if (d < p_.head_dim) step(d, [&](const S* x) { return load_n<V>(x, p_.head_dim - d); });
+        if constexpr (has_tail) step(d, [&](const S* x) { return load_n<V>(x, p_.head_dim - d); });
         return reduce_each(acc);
     }
 
