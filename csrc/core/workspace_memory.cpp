@@ -23,9 +23,10 @@ std::byte* allocate(std::size_t& bytes) noexcept {
     if (bytes >= kHugePage / 4 && bytes <= std::numeric_limits<std::size_t>::max() - kHugePage)
         alignment = kHugePage;
     bytes = (bytes + alignment - 1) / alignment * alignment;
-    void* data = std::aligned_alloc(alignment, bytes);
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, bytes) != 0) return nullptr;
 #if defined(__linux__)
-    if (data != nullptr && alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // only advice
+    if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // only advice
 #endif
     return static_cast<std::byte*>(data);
 }

@@ -18,10 +18,12 @@ void CpuPlacement::leave(int cpu) noexcept {
     cpu_set_t now;
     if (sched_getaffinity(thread_, sizeof now, &now) != 0) return;
     if (left_ < 0 || !CPU_EQUAL(&now, &set_)) given_ = now;
-    set_ = given_;
-    CPU_CLR(static_cast<unsigned>(cpu), &set_);
-    if (CPU_COUNT(&set_) == 0) set_ = given_;
-    if (CPU_EQUAL(&now, &set_) || sched_setaffinity(thread_, sizeof set_, &set_) == 0) left_ = cpu;
+    cpu_set_t wanted = given_;
+    CPU_CLR(static_cast<unsigned>(cpu), &wanted);
+    if (CPU_COUNT(&wanted) == 0) wanted = given_;
+    const bool refused = !CPU_EQUAL(&now, &wanted) && sched_setaffinity(thread_, sizeof wanted, &wanted) != 0;
+    set_ = refused ? now : wanted;
+    left_ = refused ? left_ : cpu;
 }
 
 #else

@@ -25,7 +25,7 @@ struct FmaEngine {
     static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
     static constexpr int sums = 1;             // of a row: see Bf16DotEngine
 
-    // Stores two vectors of weights as the product with v takes them, and adds them to the row's sums in memory.
+    // Two vectors of weights: stored as the product with v takes them; added to the row's sums in memory.
     static FASTATTN_INLINE void store_weights(V a, V b, Unit* row, std::int64_t column) {
         a.store(row + column);
         b.store(row + column + V::width);

@@ -4,6 +4,8 @@
 //   q -> (rows, Du)                row-major, Du = ceil(D / scalars) units
 //   k -> panels of nr keys:        (panels, Du, nr)
 //   v -> panels of nr columns:     (panels, Ku, nr), Ku = key_block / scalars units
+//
+// Zeros fill up the last vector of keys; what lies beyond it in the panels is never used.
 #pragma once
 
 #include "cpu/flash_engine.h"

@@ -69,13 +69,16 @@ private:
         std::int64_t n = j < keys_.end ? block_keys(j) : 0;
         const std::int64_t tiles = padded_ / E::mr;
         if (n == 0) {
+            const bool whole = call_.plan.key_splits == 1;  // else the output is written by the merge
             out_ = rows_ahead<true>(p_.out, item_.batch, item_.row_begin / p_.group, item_.kv_head * p_.group,
-                                    p_.value_dim, p_.group == 1 ? item_.rows : 0);
+                                    p_.value_dim, whole && p_.group == 1 ? item_.rows : 0);
             prefetch_rows_ = (item_.rows + tiles - 1) / tiles;
             const std::int64_t next = call_.executor.next_item();
             if (next >= call_.plan.items) return;
             item = item_range(call_, next);
-            const KeyRange keys = p_.key_range(item.batch, item.row_begin / p_.group);
+            KeyRange keys = p_.key_range(item.batch, item.row_begin / p_.group);
+            if (keys.begin < item.key_begin) keys.begin = item.key_begin;
+            if (keys.end > item.key_end) keys.end = item.key_end;
             j = keys.begin / call_.plan.key_block * call_.plan.key_block;
             n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
             next_q_ = rows_ahead<false>(p_.q, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
@@ -232,7 +235,7 @@ private:
         gemm_tile_with<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
                                      at_.k + c * d_units_, E::nr, d_units_, !waiting, weights);
         if (x_.elementwise) {
-            store_scores<NV>(acc);
+            store_scores<NV>(acc, V::zero());
             for (int m = 0; m < E::mr; ++m) transform_scores(m, r, j, first, c);
         } else if (ranged) {
             scale_scores<NV, true>(r, j, first, c, acc);
@@ -274,14 +277,15 @@ private:
         }
     }
 
-    // A panel that is not full is filled up with keys that no row may attend.
+    // A panel that is not full is filled up: with -inf for keys that no row may attend, or with any number where
+    // the key ranges are applied afterwards.
     template <int NV>
-    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV]) {
+    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV], V fill = V::set1(-kInf<Acc>)) {
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < E::nv; ++n) {
-                (n < NV ? acc[m][n < NV ? n : 0] : V::set1(-kInf<Acc>)).store(at_.scores + m * E::nr + n * w);
+                (n < NV ? acc[m][n < NV ? n : 0] : fill).store(at_.scores + m * E::nr + n * w);
             }
         }
     }

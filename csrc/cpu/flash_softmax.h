@@ -181,7 +181,7 @@ template <class V, int N>
 FASTATTN_INLINE void keep_mask(const ScoreOperand& mask, std::int64_t at, std::int64_t left, V (&x)[N]) {
     constexpr int keys = N * V::width;
     const auto* p = static_cast<const std::uint8_t*>(mask.data) + at;
-    std::uint8_t buffer[keys + 64];
+    std::uint8_t buffer[keys];
     if (mask.key != 1 || left < keys) {
         for (std::int64_t i = 0; i < keys; ++i) buffer[i] = i < left ? p[i * mask.key] : 0;
         p = buffer;
@@ -328,7 +328,8 @@ void drop_weights(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* p
     int done = 0;
     if constexpr (sizeof(typename E::Acc) == 4) {
         constexpr int w = V::width;
-        for (; done + 4 * w <= n; done += 4 * w) {
+        while (n - done >= w) {
+            const int vectors = (n - done) / w < 4 ? (n - done) / w : 4;
             typename V::Words words[4];
             philox_words<V>(word((j + done) / 4), word(row.query), word(row.head), word(x.batch),
                             x.problem.seed, words);
@@ -342,13 +343,14 @@ void drop_weights(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* p
             const V odd_lo = V::interleave_lo(keep[1], keep[3]), odd_hi = V::interleave_hi(keep[1], keep[3]);
             const V by_key[4] = {V::interleave_lo(even_lo, odd_lo), V::interleave_hi(even_lo, odd_lo),
                                  V::interleave_lo(even_hi, odd_hi), V::interleave_hi(even_hi, odd_hi)};
-            for (int k = 0; k < 4; ++k) {
+            for (int k = 0; k < vectors; ++k) {
                 typename V::Words weight, mask;
                 std::memcpy(&mask, &by_key[k], sizeof mask);
                 std::memcpy(&weight, p + done + k * w, sizeof weight);
                 weight &= mask;
                 std::memcpy(p + done + k * w, &weight, sizeof weight);
             }
+            done += vectors * w;
         }
     }
     PhiloxBlock block{};

@@ -33,7 +33,8 @@ namespace {
 using Index = std::int64_t;
 
 constexpr Index kPollMilliseconds = 20;
-constexpr int kCallsPerClock = 8;  // even the clock is a few percent of the shortest tiles
+constexpr int kCallsPerClock =
+    8;  // where calls are less than that apart, as the clock costs a percent of a tile
 
 // Read often, so the cheap clock where there is one: good to 4 ms, a few ns a call.
 Index now_ms() noexcept {
@@ -161,6 +162,7 @@ public:
             job.all_left.wait_for(lock, std::chrono::milliseconds(kPollMilliseconds));
             if (job.active == 0) break;
             lock.unlock();
+            job.executor.calls_until_clock_ = 0;
             if (job.executor.stop_requested()) job.drop_rest();
             if (job.forked_away()) return false;
             lock.lock();
@@ -224,7 +226,7 @@ private:
             }
             const int slot = ++job->helpers;
             ++job->active;
-            if (current_cpu() == job->caller_cpu) me.placement.leave(job->caller_cpu);
+            me.placement.leave(job->caller_cpu);  // it may not be the one that woke this worker
             lock.unlock();
             std::fesetenv(&job->float_environment);
             job->executor.run_items(*job, item, slot);
@@ -316,8 +318,10 @@ bool ThreadPoolExecutor::stop_requested() noexcept {
 
 void ThreadPoolExecutor::poll_if_due() noexcept {
     if (--calls_until_clock_ > 0) return;
-    calls_until_clock_ = kCallsPerClock;
-    if (now_ms() < next_poll_ms_) return;
+    const Index now = now_ms();
+    calls_until_clock_ = now == last_clock_ms_ ? kCallsPerClock : 1;
+    last_clock_ms_ = now;
+    if (now < next_poll_ms_) return;
     if (poll_(poll_context_)) stop_.store(true, std::memory_order_relaxed);
     next_poll_ms_ = now_ms() + kPollMilliseconds;
 }

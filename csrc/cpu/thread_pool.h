@@ -42,7 +42,7 @@ private:
     const Poll poll_;
     void* const poll_context_;
     const std::thread::id caller_;
-    std::int64_t next_poll_ms_ = 0;
+    std::int64_t next_poll_ms_ = 0, last_clock_ms_ = 0;
     int calls_until_clock_ = 0;  // of stop_requested() on the calling thread
 };
 

@@ -12,7 +12,9 @@ std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * 
 
 // Bytes of packed q and accumulators that one item may hold. They are read once per block of keys, a few KB for
 // each tile, so they need no place in L2; k and v of a block, read for every tile, do.
-constexpr std::int64_t kItemBytes = 1280 * 1024;
+constexpr std::int64_t kItemBytes = 1280 * 1024, kLeastItemBytes = 320 * 1024;
+// ... and of all threads together: a workspace that is not too large is kept for the next call.
+constexpr std::int64_t kAllItemBytes = std::int64_t{40} << 20;
 // An item packs its own k and v; below so many rows that would cost more than a few percent.
 constexpr std::int64_t kMinRows = 96;
 
@@ -63,8 +65,9 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
         plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);
         plan.row_items = plan.rows > 0 ? 1 : 0;
     } else {
+        const std::int64_t bytes = std::clamp(kAllItemBytes / threads, kLeastItemBytes, kItemBytes);
         const std::int64_t row_bytes = (plan.q_stride + plan.o_stride) * tile.unit_bytes;
-        const std::int64_t most = std::max<std::int64_t>(kItemBytes / row_bytes, tile.mr);
+        const std::int64_t most = std::max<std::int64_t>(bytes / row_bytes, tile.mr);
         std::int64_t blocks = ceil_div(plan.rows, most);
         const std::int64_t wanted = ceil_div(std::int64_t{8} * threads, std::max<std::int64_t>(heads, 1));
         blocks = std::max(blocks, std::min(wanted, plan.rows / kMinRows));

@@ -180,7 +180,7 @@ TEST(ThreadPool, PollsWhileWaitingForAWorker) {
     };
     const auto start = Clock::now();
     EXPECT_THROW(executor.for_each(2, item), Cancelled);
-    EXPECT_LT(Clock::now() - start, 5s);
+    EXPECT_LT(Clock::now() - start, 1s);  // three times 20 ms, on a busy machine
     EXPECT_EQ(polls.on_wrong_thread, 0);
 }
 
