@@ -1,7 +1,8 @@
 // Decode: few query rows (R = Sq * G <= kDecodeRows) per head, so that reading k and v is what takes the
 // time. They are used where they lie, once for all rows. A block of kDecodeBlock keys of all the heads of
 // the item is first touched in the order of the addresses, which is what the hardware's prefetchers follow;
-// the products then find it in the cache, in whatever order they like.
+// the products then find it in the cache, in whatever order they like. With one row for each of several heads
+// the products are as cheap as the touching and take its place.
 //
 //   q (heads*R, D)   k, v rows in memory, any storage type   scores, p (heads*R, kDecodeBlock)   O (heads*R, Dv)
 #pragma once
@@ -43,6 +44,7 @@ public:
     Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
         : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
         rows_ = item_.rows * item_.heads;
+        one_row_ = item_.rows == 1 && item_.heads > 1 && item_.heads <= kDecodeBlock;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
@@ -69,17 +71,25 @@ private:
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = keys_.end - j < block ? keys_.end - j : block;
             if (masked(j, n)) continue;
-            touch_block(k_, p_.k, p_.head_dim, j, n);
             const int vectors = static_cast<int>((n + w - 1) / w);
+            if (one_row_) {
+                score_keys(j, n);
+            } else {
+                touch_block(k_, p_.k, p_.head_dim, j, n);
+            }
             for (std::int64_t h = 0; h < item_.heads; ++h) {
                 const std::int64_t first = h * item_.rows;
-                score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
+                if (!one_row_) score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     Acc* s = at_.scores + r * block;
                     const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
                     follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
                     store_weights(r, s, at_.p + r * block, j, vectors);
                 }
+            }
+            if (one_row_ && !careful) {
+                add_rows(j, n);
+                continue;
             }
             touch_block(v_, p_.v, p_.value_dim, j, n);
             for (std::int64_t h = 0; h < item_.heads; ++h) {
@@ -179,6 +189,65 @@ private:
         });
     }
 
+    // With one row for each head the products cost no more than touching does: k and v are used as they are read,
+    // all heads of a key, then the next key. The sums are those of score_block and add_values to the last bit.
+
+    // scores[h][0..n) = q_h . k_jh for all heads, by squares of width keys and width heads
+    void score_keys(std::int64_t j, std::int64_t n) {
+        for (std::int64_t c = 0; c < n; c += w) {
+            const int keys = n - c < w ? static_cast<int>(n - c) : w;
+            for (int i = 0; i < keys; ++i) {
+                const S* key = k_ + (j + c + i) * p_.k.seq;
+                for (std::int64_t h = 0; h < item_.heads; h += w) {
+                    const int heads = item_.heads - h < w ? static_cast<int>(item_.heads - h) : w;
+                    V sums[w];
+                    for (int m = 0; m < w; ++m) sums[m] = V::zero();
+                    for (int m = 0; m < heads; ++m)
+                        sums[m] = dot(at_.q + (h + m) * call_.plan.q_stride, key + (h + m) * p_.k.head);
+                    reduce_each(sums).store(at_.v + (h * w) + i * w);  // (heads / width, keys, width)
+                }
+            }
+            for (std::int64_t h = 0; h < item_.heads; h += w) {
+                V square[w];
+                for (int i = 0; i < w; ++i) square[i] = i < keys ? V::load(at_.v + h * w + i * w) : V::zero();
+                transpose(square);
+                for (int m = 0; m < w && h + m < item_.heads; ++m)
+                    square[m].store(at_.scores + (h + m) * block + c);
+            }
+        }
+    }
+
+    FASTATTN_INLINE V dot(const Acc* q, const S* k) const {
+        V sum = V::zero();
+        std::int64_t d = 0;
+        for (; d + w <= p_.head_dim; d += w) sum = V::fma(V::load(q + d), V::load(k + d), sum);
+        if (d < p_.head_dim) sum = V::fma(V::load(q + d), load_n<V>(k + d, p_.head_dim - d), sum);
+        return sum;
+    }
+
+    // O[h] += sum_j p[h][j] v_jh for all heads, two keys at a time
+    void add_rows(std::int64_t j, std::int64_t n) {
+        const std::int64_t whole = p_.value_dim / w * w;
+        for (std::int64_t k = 0; k < n; k += 2) {
+            const bool two = k + 1 < n;
+            for (std::int64_t h = 0; h < item_.heads; ++h) {
+                const S* v = v_ + (j + k) * p_.v.seq + h * p_.v.head;
+                const S* next = v + (two ? p_.v.seq : 0);
+                const Acc* p = at_.p + h * block + k;
+                const V a = V::set1(p[0]), b = V::set1(two ? p[1] : Acc(0));
+                Acc* o = x_.o + h * x_.o_stride;
+                const auto add = [&](std::int64_t c, auto load) {
+                    V sum = V::fma(a, load(v + c), V::load(o + c));
+                    if (two) sum = V::fma(b, load(next + c), sum);
+                    sum.store(o + c);
+                };
+                for (std::int64_t c = 0; c < whole; c += w) add(c, [](const S* x) { return V::load(x); });
+                if (whole < p_.value_dim)
+                    add(whole, [&](const S* x) { return load_n<V>(x, p_.value_dim - whole); });
+            }
+        }
+    }
+
     // Sums of `heads` rows of q with `keys` rows of k, heads-major; heads * keys = width.
     template <int heads, int keys, bool has_tail>
     FASTATTN_INLINE V dot_tile(const Acc* q, const S* const (&k)[keys]) const {
@@ -251,6 +320,7 @@ private:
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t rows_ = 0;  // of all heads
+    bool one_row_ = false;  // of each of several heads
     const S* k_ = nullptr;
     const S* v_ = nullptr;
 };
