@@ -11,6 +11,7 @@
 #include "bindings/gil.h"
 #include "bindings/numpy_interop.h"
 #include "bindings/register.h"
+#include "core/flops.h"
 
 namespace fastattn::bindings {
 namespace {
@@ -198,12 +199,6 @@ void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) 
     if (call.return_weights) {
         allocate(results.weights, "weights", params.weights);
     }
-}
-
-double flops_at_most(const AttentionProblem& p) noexcept {
-    return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.batch) *
-           static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) *
-           static_cast<double>(p.kv_size + 1);
 }
 
 void compute(const AttentionProblem& problem, RunOptions& options) {

@@ -157,10 +157,7 @@ constexpr double kFlopsPerThread = 400e3;
 
 int useful_threads(const AttentionProblem& p) noexcept {
     const int threads = get_num_threads();
-    const double pairs = static_cast<double>(p.batch) * static_cast<double>(p.q_heads) *
-                         static_cast<double>(p.q_size) *
-                         static_cast<double>(p.kv_size + 1);  // no keys: the rows are written
-    const double flops = 2.0 * static_cast<double>(p.head_dim + p.value_dim) * pairs;
+    const double flops = flops_at_most(p);
     if (flops >= kFlopsPerThread * threads) return threads;
     return flops < 2.0 * kFlopsPerThread ? 1 : static_cast<int>(flops / kFlopsPerThread);
 }

@@ -55,6 +55,12 @@ double count_flops(const AttentionProblem& p) noexcept {
     return pairs * static_cast<double>(p.q_heads) * 2.0 * static_cast<double>(p.head_dim + p.value_dim);
 }
 
+double flops_at_most(const AttentionProblem& p) noexcept {
+    return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.batch) *
+           static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) *
+           static_cast<double>(p.kv_size + 1);
+}
+
 double count_bytes(const AttentionProblem& p) noexcept {
     const auto item = static_cast<double>(item_size(p.dtype));
     const auto operand = [&](const Operand& x, Index seq, Index heads, Index dim) {

@@ -8,6 +8,10 @@ namespace fastattn {
 // 2 * (D + Dv) for each (head, row, key) within causal, window and lengths. Closed form per batch entry.
 double count_flops(const AttentionProblem& problem) noexcept;
 
+// The same without causal, window and lengths, in a few operations; one key more than there is, as the
+// rows of a call without keys are written all the same.
+double flops_at_most(const AttentionProblem& problem) noexcept;
+
 // Every element of the inputs and outputs once; what a zero stride repeats is counted once.
 double count_bytes(const AttentionProblem& problem) noexcept;
 

@@ -25,16 +25,14 @@ struct Bf16DotEngine {
             _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
     }
     static FASTATTN_INLINE void store_weights(V a, V b, Unit* row, std::int64_t column) {
-        store_pairs(_mm512_cvtne2ps_pbh(b.v, a.v), row, column);
+        const __m512bh pairs = _mm512_cvtne2ps_pbh(b.v, a.v);
+        std::memcpy(reinterpret_cast<bf16_t*>(row) + column, &pairs, sizeof pairs);
     }
     static FASTATTN_INLINE void add_weights(V a, V b, Acc* sum) {
         const __m512bh pairs = _mm512_cvtne2ps_pbh(b.v, a.v);
         const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
         (V::load(sum) + (a + b)).store(sum);
         V{_mm512_dpbf16_ps(V::load(sum + V::width).v, pairs, ones)}.store(sum + V::width);
-    }
-    static FASTATTN_INLINE void store_pairs(__m512bh pairs, Unit* row, std::int64_t column) {
-        std::memcpy(reinterpret_cast<bf16_t*>(row) + column, &pairs, sizeof pairs);
     }
     static FASTATTN_INLINE float weight(const Unit* row, std::int64_t column) {
         bf16_t x;

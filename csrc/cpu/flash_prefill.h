@@ -63,7 +63,7 @@ private:
     // During the tiles of one block the keys and values of the next one, from key j on, are on their way; during
     // those of the last one what this thread will probably compute next.
     void plan_prefetch(std::int64_t j) {
-        next_q_ = {};
+        next_q_ = next_k_ = next_v_ = {};
         out_ = {};
         ItemRange item = item_;
         std::int64_t n = j < keys_.end ? block_keys(j) : 0;

@@ -91,16 +91,29 @@ def run(
         **header(SCHEMA, command),
         "runs": [
             {
-                "threads": threads,
-                "rounds": rounds,
-                "peers": [x.name for x in implementations[1:]],
-                "unavailable_peers": unavailable,
-                "threads_limited_by": {x.name: x.limited_by for x in implementations},
-                "limits": limits.describe(),
+                **describe_run(threads, rounds, implementations, unavailable, limits),
                 "skipped_cases": skipped,
                 "cases": results,
             }
         ],
+    }
+
+
+def describe_run(
+    threads: int,
+    rounds: int,
+    implementations: Sequence[peers.Implementation],
+    unavailable: dict[str, str],
+    limits: Limits,
+) -> dict[str, Any]:
+    """What a document says of one run beside its results."""
+    return {
+        "threads": threads,
+        "rounds": rounds,
+        "peers": [x.name for x in implementations[1:]],
+        "unavailable_peers": unavailable,
+        "threads_limited_by": {x.name: x.limited_by for x in implementations},
+        "limits": limits.describe(),
     }
 
 

@@ -74,12 +74,7 @@ def run(
         "mode": "scaling",
         "runs": [
             {
-                "threads": threads,
-                "rounds": rounds,
-                "peers": [x.name for x in implementations[1:]],
-                "unavailable_peers": unavailable,
-                "threads_limited_by": {x.name: x.limited_by for x in implementations},
-                "limits": limits.describe(),
+                **bench.describe_run(threads, rounds, implementations, unavailable, limits),
                 "points": points,
             }
         ],
