@@ -60,6 +60,13 @@ def tsan(session: nox.Session) -> None:
 
 
 @nox.session
+def emulated(session: nox.Session) -> None:
+    """pytest of the CUDA kernels on the emulated GPU; no CUDA is needed."""
+    install(session, "build", "test")
+    session.run("tools/emulated_pytest.sh", *session.posargs, external=True)
+
+
+@nox.session
 def neon(session: nox.Session) -> None:
     """Cross build for AArch64; needs g++-aarch64-linux-gnu and qemu-user."""
     install(session, "build")

@@ -6,6 +6,12 @@ install(TARGETS fastattn EXPORT fastattnTargets ARCHIVE DESTINATION ${CMAKE_INST
 install(DIRECTORY csrc/include/fastattn DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT cpp
   FILES_MATCHING PATTERN "*.h")
 install(EXPORT fastattnTargets NAMESPACE fastattn:: DESTINATION ${FASTATTN_CMAKE_DIR} COMPONENT cpp)
+if(FASTATTN_CUDA_KIND STREQUAL "cuda")
+  # A copy of the toolkit's static run time (its licence allows it), so that users of the package need no CUDA. Not
+  # merged into libfastattn.a: a program with CUDA code of its own must get one cudart, whichever comes first.
+  install(FILES ${FASTATTN_CUDART_STATIC} DESTINATION ${CMAKE_INSTALL_LIBDIR}/fastattn RENAME libcudart_static.a
+    COMPONENT cpp)
+endif()
 configure_package_config_file(cmake/fastattnConfig.cmake.in fastattnConfig.cmake
   INSTALL_DESTINATION ${FASTATTN_CMAKE_DIR})
 # Before 1.0 a minor version may change the API.

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-mapfile -t sources < <(find csrc tests/cpp bench -name '*.h' -o -name '*.cpp' -o -name '*.inc' | sort)
+mapfile -t sources < <(find csrc tests/cpp tests/cuda_emulator bench -regex '.*\.\(h\|cpp\|inc\|cu\|cuh\)' | sort)
 if [ "${1:-}" = fix ]; then
   ruff check --fix .
   ruff format .

@@ -81,7 +81,7 @@ bool Arrays::view_of(PyObject* object, const char* name, bool for_output, Tensor
               type_name(object));
     }
     bool aligned = false;
-    lent_.push_back(import_dlpack(object, name, for_output, view, aligned, bytes));
+    lent_.push_back(import_dlpack(object, name, for_output, view, aligned, bytes, cuda_));
     return aligned;
 }
 
@@ -136,8 +136,8 @@ void Arrays::write_back() const {
     }
 }
 
-void Result::allocate(PyObject* q, const char* name, DType dtype, int rank, const std::int64_t* shape,
-                      TensorView& view) {
+void Result::allocate(PyObject* q, Device device, const char* name, DType dtype, int rank,
+                      const std::int64_t* shape, TensorView& view, CudaUse& cuda) {
     if (is_ndarray(q)) {
         object_ = new_ndarray(name, q, dtype, rank, shape, view);
         return;
@@ -154,13 +154,13 @@ void Result::allocate(PyObject* q, const char* name, DType dtype, int rank, cons
         throw PythonError{};
     }
     if (object.get() == Py_None) {
-        buffer_.emplace(name, dtype, rank, shape);
+        buffer_.emplace(name, dtype, rank, shape, device);
         view = buffer_->view();
         return;
     }
     bool aligned = false;
     ByteStridedArray bytes;
-    lent_.emplace(import_dlpack(object.get(), name, true, view, aligned, bytes));
+    lent_.emplace(import_dlpack(object.get(), name, true, view, aligned, bytes, cuda));
     if (!aligned || view.dtype != dtype || view.rank != rank ||
         !std::equal(shape, shape + rank, view.shape)) {
         raise(PyExc_RuntimeError, "%s: fastattn._arrays.empty returned another array than asked for", name);

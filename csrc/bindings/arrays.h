@@ -7,8 +7,8 @@
 
 #include <fastattn/tensor_view.h>
 
+#include "bindings/buffer.h"
 #include "bindings/dlpack_interop.h"
-#include "bindings/host_buffer.h"
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {
@@ -27,6 +27,7 @@ public:
         const TensorView& view;
     };
     void check_overlap_of_copies(const TensorView& out, std::initializer_list<NamedView> inputs) const;
+    CudaUse& cuda() noexcept { return cuda_; }
     // After computing: brings a misaligned `out` up to date.
     void write_back() const;
 
@@ -38,25 +39,26 @@ private:
     bool view_of(PyObject* object, const char* name, bool for_output, TensorView& view,
                  ByteStridedArray& bytes);
 
+    CudaUse cuda_;
     std::vector<ManagedTensor> lent_;
-    std::vector<HostBuffer> copies_;
+    std::vector<Buffer> copies_;
     std::vector<CopiedInput> copied_inputs_;
-    std::optional<HostBuffer> out_copy_;
+    std::optional<Buffer> out_copy_;
     ByteStridedArray out_bytes_;
 };
 
 // A result while it is made: memory that the core writes, then an object of q's kind.
 class Result {
 public:
-    // For a NumPy q that costs one allocation; otherwise fastattn._arrays is asked.
-    void allocate(PyObject* q, const char* name, DType dtype, int rank, const std::int64_t* shape,
-                  TensorView& view);
+    // On q's device. For a NumPy q that costs one allocation; otherwise fastattn._arrays is asked.
+    void allocate(PyObject* q, Device device, const char* name, DType dtype, int rank,
+                  const std::int64_t* shape, TensorView& view, CudaUse& cuda);
     // The finished array, once.
     PyRef take(PyObject* q);
 
 private:
     PyRef object_;
-    std::optional<HostBuffer> buffer_;  // for kinds that take over finished memory
+    std::optional<Buffer> buffer_;  // for kinds that take over finished memory
     std::optional<ManagedTensor> lent_;
 };
 

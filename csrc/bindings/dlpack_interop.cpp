@@ -7,7 +7,7 @@
 
 #include <fastattn/attention.h>
 
-#include "core/kernel.h"
+#include "core/problem_errors.h"
 
 namespace fastattn::bindings {
 namespace {
@@ -29,31 +29,26 @@ void wrap_producer_error(PyObject* object, const char* name, const char* method)
     throw PythonError{};
 }
 
-std::string device_text(std::int32_t type, std::int32_t id) {
+// Where an array is, or UnsupportedError for a kind of memory that nothing here computes on.
+Device to_device(std::int32_t type, std::int32_t id, const char* name) {
     switch (type) {
-        case dlpack::kCuda: return "cuda:" + std::to_string(id);
-        case dlpack::kCudaManaged: return "CUDA managed memory of cuda:" + std::to_string(id);
-        case dlpack::kRocm: return "rocm:" + std::to_string(id);
-        default: return "DLPack device (" + std::to_string(type) + ", " + std::to_string(id) + ")";
+        case dlpack::kCpu:
+        case dlpack::kCudaHost:
+        case dlpack::kRocmHost: return {};
+        case dlpack::kCuda:
+        case dlpack::kCudaManaged: return {DeviceType::cuda, id};
+        default: break;
     }
-}
-
-void check_device(std::int32_t type, std::int32_t id, const char* name) {
-    if (type == dlpack::kCpu || type == dlpack::kCudaHost || type == dlpack::kRocmHost) {
-        return;
-    }
-    std::string text = std::string(name) + ": the array is on " + device_text(type, id) +
-                       ", but this build of fastattn computes on the CPU only";
-    if (type == dlpack::kCuda || type == dlpack::kCudaManaged) {
-        if (const char* reason = cuda_unavailable()) {
-            text += std::string(" (CUDA: ") + reason + ")";
-        }
-    }
-    throw UnsupportedError(text + "; copy it to the host first");
+    const std::string where =
+        type == dlpack::kRocm ? "rocm:" + std::to_string(id)
+                              : "DLPack device (" + std::to_string(type) + ", " + std::to_string(id) + ")";
+    throw UnsupportedError(
+        std::string(name) + ": the array is on " + where +
+        ", but fastattn computes on the CPU and on CUDA devices only; copy it to the host first");
 }
 
 // Asked before __dlpack__, which may wait for a device or refuse in words of its own.
-void check_announced_device(PyObject* object, const char* name) {
+Device announced_device(PyObject* object, const char* name, CudaUse& cuda) {
     const PyRef device = PyRef::steal(PyObject_CallMethod(object, "__dlpack_device__", nullptr));
     if (!device) {
         wrap_producer_error(object, name, "__dlpack_device__()");
@@ -69,7 +64,11 @@ void check_announced_device(PyObject* object, const char* name) {
         raise(PyExc_TypeError, "%s: __dlpack_device__() of %.200s returned %R, expected a tuple of two ints",
               name, type_name(object), device.get());
     }
-    check_device(static_cast<std::int32_t>(type), static_cast<std::int32_t>(id), name);
+    const Device where = to_device(static_cast<std::int32_t>(type), static_cast<std::int32_t>(id), name);
+    if (where.type == DeviceType::cuda) {
+        cuda.join(object, name, where.index, type == dlpack::kCudaManaged);
+    }
+    return where;
 }
 
 void check_requires_grad(PyObject* object, const char* name) {
@@ -81,16 +80,37 @@ void check_requires_grad(PyObject* object, const char* name) {
     }
 }
 
-PyRef request_capsule(PyObject* object, const char* name) {
+// __dlpack__(stream=..., max_version=...), the stream only for memory of a device.
+PyRef request_capsule(PyObject* object, const char* name, const Device& where, const CudaUse& cuda) {
     const PyRef method = PyRef::checked(PyUnicode_FromString("__dlpack__"));
-    const PyRef keywords = PyRef::checked(Py_BuildValue("(s)", "max_version"));
     const PyRef version = PyRef::checked(
         Py_BuildValue("(II)", unsigned{dlpack::kMajorVersion}, unsigned{dlpack::kMinorVersion}));
-    PyObject* arguments[] = {object, version.get()};
-    PyRef capsule = PyRef::steal(PyObject_VectorcallMethod(method.get(), arguments, 1, keywords.get()));
+    const bool on_device = where.type == DeviceType::cuda;
+    PyRef stream;
+    if (on_device) {
+        const auto handle = reinterpret_cast<std::uintptr_t>(cuda.stream());
+        stream = PyRef::checked(PyLong_FromUnsignedLongLong(handle == 0 ? 1 : handle));  // 0 is not allowed
+    }
+    const auto ask = [&](bool with_version) {
+        PyObject* arguments[3] = {object};
+        Py_ssize_t count = 0;
+        if (on_device) {
+            arguments[1 + count++] = stream.get();
+        }
+        if (with_version) {
+            arguments[1 + count++] = version.get();
+        }
+        const PyRef keywords =
+            PyRef::checked(on_device ? (with_version ? Py_BuildValue("(ss)", "stream", "max_version")
+                                                     : Py_BuildValue("(s)", "stream"))
+                                     : Py_BuildValue("(s)", "max_version"));
+        return PyRef::steal(
+            PyObject_VectorcallMethod(method.get(), arguments, 1, count > 0 ? keywords.get() : nullptr));
+    };
+    PyRef capsule = ask(true);
     if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
         PyErr_Clear();  // a producer from before 1.0 does not know the keyword
-        capsule = PyRef::steal(PyObject_VectorcallMethod(method.get(), arguments, 1, nullptr));
+        capsule = ask(false);
     }
     if (!capsule) {
         wrap_producer_error(object, name, "__dlpack__()");
@@ -190,10 +210,10 @@ bool has_dlpack(PyObject* object) {
 }
 
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
-                            bool& aligned, ByteStridedArray& bytes) {
+                            bool& aligned, ByteStridedArray& bytes, CudaUse& cuda) {
     check_requires_grad(object, name);
-    check_announced_device(object, name);
-    const PyRef capsule = request_capsule(object, name);
+    const Device announced = announced_device(object, name, cuda);
+    const PyRef capsule = request_capsule(object, name, announced, cuda);
     ManagedTensor managed = take(capsule.get(), object, name);
     if (managed.versioned() && managed.version().major != dlpack::kMajorVersion) {
         // Only version, manager_ctx and deleter are sure to be where we think they are.
@@ -201,7 +221,11 @@ ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output,
               type_name(object), managed.version().major, managed.version().minor);
     }
     const dlpack::DLTensor& tensor = managed.tensor();
-    check_device(tensor.device.device_type, tensor.device.device_id, name);
+    const Device where = to_device(tensor.device.device_type, tensor.device.device_id, name);
+    if (!(where == announced)) {
+        raise(PyExc_TypeError, "%s: %.200s announces memory of %s and exports memory of %s", name,
+              type_name(object), device_string(announced).c_str(), device_string(where).c_str());
+    }
     if (tensor.dtype.lanes != 1 || !dtype_of(tensor.dtype, view.dtype)) {
         raise(
             PyExc_TypeError,
@@ -212,7 +236,7 @@ ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output,
     }
     bool is_empty = false;
     set_shape(tensor, name, view, is_empty);
-    view.device = {};
+    view.device = where;
     view.readonly = (managed.flags() & dlpack::kReadOnly) != 0;
     if (for_output && (managed.flags() & dlpack::kIsCopied) != 0) {
         raise(PyExc_ValueError, "%s: %.200s exports a copy, so the result would be lost", name,
@@ -229,6 +253,11 @@ ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output,
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     const std::size_t item = item_size(view.dtype);
     aligned = view.rank > kMaxRank || reinterpret_cast<std::uintptr_t>(view.data) % item == 0;
+    if (!aligned && where.type == DeviceType::cuda) {
+        raise(PyExc_ValueError,
+              "%s: expected addresses that are multiples of the item size on a device, got %p", name,
+              view.data);
+    }
     if (!aligned) {
         bytes.data = static_cast<char*>(view.data);
         bytes.dtype = view.dtype;

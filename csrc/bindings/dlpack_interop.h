@@ -5,8 +5,9 @@
 
 #include <fastattn/tensor_view.h>
 
+#include "bindings/buffer.h"
+#include "bindings/cuda_use.h"
 #include "bindings/dlpack_abi.h"
-#include "bindings/host_buffer.h"
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {
@@ -40,9 +41,9 @@ private:
 bool has_dlpack(PyObject* object);
 
 // Imports `object`, which has __dlpack__. `aligned` as in view_ndarray(): when false, `bytes` describes the
-// array. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not
+// array. An array on a CUDA device joins `cuda`. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not
 // have, a producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
-                            bool& aligned, ByteStridedArray& bytes);
+                            bool& aligned, ByteStridedArray& bytes, CudaUse& cuda);
 
 }  // namespace fastattn::bindings

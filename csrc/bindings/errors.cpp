@@ -18,8 +18,9 @@ void add_exception(py::module_& m, const char* name, const char* qualified_name,
     m.add_object(name, type);
 }
 
-void set_unsupported(PyObject* module, const char* text) noexcept {
-    PyObject* type = PyObject_GetAttrString(module, "UnsupportedError");
+// An exception class of this module.
+void set_own_error(PyObject* module, const char* name, const char* text) noexcept {
+    PyObject* type = PyObject_GetAttrString(module, name);
     if (type != nullptr) {
         PyErr_SetString(type, text);
         Py_DECREF(type);
@@ -55,7 +56,9 @@ void set_python_error(PyObject* module) noexcept {
     } catch (py::error_already_set& error) {
         error.restore();
     } catch (const UnsupportedError& error) {
-        set_unsupported(module, error.what());
+        set_own_error(module, "UnsupportedError", error.what());
+    } catch (const CudaError& error) {
+        set_own_error(module, "CudaError", error.what());
     } catch (const ValueError& error) {
         PyErr_SetString(PyExc_ValueError, error.what());
     } catch (const TypeError& error) {

@@ -1,7 +1,7 @@
 // fastattn._core. Nothing of Python is kept in statics, so that every interpreter, with a GIL of its own or
 // without one, can have this module.
+#include "bindings/buffer.h"
 #include "bindings/errors.h"
-#include "bindings/host_buffer.h"
 #include "bindings/register.h"
 
 namespace py = pybind11;
@@ -10,7 +10,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::per
     using namespace fastattn::bindings;
     m.doc() = "The compiled part of fastattn; use the package itself.";
     add_exceptions(m);
-    register_host_buffer(m);
+    register_buffer(m);
     register_runtime(m);
     register_attention(m);
     register_limits(m);

@@ -7,7 +7,7 @@
 
 #include <fastattn/tensor_view.h>
 
-#include "bindings/host_buffer.h"
+#include "bindings/buffer.h"
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {

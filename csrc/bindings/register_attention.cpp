@@ -11,6 +11,8 @@
 #include "bindings/gil.h"
 #include "bindings/numpy_interop.h"
 #include "bindings/register.h"
+#include "core/device_choice.h"
+#include "core/environment.h"
 #include "core/flops.h"
 
 namespace fastattn::bindings {
@@ -186,9 +188,10 @@ struct Results {
 
 void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) {
     AttentionParams& params = call.params;
-    const auto allocate = [q](Result& result, const char* name, TensorView& view) {
+    const auto allocate = [&](Result& result, const char* name, TensorView& view) {
         const TensorView wanted = view;
-        result.allocate(q, name, wanted.dtype, wanted.rank, wanted.shape, view);
+        result.allocate(q, params.q.device, name, wanted.dtype, wanted.rank, wanted.shape, view,
+                        call.arrays.cuda());
     };
     if (with_out) {
         allocate(results.out, "out", params.out);
@@ -202,7 +205,9 @@ void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) 
 }
 
 void compute(const AttentionProblem& problem, RunOptions& options) {
-    if (flops_at_most(problem) < kFlopsToReleaseGil || !may_release_gil()) {
+    const bool small = flops_at_most(problem) < kFlopsToReleaseGil &&
+                       problem.device.type == DeviceType::cpu && options.device.empty();
+    if (small || !may_release_gil()) {
         attention_forward(problem, options);
         return;
     }
@@ -210,6 +215,20 @@ void compute(const AttentionProblem& problem, RunOptions& options) {
     options.poll = &WithoutGil::poll;
     options.poll_context = &detached;
     attention_forward(problem, options);
+}
+
+// What the core may want to know of CUDA before it chooses a device for this call.
+void prepare_device(const AttentionProblem& problem, Call& call) {
+    call.options.stream = call.arrays.cuda().stream();
+    const Environment& defaults = environment();
+    const auto asks = [](std::string_view option, const std::string& fallback) {
+        return (option.empty() ? std::string_view(fallback) : option).starts_with("cuda");
+    };
+    if (problem.device.type == DeviceType::cpu &&
+        (asks(call.options.device, defaults.device) || asks(call.options.kernel, defaults.kernel) ||
+         flops_at_most(problem) >= kFlopsForGpu)) {
+        prepare_cuda();
+    }
 }
 
 PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results) {
@@ -250,7 +269,10 @@ PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     }
     Results results;
     allocate_results(q, call, with_out, results);
-    compute(make_problem(params), call.options);
+    const AttentionProblem problem = make_problem(params);
+    prepare_device(problem, call);
+    compute(problem, call.options);
+    call.arrays.cuda().wait();
     if (PyErr_Occurred() != nullptr) {  // a signal handler raised when the work was already done
         throw PythonError{};
     }
@@ -268,6 +290,8 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     shape_results(call, !arguments.given(kOut));
     const AttentionProblem problem = make_problem(call.params, false);
     check_result_bytes(call.params);
+    prepare_cuda();
+    call.options.stream = call.arrays.cuda().stream();
     const Explanation plan = explain(problem, call.options);
     py::dict refused;
     for (const Refusal& refusal : plan.refused) {
@@ -276,10 +300,11 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     // Looked up per call: a class kept here would outlive its interpreter.
     const py::object type = py::module_::import("fastattn._attention").attr("Explanation");
     using namespace py::literals;
-    py::object result = type("kernel"_a = plan.kernel, "device"_a = plan.device,
-                             "algorithm"_a = plan.algorithm, "workspace_bytes"_a = plan.workspace_bytes,
-                             "work_items"_a = plan.work_items, "threads"_a = plan.threads,
-                             "flops"_a = plan.flops, "bytes"_a = plan.bytes, "refused"_a = refused);
+    py::object result =
+        type("kernel"_a = plan.kernel, "device"_a = plan.device, "device_choice"_a = plan.device_choice,
+             "algorithm"_a = plan.algorithm, "workspace_bytes"_a = plan.workspace_bytes,
+             "work_items"_a = plan.work_items, "threads"_a = plan.threads, "flops"_a = plan.flops,
+             "bytes"_a = plan.bytes, "refused"_a = refused);
     return PyRef::steal(result.release().ptr());
 }
 

@@ -1,10 +1,14 @@
 // Kernels, threads, version, CPU features. (threadpoolctl talks to C symbols of cpu/thread_pool.cpp.)
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <string>
 
 #include <fastattn/attention.h>
 
+#include "bindings/cuda_use.h"
 #include "bindings/register.h"
+#include "core/device_choice.h"
 #include "cpu/cpu_features.h"
 
 namespace fastattn::bindings {
@@ -12,6 +16,7 @@ namespace {
 
 // One row per kernel; fastattn._attention makes KernelInfo of it.
 py::list kernel_rows() {
+    prepare_cuda();
     py::list rows;
     for (const KernelInfo& kernel : kernels()) {
         py::tuple dtypes(kernel.dtypes.size());
@@ -53,6 +58,47 @@ py::dict cpu_features() {
     return features;
 }
 
+// Every speed of DeviceSpeeds with its name.
+struct Speed {
+    const char* name;
+    double DeviceSpeeds::* value;
+};
+constexpr Speed kSpeeds[] = {
+    {"cpu_per_thread_f64", &DeviceSpeeds::cpu_per_thread_f64},
+    {"cpu_per_thread_f32", &DeviceSpeeds::cpu_per_thread_f32},
+    {"cpu_per_thread_bf16", &DeviceSpeeds::cpu_per_thread_bf16},
+    {"gpu_f64", &DeviceSpeeds::gpu_f64},
+    {"gpu_f32", &DeviceSpeeds::gpu_f32},
+    {"gpu_half", &DeviceSpeeds::gpu_half},
+    {"to_device", &DeviceSpeeds::to_device},
+    {"to_host", &DeviceSpeeds::to_host},
+    {"cpu_seconds", &DeviceSpeeds::cpu_seconds},
+    {"gpu_seconds", &DeviceSpeeds::gpu_seconds},
+};
+
+py::dict speeds_dict() {
+    const DeviceSpeeds speeds = device_speeds();
+    py::dict result;
+    for (const Speed& speed : kSpeeds) {
+        result[speed.name] = speeds.*speed.value;
+    }
+    return result;
+}
+
+void set_speeds(const py::kwargs& changes) {
+    DeviceSpeeds speeds = device_speeds();
+    for (const auto& [key, value] : changes) {
+        const auto name = key.cast<std::string>();
+        const auto* known = std::find_if(std::begin(kSpeeds), std::end(kSpeeds),
+                                         [&](const Speed& speed) { return name == speed.name; });
+        if (known == std::end(kSpeeds)) {
+            throw py::type_error("speeds: there is none named '" + name + "'");
+        }
+        speeds.*known->value = value.cast<double>();
+    }
+    set_device_speeds(speeds);
+}
+
 std::string build_info() {
 #if defined(__clang__)
     const std::string compiler = "Clang " __clang_version__;
@@ -79,6 +125,10 @@ void register_runtime(py::module_& m) {
     m.def("cpu_features", &cpu_features,
           "cpu_features()\n--\n\nInstruction set -> None where this machine has it, else why not.");
     m.def("build_info", &build_info, "build_info()\n--\n\nThe compiler that made this module.");
+    m.def("device_speeds", &speeds_dict,
+          "device_speeds()\n--\n\nThe speeds by which a call on host arrays chooses a device, by name.");
+    m.def("set_device_speeds", &set_speeds,
+          "set_device_speeds(**speeds)\n--\n\nChange some of `device_speeds`: FLOP/s, bytes/s and seconds.");
     m.def("get_num_threads", &get_num_threads, R"doc(get_num_threads()
 --
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/device_choice.h"
 #include "core/environment.h"
 #include "core/flops.h"
 #include "core/kernel.h"
@@ -33,8 +34,8 @@ const Environment& environment() {
         const char* value = std::getenv(name);
         return std::string(value == nullptr ? "" : value);
     };
-    const auto* fresh =
-        new Environment{text("FASTATTN_KERNEL"), text("FASTATTN_DEVICE"), text("FASTATTN_VERBOSE") == "1"};
+    const auto* fresh = new Environment{text("FASTATTN_KERNEL"), text("FASTATTN_DEVICE"),
+                                        text("FASTATTN_VERBOSE") == "1", text("FASTATTN_TF32") == "1"};
     const Environment* earlier = nullptr;
     if (published.compare_exchange_strong(earlier, fresh, std::memory_order_acq_rel)) return *fresh;
     delete fresh;
@@ -61,21 +62,84 @@ Device parse_device(std::string_view text, Device arrays) {
     throw ValueError("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got " + quoted(text));
 }
 
-Device choose_device(const AttentionProblem& problem, std::string_view asked) {
-    if (asked.empty()) asked = environment().device;
-    const Device device = asked.empty() ? problem.device : parse_device(asked, problem.device);
-    if (device.type == DeviceType::cuda) {
-        if (const char* reason = cuda_unavailable())
-            throw UnsupportedError("device: " + device_string(device) + " cannot be used: " + reason);
-    }
-    if (problem.device.type == DeviceType::cuda && !(device == problem.device))
-        throw UnsupportedError("device: the arrays are on " + device_string(problem.device) +
-                               ", so the call cannot run on " + device_string(device));
-    return device;
-}
-
 std::span<const Kernel> kernels_of(DeviceType device) {
     return device == DeviceType::cpu ? cpu_kernels() : cuda_kernels();
+}
+
+// What was asked for by option or environment; empty: free to choose.
+std::string_view asked_kernel(const RunOptions& options) {
+    return options.kernel.empty() ? std::string_view(environment().kernel) : options.kernel;
+}
+
+bool is_cuda_kernel(std::string_view name) {
+    for (const Kernel& kernel : cuda_kernels())
+        if (kernel.name == name) return true;
+    return false;
+}
+
+void check_device(Device device) {
+    if (device.type != DeviceType::cuda) return;
+    const auto fail = [&](const std::string& reason) {
+        throw UnsupportedError("device: " + device_string(device) + " cannot be used: " + reason);
+    };
+    if (const char* reason = cuda_unavailable()) fail(reason);
+    const int count = cuda_device_count();
+    if (device.index >= count)
+        fail("this process sees " + std::to_string(count) + " CUDA device" + (count == 1 ? "" : "s"));
+}
+
+// Waking a worker costs as much as some hundred thousand FLOPs; below that per thread, fewer are faster.
+constexpr double kFlopsPerThread = 400e3;
+
+int useful_threads(const AttentionProblem& p) noexcept {
+    const int threads = get_num_threads();
+    const double flops = flops_at_most(p);
+    if (flops >= kFlopsPerThread * threads) return threads;
+    return flops < 2.0 * kFlopsPerThread ? 1 : static_cast<int>(flops / kFlopsPerThread);
+}
+
+// For host arrays with no device asked for: the estimate, where a GPU kernel could take the call.
+bool faster_on_gpu(const AttentionProblem& problem) {
+    if (flops_at_most(problem) < kFlopsForGpu) return false;
+    return estimate_devices(problem, get_num_threads(), device_speeds()).gpu_is_faster() &&
+           cuda_unavailable() == nullptr;
+}
+
+struct DeviceChoice {
+    Device device;
+    const char* reason;  // what explain() says; nullptr: the estimate
+    bool by_kernel = false;
+};
+
+DeviceChoice choose_device(const AttentionProblem& problem, const RunOptions& options) {
+    std::string_view asked = options.device;
+    DeviceChoice choice{problem.device, "the call asks for it"};
+    if (asked.empty()) {
+        asked = environment().device;
+        choice.reason = "FASTATTN_DEVICE asks for it";
+    }
+    if (!asked.empty()) {
+        choice.device = parse_device(asked, problem.device);
+    } else if (problem.device.type == DeviceType::cuda) {
+        choice.reason = "the arrays are there";
+    } else if (const std::string_view kernel = asked_kernel(options); !kernel.empty()) {
+        choice = {{is_cuda_kernel(kernel) ? DeviceType::cuda : DeviceType::cpu, 0},
+                  "the kernel that was asked for runs there",
+                  true};
+    } else {
+        choice = {{faster_on_gpu(problem) ? DeviceType::cuda : DeviceType::cpu, 0}, nullptr};
+    }
+    if (problem.device.type == DeviceType::cuda && !(choice.device == problem.device))
+        throw UnsupportedError("device: the arrays are on " + device_string(problem.device) +
+                               ", so the call cannot run on " + device_string(choice.device));
+    return choice;
+}
+
+std::string describe_choice(const AttentionProblem& problem, const DeviceChoice& choice) {
+    if (choice.reason != nullptr) return choice.reason;
+    std::string text = describe(estimate_devices(problem, get_num_threads(), device_speeds()));
+    if (const char* reason = cuda_unavailable()) text += std::string("; CUDA: ") + reason;
+    return text;
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------
@@ -120,11 +184,6 @@ const Kernel& forced_kernel(const AttentionProblem& problem, Device device, std:
     throw UnsupportedError("kernel: expected one of " + known + ", got " + quoted(name));
 }
 
-// What was asked for by option or environment; empty: free to choose.
-std::string_view asked_kernel(const RunOptions& options) {
-    return options.kernel.empty() ? std::string_view(environment().kernel) : options.kernel;
-}
-
 const Kernel& choose_kernel(const AttentionProblem& problem, Device device, const RunOptions& options) {
     const std::string_view asked = asked_kernel(options);
     if (!asked.empty()) return forced_kernel(problem, device, asked);
@@ -140,6 +199,7 @@ const Kernel& choose_kernel(const AttentionProblem& problem, Device device, cons
 // ---- the plan -------------------------------------------------------------------------------------
 struct Plan {
     Device device;
+    std::string device_choice;  // when described
     const Kernel* kernel;
     int threads;
     KernelPlan details;
@@ -152,27 +212,20 @@ std::size_t aligned(std::size_t bytes) {
     return (bytes + mask) & ~mask;
 }
 
-// Waking a worker costs as much as some hundred thousand FLOPs; below that per thread, fewer are faster.
-constexpr double kFlopsPerThread = 400e3;
-
-int useful_threads(const AttentionProblem& p) noexcept {
-    const int threads = get_num_threads();
-    const double flops = flops_at_most(p);
-    if (flops >= kFlopsPerThread * threads) return threads;
-    return flops < 2.0 * kFlopsPerThread ? 1 : static_cast<int>(flops / kFlopsPerThread);
-}
-
 Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
-    const Device device = choose_device(problem, options.device);
+    const DeviceChoice choice = choose_device(problem, options);
+    const Device device = choice.device;
+    if (!choice.by_kernel) check_device(device);  // else the kernel says what is missing
     const Kernel& kernel = choose_kernel(problem, device, options);
     int threads = options.num_threads > 0 ? options.num_threads : useful_threads(problem);
     if (threads > kMaxThreads) threads = kMaxThreads;
-    KernelPlan details = kernel.plan(problem, threads, describe);
+    KernelPlan details = kernel.plan(problem, device, threads, describe);
     if (details.work_items < threads) {  // fewer slots, less workspace
         threads = details.work_items < 1 ? 1 : static_cast<int>(details.work_items);
-        details = kernel.plan(problem, threads, describe);
+        details = kernel.plan(problem, device, threads, describe);
     }
-    Plan plan{device, &kernel, threads, std::move(details), 0, 0, 0};
+    Plan plan{device, {}, &kernel, threads, std::move(details), 0, 0, 0};
+    if (describe) plan.device_choice = describe_choice(problem, choice);
     plan.shared_bytes = aligned(plan.details.shared_bytes);
     plan.per_thread_stride = aligned(plan.details.per_thread_bytes);
     const auto slots = static_cast<std::size_t>(threads);
@@ -187,7 +240,7 @@ void execute(const AttentionProblem& problem, const Plan& plan, const RunOptions
     const WorkspaceMemory memory(plan.total_bytes);
     const Workspace workspace{memory.data(), memory.data() + plan.shared_bytes, plan.per_thread_stride};
     ThreadPoolExecutor executor(plan.threads, options.poll, options.poll_context);
-    plan.kernel->run(problem, workspace, executor);
+    plan.kernel->run(problem, {plan.device, options.stream}, workspace, executor);
 }
 
 // ---- FASTATTN_VERBOSE -------------------------------------------------------------------------------
@@ -203,8 +256,8 @@ void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds
                  n(p.kv_heads), n(p.head_dim), n(p.value_dim), p.causal ? " causal" : "",
                  p.window_left >= 0 || p.window_right >= 0 ? " window" : "",
                  p.mask.data != nullptr ? " mask" : "", p.bias.data != nullptr ? " bias" : "",
-                 plan.details.algorithm.c_str(), plan.threads, n(plan.details.work_items), plan.total_bytes,
-                 milliseconds, gflops);
+                 plan.details.algorithm.c_str(), plan.threads, n(plan.details.work_items),
+                 plan.total_bytes + plan.details.device_bytes, milliseconds, gflops);
 }
 
 }  // namespace
@@ -223,8 +276,9 @@ Explanation explain(const AttentionProblem& problem, const RunOptions& options) 
     Explanation e;
     e.kernel = plan.kernel->name;
     e.device = device_string(plan.device);
+    e.device_choice = plan.device_choice;
     e.algorithm = plan.details.algorithm;
-    e.workspace_bytes = static_cast<std::int64_t>(plan.total_bytes);
+    e.workspace_bytes = static_cast<std::int64_t>(plan.total_bytes + plan.details.device_bytes);
     e.work_items = plan.details.work_items;
     e.threads = plan.threads;
     e.flops = count_flops(problem);
@@ -233,8 +287,13 @@ Explanation explain(const AttentionProblem& problem, const RunOptions& options) 
     for (const DeviceType type : {DeviceType::cpu, DeviceType::cuda}) {
         for (const Kernel& kernel : kernels_of(type)) {
             if (&kernel == plan.kernel) continue;
-            std::string reason = refusal(kernel, problem);
-            if (type != plan.device.type) reason = "the call runs on " + e.device;
+            std::string reason;
+            if (type == plan.device.type) {
+                reason = refusal(kernel, problem);
+            } else {
+                const char* unusable = kernel.unavailable();
+                reason = unusable != nullptr ? unusable : "the call runs on " + e.device;
+            }
             if (reason.empty()) reason = (forced ? "the call asks for " : "comes after ") + e.kernel;
             e.refused.push_back({kernel.name, reason});
         }

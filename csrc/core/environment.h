@@ -9,6 +9,7 @@ struct Environment {
     std::string kernel;  // FASTATTN_KERNEL
     std::string device;  // FASTATTN_DEVICE
     bool verbose = false;  // FASTATTN_VERBOSE=1
+    bool tf32 = false;     // FASTATTN_TF32=1
 };
 
 const Environment& environment();

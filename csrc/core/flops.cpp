@@ -61,27 +61,37 @@ double flops_at_most(const AttentionProblem& p) noexcept {
            static_cast<double>(p.kv_size + 1);
 }
 
+namespace {
+
+double score_bytes(const AttentionProblem& p, const ScoreOperand& x, Index keys) noexcept {
+    if (x.data == nullptr) return 0.0;
+    return static_cast<double>(item_size(x.dtype)) *
+           count_elements({p.batch, p.q_heads, p.q_size, keys}, {x.batch, x.head, x.query, x.key});
+}
+
+}  // namespace
+
+double count_result_bytes(const AttentionProblem& p) noexcept {
+    const double out = static_cast<double>(item_size(p.dtype)) * static_cast<double>(p.batch) *
+                       static_cast<double>(p.q_size) * static_cast<double>(p.q_heads) *
+                       static_cast<double>(p.value_dim);
+    return out + score_bytes(p, p.lse, 1) + score_bytes(p, p.weights, p.kv_size);
+}
+
 double count_bytes(const AttentionProblem& p) noexcept {
     const auto item = static_cast<double>(item_size(p.dtype));
     const auto operand = [&](const Operand& x, Index seq, Index heads, Index dim) {
         return item * count_elements({p.batch, seq, heads, dim}, {x.batch, x.seq, x.head, x.dim});
     };
-    const auto scores = [&](const ScoreOperand& x, Index keys) {
-        if (x.data == nullptr) return 0.0;
-        return static_cast<double>(item_size(x.dtype)) *
-               count_elements({p.batch, p.q_heads, p.q_size, keys}, {x.batch, x.head, x.query, x.key});
-    };
     const auto per_head = [&](const HeadOperand& x, Index heads) {
         if (x.data == nullptr) return 0.0;
         return static_cast<double>(item_size(x.dtype)) * count_elements({p.batch, heads}, {x.batch, x.head});
     };
-    const double out = item * static_cast<double>(p.batch) * static_cast<double>(p.q_size) *
-                       static_cast<double>(p.q_heads) * static_cast<double>(p.value_dim);
     return operand(p.q, p.q_size, p.q_heads, p.head_dim) + operand(p.k, p.kv_size, p.kv_heads, p.head_dim) +
-           operand(p.v, p.kv_size, p.kv_heads, p.value_dim) + out + scores(p.mask, p.kv_size) +
-           scores(p.bias, p.kv_size) + scores(p.lse, 1) + scores(p.weights, p.kv_size) +
-           per_head(p.alibi_slopes, p.q_heads) + per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) +
-           per_head(p.kv_lens, 1) + per_head(p.q_offsets, 1);
+           operand(p.v, p.kv_size, p.kv_heads, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
+           score_bytes(p, p.bias, p.kv_size) + per_head(p.alibi_slopes, p.q_heads) +
+           per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) + per_head(p.kv_lens, 1) +
+           per_head(p.q_offsets, 1) + count_result_bytes(p);
 }
 
 }  // namespace fastattn

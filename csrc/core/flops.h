@@ -15,4 +15,7 @@ double flops_at_most(const AttentionProblem& problem) noexcept;
 // Every element of the inputs and outputs once; what a zero stride repeats is counted once.
 double count_bytes(const AttentionProblem& problem) noexcept;
 
+// Of these, the outputs: out, lse and weights where asked for.
+double count_result_bytes(const AttentionProblem& problem) noexcept;
+
 }  // namespace fastattn

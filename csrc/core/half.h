@@ -6,32 +6,34 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/host_device.h"
+
 namespace fastattn {
 namespace {
 
-static inline std::uint32_t f32_bits(float x) noexcept {
+FASTATTN_HOST_DEVICE static inline std::uint32_t f32_bits(float x) noexcept {
     std::uint32_t u;
     std::memcpy(&u, &x, sizeof u);
     return u;
 }
 
-static inline float f32_from_bits(std::uint32_t u) noexcept {
+FASTATTN_HOST_DEVICE static inline float f32_from_bits(std::uint32_t u) noexcept {
     float x;
     std::memcpy(&x, &u, sizeof x);
     return x;
 }
 
-[[maybe_unused]] static inline float bf16_to_f32(std::uint16_t h) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline float bf16_to_f32(std::uint16_t h) noexcept {
     return f32_from_bits(static_cast<std::uint32_t>(h) << 16);
 }
 
-[[maybe_unused]] static inline std::uint16_t f32_to_bf16(float x) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::uint16_t f32_to_bf16(float x) noexcept {
     const std::uint32_t u = f32_bits(x);
     if ((u & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>((u >> 16) | 0x0040u);
     return static_cast<std::uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 
-[[maybe_unused]] static inline float f16_to_f32(std::uint16_t h) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline float f16_to_f32(std::uint16_t h) noexcept {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
     const std::uint32_t magnitude = h & 0x7FFFu;
     if (magnitude >= 0x7C00u) return f32_from_bits(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
@@ -41,7 +43,7 @@ static inline float f32_from_bits(std::uint32_t u) noexcept {
     return f32_from_bits(sign | f32_bits(x));
 }
 
-[[maybe_unused]] static inline std::uint16_t f32_to_f16(float x) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::uint16_t f32_to_f16(float x) noexcept {
     const std::uint32_t u = f32_bits(x);
     const std::uint32_t sign = (u >> 16) & 0x8000u;
     const std::uint32_t a = u & 0x7FFFFFFFu;
@@ -62,7 +64,7 @@ static inline float f32_from_bits(std::uint32_t u) noexcept {
 }
 
 // double to float, rounded to odd: a second rounding to a shorter type is then correct as one.
-[[maybe_unused]] static inline float f64_to_f32_odd(double x) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline float f64_to_f32_odd(double x) noexcept {
     const float y = static_cast<float>(x);
     const double back = static_cast<double>(y);
     if (back == x || x != x) return y;
@@ -71,11 +73,11 @@ static inline float f32_from_bits(std::uint32_t u) noexcept {
     return f32_from_bits(toward_zero | 1u);
 }
 
-[[maybe_unused]] static inline std::uint16_t f64_to_f16(double x) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::uint16_t f64_to_f16(double x) noexcept {
     return f32_to_f16(f64_to_f32_odd(x));
 }
 
-[[maybe_unused]] static inline std::uint16_t f64_to_bf16(double x) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::uint16_t f64_to_bf16(double x) noexcept {
     return f32_to_bf16(f64_to_f32_odd(x));
 }
 

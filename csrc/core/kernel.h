@@ -16,6 +16,7 @@ namespace fastattn {
 struct KernelPlan {
     std::size_t shared_bytes = 0;      // once per call
     std::size_t per_thread_bytes = 0;  // once per executing thread
+    std::size_t device_bytes = 0;      // on a CUDA device, whose memory the kernel takes in its stream
     std::int64_t work_items = 0;
     std::string algorithm;             // filled only when describe is set
 };
@@ -24,6 +25,12 @@ struct Workspace {
     std::byte* shared = nullptr;       // 64-byte aligned
     std::byte* per_thread = nullptr;   // slot s starts at per_thread + s * per_thread_stride
     std::size_t per_thread_stride = 0;
+};
+
+// Where a kernel runs.
+struct Target {
+    Device device;
+    void* stream = nullptr;  // RunOptions::stream
 };
 
 struct Kernel {
@@ -35,14 +42,15 @@ struct Kernel {
     // nullptr when the kernel can compute this problem (dtype already checked), else the reason.
     const char* (*refuses)(const AttentionProblem&);
     // A pure function of the problem and the thread count; results may not depend on the latter.
-    KernelPlan (*plan)(const AttentionProblem&, int threads, bool describe);
-    void (*run)(const AttentionProblem&, const Workspace&, Executor&);
+    KernelPlan (*plan)(const AttentionProblem&, Device device, int threads, bool describe);
+    void (*run)(const AttentionProblem&, const Target&, const Workspace&, Executor&);
 };
 
 // Best first; the last one supports every problem of its device. A missing backend is an empty list.
 std::span<const Kernel> cpu_kernels();
 std::span<const Kernel> cuda_kernels();
-// Why device="cuda" cannot be used, or nullptr when it can.
+// Why device="cuda" cannot be used, or nullptr when it can. The first call may start the driver.
 const char* cuda_unavailable();
+int cuda_device_count();  // 0 when unavailable
 
 }  // namespace fastattn

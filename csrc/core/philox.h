@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace fastattn {
 namespace {
 
@@ -12,8 +14,8 @@ struct PhiloxBlock {
     std::uint32_t word[4];
 };
 
-inline PhiloxBlock philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
-                              std::uint64_t seed) noexcept {
+FASTATTN_HOST_DEVICE inline PhiloxBlock philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2,
+                                                   std::uint32_t c3, std::uint64_t seed) noexcept {
     std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0;
@@ -29,7 +31,7 @@ inline PhiloxBlock philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t 
     return {{c0, c1, c2, c3}};
 }
 
-inline std::uint32_t dropout_threshold(double p) noexcept {
+FASTATTN_HOST_DEVICE inline std::uint32_t dropout_threshold(double p) noexcept {
     return static_cast<std::uint32_t>(p * 4294967296.0);
 }
 

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
+#include "core/key_range.h"
 #include "core/memory_overlap.h"
 #include "core/problem_errors.h"
 #include "core/scalar_access.h"
@@ -53,6 +53,14 @@ public:
 
     void input(const char* name, const TensorView& view) { add(name, view, false); }
 
+    // May also be on the host when q is on a device.
+    void side_input(const char* name, const TensorView& view) {
+        if (view.device.type == DeviceType::cpu)
+            check_and_store(name, view, false);
+        else
+            add(name, view, false);
+    }
+
     // Outputs must be writable and no two of their elements may share memory.
     void output(const char* name, const TensorView& view) {
         if (view.readonly) fail_value(name, "expected a writable array, got a read-only one");
@@ -81,6 +89,10 @@ private:
 
     void add(const char* name, const TensorView& view, bool written) {
         if (!(view.device == device_)) fail_device(name, view.device, device_);
+        check_and_store(name, view, written);
+    }
+
+    void check_and_store(const char* name, const TensorView& view, bool written) {
         const ViewCheck check = measure(view);
         if (check.fault != ViewFault::none) fail_view(name, view, check.fault);
         if (written && overlaps_itself(view)) fail_self_overlap(name, view);
@@ -122,8 +134,8 @@ ScoreOperand to_score_operand(const char* name, const TensorView& view, const At
                                  shape_string(target, 4) + ", got " + shape_string(view));
         strides[to] = view.strides[axis];
     }
-    if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0};
-    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3]};
+    if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0, view.device.type};
+    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3], view.device.type};
 }
 
 // One value per batch entry, integer.
@@ -131,7 +143,7 @@ HeadOperand to_batch_operand(const char* name, const TensorView& view, const Att
     if (!is_integer(view.dtype)) fail_dtype(name, "an integer dtype", view.dtype);
     if (view.rank != 1 || view.shape[0] != p.batch)
         fail_shape(name, "(B,) = " + shape_string({p.batch}), view);
-    return {view.data, view.dtype, stride_at(view, 0), 0};
+    return {view.data, view.dtype, stride_at(view, 0), 0, view.device.type};
 }
 
 void check_lengths(const char* name, const HeadOperand& lens, Index batch, Index limit) {
@@ -146,13 +158,13 @@ void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& 
     if (a.mask.given()) {
         if (a.mask.dtype != DType::boolean) fail_dtype("mask", "bool", a.mask.dtype);
         p.mask = to_score_operand("mask", a.mask, p);
-        arrays.input("mask", a.mask);
+        arrays.side_input("mask", a.mask);
     }
     if (a.bias.given()) {
         if (a.bias.dtype != p.dtype && a.bias.dtype != p.lse_dtype)
             fail_bias_dtype(p.dtype, p.lse_dtype, a.bias.dtype);
         p.bias = to_score_operand("bias", a.bias, p);
-        arrays.input("bias", a.bias);
+        arrays.side_input("bias", a.bias);
     }
     if (a.alibi_slopes.given()) {
         const TensorView& s = a.alibi_slopes;
@@ -163,34 +175,35 @@ void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& 
                        "(Hq,) = " + shape_string({p.q_heads}) +
                            " or (B, Hq) = " + shape_string({p.batch, p.q_heads}),
                        s);
-        p.alibi_slopes = {s.data, s.dtype, per_batch ? stride_at(s, 0) : 0, stride_at(s, s.rank - 1)};
-        arrays.input("alibi_slopes", s);
+        p.alibi_slopes = {s.data, s.dtype, per_batch ? stride_at(s, 0) : 0, stride_at(s, s.rank - 1),
+                          s.device.type};
+        arrays.side_input("alibi_slopes", s);
     }
     if (a.sinks.given()) {
         check_float("sinks", a.sinks);
         if (a.sinks.rank != 1 || a.sinks.shape[0] != p.q_heads)
             fail_shape("sinks", "(Hq,) = " + shape_string({p.q_heads}), a.sinks);
-        p.sinks = {a.sinks.data, a.sinks.dtype, 0, stride_at(a.sinks, 0)};
-        arrays.input("sinks", a.sinks);
+        p.sinks = {a.sinks.data, a.sinks.dtype, 0, stride_at(a.sinks, 0), a.sinks.device.type};
+        arrays.side_input("sinks", a.sinks);
     }
     // Values on a CUDA device cannot be read here; its kernels clamp them.
-    const bool readable = p.device.type == DeviceType::cpu;
+    const auto readable = [](const TensorView& view) { return view.device.type == DeviceType::cpu; };
     if (a.q_lens.given()) {
         p.q_lens = to_batch_operand("q_lens", a.q_lens, p);
-        arrays.input("q_lens", a.q_lens);
-        if (readable) check_lengths("q_lens", p.q_lens, p.batch, p.q_size);
+        arrays.side_input("q_lens", a.q_lens);
+        if (readable(a.q_lens)) check_lengths("q_lens", p.q_lens, p.batch, p.q_size);
         p.has_q_lens = true;
     }
     if (a.kv_lens.given()) {
         p.kv_lens = to_batch_operand("kv_lens", a.kv_lens, p);
-        arrays.input("kv_lens", a.kv_lens);
-        if (readable) check_lengths("kv_lens", p.kv_lens, p.batch, p.kv_size);
+        arrays.side_input("kv_lens", a.kv_lens);
+        if (readable(a.kv_lens)) check_lengths("kv_lens", p.kv_lens, p.batch, p.kv_size);
         p.has_kv_lens = true;
     }
     if (a.q_offsets.given()) {
         if (a.q_offset) fail_value("q_offset", "expected one value or one per batch entry, got both");
         p.q_offsets = to_batch_operand("q_offset", a.q_offsets, p);
-        arrays.input("q_offset", a.q_offsets);
+        arrays.side_input("q_offset", a.q_offsets);
         p.has_q_offset = true;
     } else if (a.q_offset) {
         p.q_offset = *a.q_offset;
@@ -271,7 +284,7 @@ ScoreOperand to_score_output(const char* name, const TensorView& view, const Att
     Index strides[4] = {0, 0, 0, 0};
     if (!is_empty(view))
         for (int axis = first; axis < last; ++axis) strides[axis] = stride_at(view, axis - first);
-    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3]};
+    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3], view.device.type};
 }
 
 void set_outputs(const AttentionParams& a, AttentionProblem& p, const Axes& axes, Arrays& arrays,
@@ -300,48 +313,36 @@ void set_outputs(const AttentionParams& a, AttentionProblem& p, const Axes& axes
     }
 }
 
-Index saturating_add(Index a, Index b) noexcept {
-    constexpr Index low = std::numeric_limits<Index>::min(), high = std::numeric_limits<Index>::max();
-    if (b > 0 && a > high - b) return high;
-    if (b < 0 && a < low - b) return low;
-    return a + b;
-}
-
 }  // namespace
 
 // ---- the problem ------------------------------------------------------------------------------------
 // The lengths are clamped although make_problem checked them: another thread may write to the array
 // meanwhile, and that must not become an access out of bounds.
 Index AttentionProblem::q_len(Index b) const noexcept {
-    if (!has_q_lens) return q_size;
+    if (!has_q_lens || q_lens.place != DeviceType::cpu) return q_size;
     return std::clamp<Index>(load_integer(q_lens.data, q_lens.dtype, b * q_lens.batch), 0, q_size);
 }
 
 Index AttentionProblem::kv_len(Index b) const noexcept {
-    if (!has_kv_lens) return kv_size;
+    if (!has_kv_lens || kv_lens.place != DeviceType::cpu) return kv_size;
     return std::clamp<Index>(load_integer(kv_lens.data, kv_lens.dtype, b * kv_lens.batch), 0, kv_size);
 }
 
 Index AttentionProblem::offset(Index b) const noexcept {
     if (!has_q_offset) return kv_len(b) - q_len(b);
-    if (q_offsets.data == nullptr) return q_offset;
+    if (q_offsets.data == nullptr || q_offsets.place != DeviceType::cpu) return q_offset;
     return load_integer(q_offsets.data, q_offsets.dtype, b * q_offsets.batch);
 }
 
 KeyRange AttentionProblem::key_range(Index b, Index i) const noexcept {
-    const Index keys = kv_len(b), first_position = offset(b);
-    KeyRange range{0, keys};
-    // i is added last: i >= 0 and sizes are far below 2^63, so a sum that saturated before is still
-    // on the right side of [0, keys] after it.
-    if (window_left >= 0)
-        range.begin =
-            std::clamp<Index>(saturating_add(saturating_add(first_position, -window_left), i), 0, keys);
-    if (causal || window_right >= 0) {
-        const Index reach = causal ? 0 : window_right;  // causal is the tighter of the two
-        const Index past = saturating_add(saturating_add(first_position, reach), 1);
-        range.end = std::clamp<Index>(saturating_add(past, i), range.begin, keys);
-    }
-    return range;
+    return attended_range(*this, kv_len(b), offset(b), i);
+}
+
+bool AttentionProblem::ranges_known() const noexcept {
+    const auto readable = [](const HeadOperand& x) {
+        return x.data == nullptr || x.place == DeviceType::cpu;
+    };
+    return readable(q_lens) && readable(kv_lens) && readable(q_offsets);
 }
 
 AttentionProblem make_problem(const AttentionParams& a, bool for_execution) {

@@ -8,18 +8,19 @@
 #include <fastattn/tensor_view.h>
 
 #include "core/half.h"
+#include "core/host_device.h"
 
 namespace fastattn {
 namespace {
 
 template <class T>
-static inline T load_as(const void* data, std::int64_t index) noexcept {
+FASTATTN_HOST_DEVICE static inline T load_as(const void* data, std::int64_t index) noexcept {
     return static_cast<const T*>(data)[index];
 }
 
 // Any integer dtype; uint64 values past the int64 range saturate.
-[[maybe_unused]] static inline std::int64_t load_integer(const void* data, DType dtype,
-                                                         std::int64_t index) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::int64_t load_integer(const void* data, DType dtype,
+                                                                              std::int64_t index) noexcept {
     switch (dtype) {
         case DType::i64: return load_as<std::int64_t>(data, index);
         case DType::i32: return load_as<std::int32_t>(data, index);
@@ -37,7 +38,8 @@ static inline T load_as(const void* data, std::int64_t index) noexcept {
 }
 
 // Any float dtype.
-[[maybe_unused]] static inline double load_real(const void* data, DType dtype, std::int64_t index) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline double load_real(const void* data, DType dtype,
+                                                                     std::int64_t index) noexcept {
     switch (dtype) {
         case DType::f64: return load_as<double>(data, index);
         case DType::f32: return static_cast<double>(load_as<float>(data, index));
@@ -48,8 +50,9 @@ static inline T load_as(const void* data, std::int64_t index) noexcept {
 }
 
 // Rounds once, to nearest even.
-[[maybe_unused]] static inline void store_real(void* data, DType dtype, std::int64_t index,
-                                               double value) noexcept {
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline void store_real(void* data, DType dtype,
+                                                                    std::int64_t index,
+                                                                    double value) noexcept {
     switch (dtype) {
         case DType::f64: static_cast<double*>(data)[index] = value; break;
         case DType::f32: static_cast<float*>(data)[index] = static_cast<float>(value); break;

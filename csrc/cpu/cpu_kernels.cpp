@@ -69,7 +69,7 @@ std::string describe(const AttentionProblem& p, const FlashPlan& plan, const Til
 }
 
 template <TableFn table>
-KernelPlan flash_plan(const AttentionProblem& p, int threads, bool with_text) {
+KernelPlan flash_plan(const AttentionProblem& p, Device, int threads, bool with_text) {
     const DtypeKernel& kernel = table().of(p.dtype);
     const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, threads);
     KernelPlan result;
@@ -81,7 +81,7 @@ KernelPlan flash_plan(const AttentionProblem& p, int threads, bool with_text) {
 }
 
 template <TableFn table>
-void flash_run(const AttentionProblem& p, const Workspace& workspace, Executor& executor) {
+void flash_run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = table().of(p.dtype);
     const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, executor.threads());
     const FlashCall call{p, plan, workspace.shared, executor};

@@ -156,7 +156,7 @@ private:
 
 Index row_blocks(const AttentionProblem& p) { return (p.q_size + kRowsPerItem - 1) / kRowsPerItem; }
 
-KernelPlan plan(const AttentionProblem& p, int, bool describe) {
+KernelPlan plan(const AttentionProblem& p, Device, int, bool describe) {
     KernelPlan plan;
     plan.per_thread_bytes = static_cast<std::size_t>(p.head_dim + p.value_dim) * sizeof(double);
     plan.work_items = p.batch * p.q_heads * row_blocks(p);
@@ -178,7 +178,7 @@ void run_as(const AttentionProblem& p, const Workspace& workspace, Executor& exe
     executor.for_each(p.batch * p.q_heads * blocks, item_fn);
 }
 
-void run(const AttentionProblem& p, const Workspace& workspace, Executor& executor) {
+void run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     switch (p.dtype) {
         case DType::f64: return run_as<double>(p, workspace, executor);
         case DType::f32: return run_as<float>(p, workspace, executor);

@@ -1,10 +1,39 @@
-// The CUDA room of a build without CUDA: the same symbols, an empty table.
+// The CUDA room of a build without CUDA: the same symbols; its kernels are listed, with the reason why not.
+#include "core/cuda_room.h"
 #include "core/kernel.h"
+#include "cuda/build_info.h"
 
 namespace fastattn {
+namespace {
 
-std::span<const Kernel> cuda_kernels() { return {}; }
+constexpr DType kDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
 
-const char* cuda_unavailable() { return "this build of fastattn has no CUDA kernels"; }
+constexpr Kernel kKernels[] = {{.name = "cuda-cublas",
+                                .device = DeviceType::cuda,
+                                .dtypes = kDtypes,
+                                .unavailable = &cuda_unavailable,
+                                .refuses = nullptr,
+                                .plan = nullptr,
+                                .run = nullptr}};
+
+}  // namespace
+
+std::span<const Kernel> cuda_kernels() { return kKernels; }
+
+const char* cuda_unavailable() {
+    static const std::string reason =
+        std::string("this build of fastattn has no CUDA kernels: ") + cuda::build_info();
+    return reason.c_str();
+}
+
+int cuda_device_count() { return 0; }
+
+bool cuda_needs_library() { return false; }
+void cuda_offer_library(const char*) {}
+void* cuda_own_stream(int) { throw UnsupportedError(cuda_unavailable()); }
+void cuda_wait(int, void*) { throw UnsupportedError(cuda_unavailable()); }
+std::shared_ptr<std::byte> cuda_allocate(int, std::size_t, const char*) {
+    throw UnsupportedError(cuda_unavailable());
+}
 
 }  // namespace fastattn

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from fastattn._core import HostBuffer
+    from fastattn._core import Buffer
+
+
+_CPU = 1  # DLDeviceType
 
 
 def _is_instance(array: Any, module_name: str, class_name: str) -> bool:
@@ -29,12 +32,34 @@ def _is_jax(array: Any) -> bool:
     return _is_instance(array, "jax", "Array")
 
 
+def _is_cupy(array: Any) -> bool:
+    return _is_instance(array, "cupy", "ndarray")
+
+
+def cuda_stream(array: Any) -> int | None:
+    """Handle of the CUDA stream in which the array's library queues work now; None where we know none."""
+    if _is_torch(array):
+        return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+    if _is_cupy(array):
+        cupy = sys.modules["cupy"]
+        with array.device:
+            return int(cupy.cuda.get_current_stream().ptr)
+    return None
+
+
 def empty(q: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Make an uninitialised writable array of q's kind and device, which has ``__dlpack__``.
 
     None where q's kind cannot be written to, or has no such function that we know: then `adopt` makes
     the array when the result is there.
     """
+    if _is_cupy(q):
+        cupy = sys.modules["cupy"]
+        try:
+            with q.device:
+                return cupy.empty(shape, dtype=q.dtype if str(q.dtype) == dtype else dtype)
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
     if not _is_torch(q):
         return None
     torch = sys.modules["torch"]
@@ -44,7 +69,7 @@ def empty(q: Any, shape: tuple[int, ...], dtype: str) -> Any:
         raise MemoryError(str(error)) from error
 
 
-def adopt(q: Any, buffer: HostBuffer) -> Any:
+def adopt(q: Any, buffer: Buffer) -> Any:
     """Make an array of q's kind of finished memory, without a copy where the library can."""
     if _is_jax(q):
         jax_dlpack = sys.modules["jax"].dlpack
@@ -53,6 +78,8 @@ def adopt(q: Any, buffer: HostBuffer) -> Any:
     namespace = _array_namespace(q)
     if namespace is not None:
         return namespace.from_dlpack(buffer)
+    if buffer.__dlpack_device__()[0] != _CPU:
+        return buffer  # of a library that we do not know; from_dlpack of any other takes it
     return _as_numpy(buffer)
 
 
@@ -65,7 +92,7 @@ def _array_namespace(q: Any) -> ModuleType | Any | None:
     return namespace if callable(getattr(namespace, "from_dlpack", None)) else None
 
 
-def _as_numpy(buffer: HostBuffer) -> Any:
+def _as_numpy(buffer: Buffer) -> Any:
     import numpy as np
 
     array = np.asarray(buffer)

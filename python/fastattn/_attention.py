@@ -61,6 +61,8 @@ class Explanation:
         The kernel that would run.
     device : str
         Where.
+    device_choice : str
+        Why there: who asked for it, or the estimate that chose it.
     algorithm : str
         Its way of working for this problem, with block sizes.
     workspace_bytes : int
@@ -79,6 +81,7 @@ class Explanation:
 
     kernel: str
     device: str
+    device_choice: str
     algorithm: str
     workspace_bytes: int
     work_items: int
@@ -90,6 +93,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"kernel     {self.kernel} on {self.device}",
+            f"device     {self.device_choice}",
             f"algorithm  {self.algorithm}",
             f"work       {self.work_items} items on {self.threads} thread{'s' if self.threads != 1 else ''}",
             f"workspace  {_quantity(self.workspace_bytes, 'B')}",

@@ -19,7 +19,10 @@ _Number = SupportsFloat | SupportsIndex
 _Side = SupportsIndex | None
 _Window = tuple[_Side, _Side] | list[_Side] | list[int] | list[None]
 
-class HostBuffer:
+def device_speeds() -> dict[str, float]: ...
+def set_device_speeds(**speeds: float) -> None: ...
+
+class Buffer:
     def __dlpack__(
         self,
         *,

@@ -36,6 +36,10 @@ struct OutOfMemory : Error {  // names the bytes asked for
     explicit OutOfMemory(const char* what_for, std::size_t bytes);
     std::size_t bytes;
 };
+struct CudaError : Error {  // a failure of CUDA; after a sticky one the process must restart
+    CudaError(const std::string& what, bool is_sticky) : Error(what), sticky(is_sticky) {}
+    bool sticky;
+};
 struct Cancelled : Error {  // RunOptions::poll asked to stop; outputs are incomplete
     Cancelled() : Error("fastattn: the computation was cancelled") {}
 };
@@ -78,12 +82,14 @@ struct ScoreOperand {
     void* data = nullptr;
     DType dtype = DType::f32;
     std::int64_t batch = 0, head = 0, query = 0, key = 0;
+    DeviceType place = DeviceType::cpu;
 };
 // An array over (batch, head); batch stride 0 when it has no batch axis.
 struct HeadOperand {
     const void* data = nullptr;
     DType dtype = DType::f32;
     std::int64_t batch = 0, head = 0;
+    DeviceType place = DeviceType::cpu;
 };
 struct KeyRange {
     std::int64_t begin = 0, end = 0;  // begin <= end
@@ -110,6 +116,9 @@ struct AttentionProblem {
     double dropout = 0.0;
     std::uint64_t seed = 0;
 
+    // Whether the host can read the lengths and offsets. Where it cannot, the functions below know only the
+    // sizes, and key_range() may be too wide.
+    bool ranges_known() const noexcept;
     // Valid lengths and row-0 position of one batch entry.
     std::int64_t q_len(std::int64_t b) const noexcept;
     std::int64_t kv_len(std::int64_t b) const noexcept;
@@ -128,6 +137,9 @@ struct RunOptions {
     std::string_view kernel{};   // empty: FASTATTN_KERNEL, else the first kernel that supports it
     std::string_view device{};   // empty: FASTATTN_DEVICE, else where the arrays are
     int num_threads = 0;         // 0: get_num_threads()
+    // Arrays on a CUDA device: the cudaStream_t in which they are ready and the call is queued; null: the legacy
+    // default stream. The call then returns before the result is there.
+    void* stream = nullptr;
     // Called from the calling thread at least every 50 ms; true stops the call with Cancelled.
     bool (*poll)(void*) = nullptr;
     void* poll_context = nullptr;
@@ -140,26 +152,27 @@ struct Refusal {
 };
 struct Explanation {
     std::string kernel, device;
-    std::string algorithm;          // e.g. "prefill" or "decode", block sizes, splits
+    std::string device_choice;  // why this device
+    std::string algorithm;  // e.g. "prefill" or "decode", block sizes, splits
     std::int64_t workspace_bytes = 0;
     std::int64_t work_items = 0;
     int threads = 0;
-    double flops = 0.0;             // 2*(D+Dv) per (row, key) pair inside causal, window and lengths
-    double bytes = 0.0;             // inputs and outputs read or written once
-    std::vector<Refusal> refused;   // every other kernel, and why it was not taken
+    double flops = 0.0;  // 2*(D+Dv) per (row, key) pair inside causal, window and lengths
+    double bytes = 0.0;  // inputs and outputs read or written once
+    std::vector<Refusal> refused;  // every other kernel, and why it was not taken
 };
 Explanation explain(const AttentionProblem& problem, const RunOptions& options = {});
 
 struct KernelInfo {
     std::string name, device;
     std::vector<DType> dtypes;
-    bool usable = false;            // on this machine
-    std::string reason;             // why not, when not usable
+    bool usable = false;  // on this machine
+    std::string reason;  // why not, when not usable
 };
 std::vector<KernelInfo> kernels();
 
 int get_num_threads() noexcept;
-void set_num_threads(int n);        // n >= 1, else ValueError
+void set_num_threads(int n);  // n >= 1, else ValueError
 
 const char* version() noexcept;
 

@@ -1,4 +1,4 @@
-#include "bindings/host_buffer.h"
+#include "bindings/buffer.h"
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +10,7 @@
 #include <fastattn/attention.h>
 
 #include "bindings/dlpack_abi.h"
+#include "core/cuda_room.h"
 #include "core/memory_overlap.h"
 #include "core/problem_errors.h"
 
@@ -89,6 +90,10 @@ dlpack::DLDataType dlpack_dtype(DType dtype) noexcept {
     return {code, static_cast<std::uint8_t>(8 * item_size(dtype)), 1};
 }
 
+dlpack::DLDevice dlpack_device(Device device) noexcept {
+    return {device.type == DeviceType::cuda ? dlpack::kCuda : dlpack::kCpu, device.index};
+}
+
 template <class Managed>
 void delete_exported(Managed* managed) {
     delete static_cast<Exported<Managed>*>(managed->manager_ctx);
@@ -103,15 +108,15 @@ void release_unused_capsule(PyObject* capsule, const char* name) {
 }
 
 template <class Managed>
-py::object make_capsule(const HostBuffer& buffer, const char* name, PyCapsule_Destructor destructor) {
+py::object make_capsule(const Buffer& buffer, const char* name, PyCapsule_Destructor destructor) {
     const TensorView& view = buffer.view();
     auto exported = std::make_unique<Exported<Managed>>();
     exported->memory = buffer.memory();
     std::copy_n(view.shape, view.rank, exported->shape);
     std::copy_n(view.strides, view.rank, exported->strides);
     Managed& managed = exported->managed;
-    managed.dl_tensor = {view.data,       {dlpack::kCpu, 0}, view.rank, dlpack_dtype(view.dtype),
-                         exported->shape, exported->strides, 0};
+    managed.dl_tensor = {view.data,       dlpack_device(view.device), view.rank, dlpack_dtype(view.dtype),
+                         exported->shape, exported->strides,          0};
     managed.manager_ctx = exported.get();
     managed.deleter = &delete_exported<Managed>;
     PyObject* capsule = PyCapsule_New(&managed, name, destructor);
@@ -122,23 +127,30 @@ py::object make_capsule(const HostBuffer& buffer, const char* name, PyCapsule_De
     return py::reinterpret_steal<py::object>(capsule);
 }
 
-py::object export_dlpack(const HostBuffer& self, const py::object& stream, const py::object& max_version,
+py::object export_dlpack(const Buffer& self, const py::object& stream, const py::object& max_version,
                          const py::object& dl_device, const py::object& copy) {
-    if (!stream.is_none() && !(py::isinstance<py::int_>(stream) && stream.cast<long>() == -1)) {
-        throw py::buffer_error("HostBuffer.__dlpack__: memory of the CPU has no stream");
+    const bool on_device = self.view().device.type == DeviceType::cuda;
+    // A device buffer was waited for when it was made, so that every stream may read it.
+    if (!on_device && !stream.is_none() && !(py::isinstance<py::int_>(stream) && stream.cast<long>() == -1)) {
+        throw py::buffer_error("Buffer.__dlpack__: memory of the CPU has no stream");
     }
+    const dlpack::DLDevice here = dlpack_device(self.view().device);
     if (!dl_device.is_none() &&
-        dl_device.cast<std::pair<int, int>>() != std::pair<int, int>{dlpack::kCpu, 0}) {
-        throw py::buffer_error("HostBuffer.__dlpack__: the memory is on the CPU and is not copied elsewhere");
+        dl_device.cast<std::pair<int, int>>() != std::pair<int, int>{here.device_type, here.device_id}) {
+        throw py::buffer_error("Buffer.__dlpack__: the memory is on " + device_string(self.view().device) +
+                               " and is not copied elsewhere");
     }
-    std::optional<HostBuffer> copied;
+    std::optional<Buffer> copied;
     if (!copy.is_none() && copy.cast<bool>()) {
+        if (on_device) {
+            throw py::buffer_error("Buffer.__dlpack__: memory of a device is not copied");
+        }
         const TensorView& view = self.view();
         copied.emplace("copy", view.dtype, view.rank, view.shape);
         std::memcpy(copied->view().data, view.data,
                     static_cast<std::size_t>(element_count(view)) * item_size(view.dtype));
     }
-    const HostBuffer& buffer = copied ? *copied : self;
+    const Buffer& buffer = copied ? *copied : self;
     const bool versioned = !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
     if (!versioned) {
         return make_capsule<dlpack::DLManagedTensor>(buffer, dlpack::kLegacyName, [](PyObject* capsule) {
@@ -156,8 +168,11 @@ py::object export_dlpack(const HostBuffer& self, const py::object& stream, const
     return capsule;
 }
 
-py::dict array_interface(const HostBuffer& self) {
+py::dict array_interface(const Buffer& self) {
     const TensorView& view = self.view();
+    if (view.device.type == DeviceType::cuda) {
+        throw py::attribute_error("__array_interface__: the memory is on " + device_string(view.device));
+    }
     const char kind = view.dtype == DType::bf16      ? 'u'  // NumPy itself has no name for it
                       : is_float(view.dtype)         ? 'f'
                       : view.dtype == DType::boolean ? 'b'
@@ -205,17 +220,22 @@ void set_compact_strides(TensorView& view) noexcept {
     }
 }
 
-HostBuffer::HostBuffer(const char* what_for, DType dtype, int rank, const std::int64_t* shape) {
+Buffer::Buffer(const char* what_for, DType dtype, int rank, const std::int64_t* shape, Device device) {
     const auto bytes = static_cast<std::size_t>(checked_bytes(what_for, dtype, rank, shape));
-    // Never zero bytes, so that the pointer is never null.
-    void* memory = ::operator new(bytes > 0 ? bytes : 1, std::align_val_t{kAlignment}, std::nothrow);
-    if (memory == nullptr) {
-        throw OutOfMemory(what_for, bytes);
+    if (device.type == DeviceType::cuda) {
+        memory_ = cuda_allocate(device.index, bytes, what_for);
+    } else {
+        // Never zero bytes, so that the pointer is never null.
+        void* memory = ::operator new(bytes > 0 ? bytes : 1, std::align_val_t{kAlignment}, std::nothrow);
+        if (memory == nullptr) {
+            throw OutOfMemory(what_for, bytes);
+        }
+        memory_ = std::shared_ptr<std::byte>(static_cast<std::byte*>(memory), [](std::byte* p) {
+            ::operator delete(p, std::align_val_t{kAlignment});
+        });
     }
-    memory_ = std::shared_ptr<std::byte>(static_cast<std::byte*>(memory), [](std::byte* p) {
-        ::operator delete(p, std::align_val_t{kAlignment});
-    });
-    view_.data = memory;
+    view_.data = memory_.get();
+    view_.device = device;
     view_.dtype = dtype;
     view_.rank = rank;
     std::copy_n(shape, rank, view_.shape);
@@ -235,14 +255,13 @@ Extent ByteStridedArray::extent() const noexcept {
     return {begin, end};
 }
 
-HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements,
-                        TensorView& view) {
+Buffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements, TensorView& view) {
     std::int64_t stored[kMaxRank] = {};
     for (int axis = 0; axis < source.rank; ++axis) {
         const bool broadcast = source.strides[axis] == 0 && source.shape[axis] > 1;
         stored[axis] = broadcast ? 1 : source.shape[axis];
     }
-    HostBuffer copy(name, source.dtype, source.rank, stored);
+    Buffer copy(name, source.dtype, source.rank, stored);
     if (copy_elements) {
         std::int64_t strides[kMaxRank] = {};
         byte_strides(copy.view(), strides);
@@ -259,23 +278,27 @@ HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool c
     return copy;
 }
 
-void copy_back(const HostBuffer& copy, const ByteStridedArray& target) {
+void copy_back(const Buffer& copy, const ByteStridedArray& target) {
     std::int64_t strides[kMaxRank] = {};
     byte_strides(copy.view(), strides);
     copy_strided(target.dtype, static_cast<const char*>(copy.view().data), strides, target.data,
                  target.strides, target.shape, target.rank);
 }
 
-void register_host_buffer(py::module_& m) {
-    py::class_<HostBuffer>(m, "HostBuffer",
-                           "A result in memory of this module, on its way to another library's array.\n\n"
-                           "Not made by users: fastattn hands it to the ``from_dlpack`` of q's library.")
+void register_buffer(py::module_& m) {
+    py::class_<Buffer>(m, "Buffer",
+                       "A result in memory of this module, on its way to another library's array.\n\n"
+                       "Not made by users: fastattn hands it to the ``from_dlpack`` of q's library.")
         .def("__dlpack__", &export_dlpack, py::kw_only(), py::arg("stream") = py::none(),
              py::arg("max_version") = py::none(), py::arg("dl_device") = py::none(),
              py::arg("copy") = py::none())
-        .def("__dlpack_device__", [](const HostBuffer&) { return py::make_tuple(int{dlpack::kCpu}, 0); })
+        .def("__dlpack_device__",
+             [](const Buffer& self) {
+                 const dlpack::DLDevice device = dlpack_device(self.view().device);
+                 return py::make_tuple(int{device.device_type}, int{device.device_id});
+             })
         .def_property_readonly("__array_interface__", &array_interface)
-        .def_property_readonly("dtype", [](const HostBuffer& self) { return dtype_name(self.view().dtype); });
+        .def_property_readonly("dtype", [](const Buffer& self) { return dtype_name(self.view().dtype); });
 }
 
 }  // namespace fastattn::bindings

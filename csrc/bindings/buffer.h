@@ -1,4 +1,4 @@
-// Memory of ours that arrays of other libraries can be made of: 64-byte aligned, row-major, shared by
+// Memory of ours, of the host or of a CUDA device, that arrays of other libraries can be made of: 64-byte aligned, row-major, shared by
 // reference count with whoever took it through __dlpack__ or __array_interface__.
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace fastattn::bindings {
 
-class HostBuffer {
+class Buffer {
 public:
     // Uninitialised. Throws OutOfMemory, naming what the memory is for and the bytes, or ValueError when
     // the byte count does not fit in 63 bits.
-    HostBuffer(const char* what_for, DType dtype, int rank, const std::int64_t* shape);
+    Buffer(const char* what_for, DType dtype, int rank, const std::int64_t* shape, Device device = {});
 
     const TensorView& view() const noexcept { return view_; }
     const std::shared_ptr<std::byte>& memory() const noexcept { return memory_; }
@@ -49,12 +49,11 @@ struct ByteStridedArray {
 
 // An aligned copy of `source`; axes of stride 0 stay broadcast. With copy_elements == false the memory
 // is left uninitialised (for outputs). `view` becomes the view of the copy.
-HostBuffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements,
-                        TensorView& view);
+Buffer aligned_copy(const char* name, const ByteStridedArray& source, bool copy_elements, TensorView& view);
 // Writes a compact copy back.
-void copy_back(const HostBuffer& copy, const ByteStridedArray& target);
+void copy_back(const Buffer& copy, const ByteStridedArray& target);
 
-// The Python class _core.HostBuffer.
-void register_host_buffer(py::module_& m);
+// The Python class _core.Buffer.
+void register_buffer(py::module_& m);
 
 }  // namespace fastattn::bindings

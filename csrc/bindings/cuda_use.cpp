@@ -1,0 +1,80 @@
+#include "bindings/cuda_use.h"
+
+#include <atomic>
+#include <optional>
+#include <string>
+
+#include <fastattn/attention.h>
+
+#include "bindings/gil.h"
+#include "core/cuda_room.h"
+#include "core/kernel.h"
+
+namespace fastattn::bindings {
+namespace {
+
+// The current stream of the array's library as an integer; none: it does not say.
+std::optional<std::uintptr_t> current_stream(PyObject* array) {
+    const PyRef glue = PyRef::checked(PyImport_ImportModule("fastattn._arrays"));
+    const PyRef stream = PyRef::checked(PyObject_CallMethod(glue.get(), "cuda_stream", "O", array));
+    if (stream.get() == Py_None) {
+        return std::nullopt;
+    }
+    const unsigned long long value = PyLong_AsUnsignedLongLong(stream.get());
+    if (PyErr_Occurred() != nullptr) {
+        throw PythonError{};
+    }
+    return static_cast<std::uintptr_t>(value);
+}
+
+}  // namespace
+
+void CudaUse::join(PyObject* array, const char* name, std::int32_t device, bool managed) {
+    prepare_cuda();
+    const Device here{DeviceType::cuda, device};
+    const char* reason = cuda_unavailable();
+    if (reason != nullptr || device < 0 || device >= cuda_device_count()) {
+        const std::string where =
+            (managed ? "CUDA managed memory of cuda:" : "cuda:") + std::to_string(device);
+        throw UnsupportedError(
+            std::string(name) + ": the array is on " + where + ", but CUDA cannot be used: " +
+            (reason != nullptr ? reason : "there is no such device") + "; copy it to the host first");
+    }
+    const std::optional<std::uintptr_t> theirs = current_stream(array);
+    if (!joined_) {
+        joined_ = true;
+        device_ = here;
+        stream_ = theirs ? reinterpret_cast<void*>(*theirs) : cuda_own_stream(device);
+    }
+    must_wait_ = must_wait_ || !theirs || reinterpret_cast<void*>(*theirs) != stream_;
+}
+
+void CudaUse::wait() const {
+    if (!must_wait_) {
+        return;
+    }
+    if (!may_release_gil()) {
+        return cuda_wait(device_.index, stream_);
+    }
+    const WithoutGil detached;
+    cuda_wait(device_.index, stream_);
+}
+
+void prepare_cuda() {
+    static std::atomic<bool> done{false};
+    if (done.load(std::memory_order_acquire) || !cuda_needs_library()) {
+        return;
+    }
+    const py::module_ cuda = py::module_::import("fastattn._cuda");
+    const py::object path = cuda.attr("find_cublas")();
+    if (!path.is_none()) {
+        cuda_offer_library(path.cast<std::string>().c_str());
+    }
+    const py::object speeds = cuda.attr("stored_speeds")();
+    if (!speeds.is_none()) {
+        py::module_::import("fastattn._core").attr("set_device_speeds")(**py::dict(speeds));
+    }
+    done.store(true, std::memory_order_release);
+}
+
+}  // namespace fastattn::bindings

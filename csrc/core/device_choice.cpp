@@ -1,0 +1,58 @@
+#include "core/device_choice.h"
+
+#include <cstdio>
+#include <mutex>
+
+#include "core/flops.h"
+
+namespace fastattn {
+namespace {
+
+std::mutex mutex;
+DeviceSpeeds speeds_in_use;
+
+std::string time_text(double seconds) {
+    const bool small = seconds < 1e-3;
+    char text[32];
+    std::snprintf(text, sizeof text, "%.3g %s", seconds * (small ? 1e6 : 1e3), small ? "us" : "ms");
+    return text;
+}
+
+}  // namespace
+
+DeviceSpeeds device_speeds() noexcept {
+    const std::lock_guard lock(mutex);
+    return speeds_in_use;
+}
+
+void set_device_speeds(const DeviceSpeeds& s) {
+    for (const double speed : {s.cpu_per_thread_f64, s.cpu_per_thread_f32, s.cpu_per_thread_bf16, s.gpu_f64,
+                               s.gpu_f32, s.gpu_half, s.to_device, s.to_host, s.cpu_seconds, s.gpu_seconds}) {
+        if (!(speed > 0)) throw ValueError("speeds: expected numbers above 0, got " + std::to_string(speed));
+    }
+    const std::lock_guard lock(mutex);
+    speeds_in_use = s;
+}
+
+DeviceEstimate estimate_devices(const AttentionProblem& p, int threads, const DeviceSpeeds& s) noexcept {
+    double cpu = s.cpu_per_thread_f32, gpu = s.gpu_half;
+    if (p.dtype == DType::f64) {
+        cpu = s.cpu_per_thread_f64;
+        gpu = s.gpu_f64;
+    } else if (p.dtype == DType::f32) {
+        gpu = s.gpu_f32;
+    } else if (p.dtype == DType::bf16) {
+        cpu = s.cpu_per_thread_bf16;
+    }
+    const double flops = count_flops(p);
+    const double back = count_result_bytes(p), there = count_bytes(p) - back;
+    return {s.cpu_seconds + flops / (cpu * threads),
+            s.gpu_seconds + flops / gpu + there / s.to_device + back / s.to_host};
+}
+
+std::string describe(const DeviceEstimate& e) {
+    return "estimated " + time_text(e.cpu_seconds) + " on the CPU, " + time_text(e.gpu_seconds) +
+           " on a GPU with transfers";
+}
+
+}  // namespace fastattn

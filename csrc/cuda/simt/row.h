@@ -1,0 +1,166 @@
+// One query row of a chunk: which keys it may attend, and how a raw product becomes a score. The same order of
+// operations as on the CPU (csrc/cpu/flash_softmax.h): scale, softcap, alibi, bias, restrictions.
+#pragma once
+
+#include "core/key_range.h"
+#include "core/philox.h"
+#include "core/scalar_access.h"
+#include "cuda/simt/arguments.h"
+#include "cuda/simt/device.h"
+
+namespace fastattn::cuda {
+namespace {
+
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
+
+// Finite scores beyond this count as this, so that times log2(e) they stay finite.
+template <class Acc>
+__device__ __forceinline__ Acc score_limit() {
+    return static_cast<Acc>(sizeof(Acc) == 8 ? 1.7976931348623157e308 / 1.5 : 3.4028234663852886e38 / 1.5);
+}
+
+// A double as Acc; what is too large becomes the largest number.
+template <class Acc>
+__device__ __forceinline__ Acc to_finite(double x) {
+    if constexpr (sizeof(Acc) == 8) return x;
+    constexpr double most = 3.4028234663852886e38;
+    return static_cast<Acc>(x > most ? most : (x < -most ? -most : x));
+}
+
+// What is said by row number alone.
+struct RowPlace {
+    Index b, h, i;  // batch entry, query head, query row
+};
+
+// a / b of numbers >= 0; 64-bit divisions cost several times the 32-bit ones.
+__device__ __forceinline__ Index quotient(Index a, Index b) {
+    if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+    return a / b;
+}
+
+__device__ __forceinline__ RowPlace place_of_row(const SoftmaxArgs& a, Index r) {
+    const Index group = a.problem.group, per_pair = group * a.chunk.rows;
+    const Index pair = quotient(r, per_pair), inner = r - pair * per_pair;
+    const Index run =
+        a.group_inner ? group : a.chunk.rows;  // rows until the slower of the two indices changes
+    const Index slow = quotient(inner, run), fast = inner - slow * run;
+    const Index g = a.group_inner ? fast : slow, i = a.group_inner ? slow : fast;
+    const Index entry = quotient(pair, a.chunk.kv_heads), kv_head = pair - entry * a.chunk.kv_heads;
+    return {a.chunk.batch + entry, (a.chunk.kv_head + kv_head) * group + g, a.chunk.row + i};
+}
+
+__device__ __forceinline__ Index length_of(const HeadOperand& lens, bool given, Index b, Index size) {
+    return given ? clamped(load_integer(lens.data, lens.dtype, b * lens.batch), 0, size) : size;
+}
+
+struct Row {
+    RowPlace place;
+    bool exists;  // i < q_len
+    KeyRange range;  // by lengths, causal, window; empty for a row that does not exist
+    double position;  // of the row among the keys, for alibi
+
+    __device__ Row(const AttentionProblem& p, const RowPlace& at) : place(at) {
+        const Index q_len = length_of(p.q_lens, p.has_q_lens, at.b, p.q_size);
+        const Index kv_len = length_of(p.kv_lens, p.has_kv_lens, at.b, p.kv_size);
+        Index first = kv_len - q_len;
+        if (p.has_q_offset) {
+            first = p.q_offsets.data == nullptr
+                        ? p.q_offset
+                        : load_integer(p.q_offsets.data, p.q_offsets.dtype, at.b * p.q_offsets.batch);
+        }
+        position = static_cast<double>(first) + static_cast<double>(at.i);
+        exists = at.i < q_len;
+        range = attended_range(p, kv_len, first, at.i);
+        if (!exists) range.end = range.begin;
+    }
+
+    __device__ __forceinline__ Index offset(const ScoreOperand& x) const {
+        return place.b * x.batch + place.h * x.head + place.i * x.query;
+    }
+
+    // All restrictions.
+    __device__ bool attends(const AttentionProblem& p, Index j) const {
+        if (j < range.begin || j >= range.end) return false;
+        if (p.mask.data != nullptr &&
+            load_as<std::uint8_t>(p.mask.data, offset(p.mask) + j * p.mask.key) == 0)
+            return false;
+        return p.bias.data == nullptr ||
+               load_real(p.bias.data, p.bias.dtype, offset(p.bias) + j * p.bias.key) != -HUGE_VAL;
+    }
+};
+
+template <class Acc>
+__device__ __forceinline__ Acc load_bias(const ScoreOperand& bias, Index at) {
+    if constexpr (sizeof(Acc) == 8) {
+        return load_as<double>(bias.data, at);
+    } else {
+        switch (bias.dtype) {
+            case DType::f16: return widen(static_cast<const F16*>(bias.data)[at]);
+            case DType::bf16: return widen(static_cast<const BF16*>(bias.data)[at]);
+            default: return load_as<float>(bias.data, at);
+        }
+    }
+}
+
+// How raw products of one row become x = score * log2(e), -inf where masked. Keys count from the chunk's first.
+template <class Acc, bool plain>
+struct Scorer {
+    const AttentionProblem& p;
+    double position;
+    bool elementwise;
+    Acc scale, cap, inverse_cap, slope;
+    Index first;  // key
+    int begin, end;  // of the row's range
+    Index mask, bias;
+
+    __device__ Scorer(const AttentionProblem& problem, const Chunk& chunk, const Row& r)
+        : p(problem),
+          position(r.position),
+          first(chunk.key),
+          begin(static_cast<int>(clamped(r.range.begin - chunk.key, 0, chunk.keys))),
+          end(static_cast<int>(clamped(r.range.end - chunk.key, 0, chunk.keys))) {
+        elementwise = !plain && (p.softcap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr ||
+                                 p.mask.data != nullptr);
+        scale = to_finite<Acc>(elementwise ? p.scale : p.scale * kLog2E);
+        if constexpr (!plain) {
+            // Beyond these a cap is nothing, or all; its reciprocal stays a number.
+            const double c =
+                p.softcap > 1e30 ? 0.0 : (p.softcap > 0 && p.softcap < 1e-30 ? 1e-30 : p.softcap);
+            cap = static_cast<Acc>(c);
+            inverse_cap = static_cast<Acc>(c > 0 ? 1.0 / c : 0.0);
+            slope = p.alibi_slopes.data == nullptr
+                        ? Acc(0)
+                        : to_finite<Acc>(
+                              -load_real(p.alibi_slopes.data, p.alibi_slopes.dtype,
+                                         r.place.b * p.alibi_slopes.batch + r.place.h * p.alibi_slopes.head));
+            mask = p.mask.data == nullptr ? 0 : r.offset(p.mask);
+            bias = p.bias.data == nullptr ? 0 : r.offset(p.bias);
+        }
+    }
+
+    __device__ __forceinline__ Acc operator()(int v, Acc raw) const {
+        const Acc masked = -infinity<Acc>();
+        if (v < begin || v >= end) return masked;
+        Acc t = times(raw, scale);
+        if (!elementwise) return t;
+        const Index j = first + v;
+        if (cap > 0) t = times(cap, static_cast<Acc>(tanh(times(t, inverse_cap))));
+        if (p.mask.data != nullptr && load_as<std::uint8_t>(p.mask.data, mask + j * p.mask.key) == 0)
+            return masked;
+        if (p.alibi_slopes.data != nullptr)
+            t = plus(t, times(slope, static_cast<Acc>(fabs(position - static_cast<double>(j)))));
+        if (p.bias.data != nullptr) {
+            const Acc add = load_bias<Acc>(p.bias, bias + j * p.bias.key);
+            if (add == masked) return masked;
+            t = plus(t, add);
+        }
+        const Acc limit = score_limit<Acc>();
+        if (t > limit && t < infinity<Acc>()) t = limit;
+        if (t < -limit && t > masked) t = -limit;
+        return times(t, static_cast<Acc>(kLog2E));
+    }
+};
+
+}  // namespace
+}  // namespace fastattn::cuda

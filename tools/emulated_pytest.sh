@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds the extension with the emulated GPU into build/emulated-site and runs pytest on it:
+#   tools/emulated_pytest.sh [pytest arguments]
+# Without arguments: the tests that loop over kernels, those of them that name CUDA, and all of tests/test_cuda_*.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+site=$PWD/build/emulated-site
+
+python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$site" \
+  --config-settings=build-dir=build/emulated-python --config-settings=cmake.define.FASTATTN_CUDA=EMULATED .
+
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+run() { python -m pytest -p no:cacheprovider -q "$@"; }
+if [ $# -gt 0 ]; then
+  run "$@"
+  exit
+fi
+# Two runs: -k would also choose among the tests of the second.
+run tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors}.py -k cuda
+shopt -s nullglob
+own=(tests/test_cuda_*.py)
+[ "${#own[@]}" = 0 ] || run "${own[@]}"
