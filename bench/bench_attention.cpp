@@ -5,7 +5,8 @@
 //                                                          every combination of the lists
 // Flags of Google Benchmark (--benchmark_filter=..., --benchmark_format=json, ...) work as well. Counters:
 // GFLOP/s, GB/s of K and V, and the fraction of the FMA peak and, up to 8 query rows, of the read bandwidth
-// that were measured in this process.
+// that were measured in this process. With --device cuda arrays are in the GPU's memory, times are those between
+// two events, and there are no such fractions.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <functional>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <random>
 #include <sstream>
 #include <string>
@@ -25,6 +27,8 @@
 
 #include <fastattn/attention.h>
 #include <fastattn/limits.h>
+
+#include "cuda_timing.h"
 
 namespace {
 
@@ -37,9 +41,12 @@ struct Shape {
                  dv = 0;  // 0: as q_heads, sq, d
     DType dtype = DType::f32;
     bool causal = false;
-    int threads = 0;     // 0: fastattn's default
+    int threads = 0;  // 0: fastattn's default
     std::string kernel;  // empty: fastattn's choice
+    fastattn::Device device{};
 };
+
+bool on_gpu(const Shape& s) { return s.device.type == fastattn::DeviceType::cuda; }
 
 void fill_defaults(Shape& s) {
     if (s.kv_heads == 0) s.kv_heads = s.q_heads;
@@ -56,7 +63,11 @@ std::string title(const Shape& s) {
     if (s.dv != s.d) t << "x" << s.dv;
     t << "/" << fastattn::dtype_name(s.dtype) << (s.causal ? "/causal" : "");
     if (!s.kernel.empty()) t << "/" << s.kernel;
-    t << "/threads:" << s.threads;
+    if (on_gpu(s)) {
+        t << "/cuda:" << s.device.index;
+    } else {
+        t << "/threads:" << s.threads;
+    }
     return t.str();
 }
 
@@ -73,13 +84,14 @@ std::uint16_t half_bits(float x, DType dtype) {
 class Array {
 public:
     // (B,S,H,D), C order; random numbers of either sign with magnitude in [0.25, 1.5).
-    Array(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, DType dtype, unsigned seed)
-        : bytes_(static_cast<std::size_t>(b * s * h * d) * fastattn::item_size(dtype)) {
+    Array(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, const Shape& shape, unsigned seed)
+        : bytes_(static_cast<std::size_t>(b * s * h * d) * fastattn::item_size(shape.dtype)) {
+        const DType dtype = shape.dtype;
         view.data = bytes_.data();
         view.dtype = dtype;
         view.rank = 4;
-        const std::int64_t shape[4] = {b, s, h, d}, strides[4] = {s * h * d, h * d, d, 1};
-        std::copy(shape, shape + 4, view.shape);
+        const std::int64_t sizes[4] = {b, s, h, d}, strides[4] = {s * h * d, h * d, d, 1};
+        std::copy(sizes, sizes + 4, view.shape);
         std::copy(strides, strides + 4, view.strides);
         std::minstd_rand random(seed);
         for (std::size_t i = 0; i < bytes_.size(); i += fastattn::item_size(dtype)) {
@@ -96,11 +108,17 @@ public:
                 std::memcpy(&bytes_[i], &half, 2);
             }
         }
+        if (on_gpu(shape)) {
+            there_.emplace(bytes_.data(), bytes_.size());
+            view.data = there_->data();
+            view.device = shape.device;
+        }
     }
     TensorView view;
 
 private:
     std::vector<unsigned char> bytes_;
+    std::optional<bench::cuda::Memory> there_;
 };
 
 // ---- one benchmark ----------------------------------------------------------------------------------
@@ -118,11 +136,19 @@ double read_bandwidth(std::size_t bytes, int threads) {
     return entry->second;
 }
 
+template <class Call>
+double wall_seconds(const Call& call) {
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 void run(benchmark::State& state, const Shape& s) {
     try {
-        const Array q(s.batch, s.sq, s.q_heads, s.d, s.dtype, 1),
-            k(s.batch, s.sk, s.kv_heads, s.d, s.dtype, 2), v(s.batch, s.sk, s.kv_heads, s.dv, s.dtype, 3);
-        Array out(s.batch, s.sq, s.q_heads, s.dv, s.dtype, 4);
+        if (on_gpu(s)) bench::cuda::use_device(s.device.index);
+        const Array q(s.batch, s.sq, s.q_heads, s.d, s, 1), k(s.batch, s.sk, s.kv_heads, s.d, s, 2),
+            v(s.batch, s.sk, s.kv_heads, s.dv, s, 3);
+        Array out(s.batch, s.sq, s.q_heads, s.dv, s, 4);
         fastattn::AttentionParams params;
         params.q = q.view;
         params.k = k.view;
@@ -135,12 +161,11 @@ void run(benchmark::State& state, const Shape& s) {
         options.num_threads = s.threads;
         const fastattn::Explanation plan = fastattn::explain(problem, options);
 
+        const auto call = [&] { fastattn::attention_forward(problem, options); };
         double total = 0.0;
+        if (on_gpu(s)) call();  // loads kernels, chooses algorithms, fills the pool
         for (auto _ : state) {
-            const auto start = std::chrono::steady_clock::now();
-            fastattn::attention_forward(problem, options);
-            const double seconds =
-                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            const double seconds = on_gpu(s) ? bench::cuda::seconds(call) : wall_seconds(call);
             state.SetIterationTime(seconds);
             total += seconds;
         }
@@ -151,11 +176,11 @@ void run(benchmark::State& state, const Shape& s) {
         const double bytes = static_cast<double>(kv_bytes) * calls_per_second;
         state.counters["GFLOP/s"] = flops / 1e9;
         state.counters["GB/s"] = bytes / 1e9;
-        state.counters["of_peak"] = flops / fma_peak(plan.kernel, s.dtype, s.threads);
-        if (s.sq <= 8 && kv_bytes >= 1 << 20)
+        if (!on_gpu(s)) state.counters["of_peak"] = flops / fma_peak(plan.kernel, s.dtype, s.threads);
+        if (!on_gpu(s) && s.sq <= 8 && kv_bytes >= 1 << 20)
             state.counters["of_bandwidth"] = bytes / read_bandwidth(kv_bytes, s.threads);
         state.SetLabel(plan.kernel);
-    } catch (const fastattn::Error& error) {
+    } catch (const std::exception& error) {
         state.SkipWithError(error.what());
     }
 }
@@ -166,7 +191,7 @@ std::vector<Shape> default_list() {
     const auto add = [&](const char* name, std::int64_t batch, std::int64_t q_heads, std::int64_t kv_heads,
                          std::int64_t sq, std::int64_t sk, std::int64_t d, DType dtype = DType::f32,
                          bool causal = false) {
-        list.push_back({name, batch, q_heads, kv_heads, sq, sk, d, d, dtype, causal, 0, {}});
+        list.push_back({name, batch, q_heads, kv_heads, sq, sk, d, d, dtype, causal, 0, {}, {}});
     };
     add("bert", 4, 12, 12, 512, 512, 64);
     add("vit", 8, 12, 12, 197, 197, 64);
@@ -217,6 +242,15 @@ DType dtype_of(const std::string& text) {
     fail("--dtype: expected f64, f32, f16 or bf16, got '" + text + "'");
 }
 
+fastattn::Device device_of(const std::string& text) {
+    if (text == "cpu") return {};
+    if (text == "cuda") return {fastattn::DeviceType::cuda, 0};
+    if (text.rfind("cuda:", 0) == 0 && text.size() > 5 && text.size() < 9 &&
+        text.find_first_not_of("0123456789", 5) == std::string::npos)
+        return {fastattn::DeviceType::cuda, std::stoi(text.substr(5))};
+    fail("--device: expected cpu, cuda or cuda:N, got '" + text + "'");
+}
+
 bool truth(const std::string& text) {
     if (text == "true" || text == "1") return true;
     if (text == "false" || text == "0") return false;
@@ -226,10 +260,10 @@ bool truth(const std::string& text) {
 constexpr const char* kUsage =
     "bench_attention [--batch N] [--q_heads N] [--kv_heads N] [--sq N] [--sk N] [--d N] [--dv N]\n"
     "                [--dtype f64|f32|f16|bf16] [--causal true|false] [--threads N] [--kernel NAME|all]\n"
-    "                [--benchmark_...]\n"
+    "                [--device cpu|cuda|cuda:N] [--benchmark_...]\n"
     "Each takes a comma-separated list; every combination is timed. Without any, a default list.\n"
     "Defaults: batch 1, q_heads 8, kv_heads as q_heads, sq 512, sk as sq, d 64, dv as d, f32, not causal.\n"
-    "--threads and --kernel alone apply to the default list. Kernels: see fastattn::kernels().\n";
+    "--threads, --kernel and --device alone apply to the default list. Kernels: see fastattn::kernels().\n";
 
 using Setter = std::function<void(Shape&, const std::string&)>;
 
@@ -250,13 +284,14 @@ const std::map<std::string, Setter>& setters() {
         {"--threads",
          [](Shape& s, const std::string& text) { s.threads = static_cast<int>(number("--threads", text)); }},
         {"--kernel", [](Shape& s, const std::string& text) { s.kernel = text; }},
+        {"--device", [](Shape& s, const std::string& text) { s.device = device_of(text); }},
     };
     return table;
 }
 
-bool supports(const fastattn::KernelInfo& kernel, DType dtype) {
-    return kernel.usable &&
-           std::find(kernel.dtypes.begin(), kernel.dtypes.end(), dtype) != kernel.dtypes.end();
+bool supports(const fastattn::KernelInfo& kernel, const Shape& s) {
+    return kernel.usable && kernel.device == (on_gpu(s) ? "cuda" : "cpu") &&
+           std::find(kernel.dtypes.begin(), kernel.dtypes.end(), s.dtype) != kernel.dtypes.end();
 }
 
 // "--kernel all": every usable kernel with the dtypes that it has.
@@ -264,7 +299,7 @@ std::vector<Shape> on_all_kernels(const std::vector<Shape>& shapes) {
     std::vector<Shape> longer;
     for (const Shape& shape : shapes)
         for (const fastattn::KernelInfo& kernel : fastattn::kernels())
-            if (supports(kernel, shape.dtype)) {
+            if (supports(kernel, shape)) {
                 longer.push_back(shape);
                 longer.back().kernel = kernel.name;
             }
@@ -299,7 +334,7 @@ std::vector<Shape> parse(std::vector<std::string>& arguments) {
             continue;
         }
         lists.emplace_back(setter->second, std::move(values));
-        shapes_given = shapes_given || (flag != "--threads" && flag != "--kernel");
+        shapes_given = shapes_given || (flag != "--threads" && flag != "--kernel" && flag != "--device");
     }
     std::vector<Shape> shapes = shapes_given ? std::vector<Shape>{Shape{}} : default_list();
     for (const auto& [set, values] : lists) {

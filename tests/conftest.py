@@ -17,9 +17,13 @@ import fastattn
 USABLE = [kernel for kernel in fastattn.kernels() if kernel.usable]
 
 
-def _pairs(one_dtype: bool) -> list[tuple[str, str]]:
+def _usable(devices: tuple[str, ...]) -> list[fastattn.KernelInfo]:
+    return [kernel for kernel in USABLE if kernel.device in devices]
+
+
+def _pairs(one_dtype: bool, devices: tuple[str, ...]) -> list[tuple[str, str]]:
     pairs = []
-    for kernel in USABLE:
+    for kernel in _usable(devices):
         names = [str(name) for name in kernel.dtypes]
         if one_dtype:
             names = ["float32"] if "float32" in names else names[:1]
@@ -29,17 +33,20 @@ def _pairs(one_dtype: bool) -> list[tuple[str, str]]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_dtype: loop over kernels, with one dtype each")
+    config.addinivalue_line("markers", "cpu_only: a promise for the CPU's kernels, not for a GPU's")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.fixturenames
+    cpu_only = metafunc.definition.get_closest_marker("cpu_only") is not None
+    devices = ("cpu",) if cpu_only else ("cpu", "cuda")
     if "kernel" in asked and "dtype" in asked:
         one = metafunc.definition.get_closest_marker("one_dtype") is not None
-        pairs = _pairs(one)
+        pairs = _pairs(one, devices)
         ids = [f"{kernel}-{name}" for kernel, name in pairs]
         metafunc.parametrize("kernel,dtype", [(kernel, DTYPES[name]) for kernel, name in pairs], ids=ids)
     elif "kernel" in asked:
-        metafunc.parametrize("kernel", [kernel.name for kernel in USABLE])
+        metafunc.parametrize("kernel", [kernel.name for kernel in _usable(devices)])
     elif "dtype" in asked:
         metafunc.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 

@@ -88,6 +88,7 @@ def test_gil_is_released(kernel, dtype):
 
 # ---- fork -----------------------------------------------------------------------------------------
 @needs_fork
+@pytest.mark.cpu_only
 @pytest.mark.one_dtype
 def test_fork(kernel, dtype):
     """A child of a process whose pool has run calls at once, gets the same bits, and so does its child."""
@@ -118,6 +119,7 @@ def test_fork(kernel, dtype):
 
 
 @needs_fork
+@pytest.mark.cpu_only
 @pytest.mark.one_dtype
 def test_fork_while_another_thread_computes(kernel, dtype):
     run(f"""
@@ -200,6 +202,7 @@ def interrupt(code):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.cpu_only
 @pytest.mark.one_dtype
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", ["prefill", "masked"])
@@ -220,6 +223,7 @@ def test_ctrl_c_in_a_decode_call(kernel, dtype):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.cpu_only
 @pytest.mark.one_dtype
 def test_interrupt_before_the_first_poll(kernel, dtype):
     """A signal from the first milliseconds of a call is not lost, whatever the call does at that time."""
@@ -253,10 +257,10 @@ def test_python_signal_handlers_run_during_a_call():
         when = []
         signal.signal(signal.SIGALRM, lambda *_: when.append(time.monotonic()))
         a = qkv("float32", 1, 6000, 4, 64)
-        want = fastattn.mha(*a)
+        want = fastattn.mha(*a, device="cpu")
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         armed = time.monotonic()
-        got = fastattn.mha(*a)
+        got = fastattn.mha(*a, device="cpu")
         end = time.monotonic()
         while not when: time.sleep(0.001)
         assert np.array_equal(got, want)

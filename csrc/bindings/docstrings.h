@@ -22,7 +22,7 @@ Parameters
 q : array of float64, float32, float16 or bfloat16
     (B, Sq, Hq, D); without a batch (Sq, Hq, D); a plain matrix (Sq, D). With ``layout="bhsd"``
     (B, Hq, Sq, D), (Hq, Sq, D). NumPy (bfloat16 through ml_dtypes), or anything with ``__dlpack__``
-    in CPU memory: PyTorch, JAX, ... Any strides are fine.
+    in memory of the CPU or of a CUDA device: PyTorch, CuPy, JAX, ... Any strides are fine.
 k : array of q's dtype
     (B, Sk, Hkv, D): q's rank and layout.
 v : array of q's dtype
@@ -61,7 +61,8 @@ return_weights : bool
 out : array, optional
     Written in place and returned. The result's shape and q's dtype; may not overlap an input.
 device : str, optional
-    None or "cpu". Default: the environment variable FASTATTN_DEVICE, else where the arrays are.
+    "cpu", "cuda" or "cuda:N". Default: the environment variable FASTATTN_DEVICE, else where the arrays
+    are; host arrays go to a GPU when the whole call, transfers counted, is estimated faster there.
 kernel : str, optional
     A name from `kernels`, which is then used or UnsupportedError raised. Default: FASTATTN_KERNEL, else
     the first that supports the call.
@@ -84,11 +85,16 @@ ValueError
     A rank, shape, head ratio, length or number out of range, or `out` overlapping an input.
 UnsupportedError
     The forced kernel or device cannot do it. A ValueError.
+CudaError
+    A failure of CUDA or cuBLAS; the message says when the process must restart.
 MemoryError
     Names the bytes that were asked for.
 
 Notes
 -----
+Arrays on a CUDA device are read, and the result written, in the current stream of q's library; the call
+does not wait for it. Libraries whose stream is not known (JAX) get a result that is there.
+
 The GIL is released. Ctrl-C raises KeyboardInterrupt within 0.2 s; `out` is then incomplete. The result
 has the same bits whatever the number of threads and whatever else is in the batch.
 

@@ -8,6 +8,7 @@
 
 #include "bindings/cuda_use.h"
 #include "bindings/register.h"
+#include "core/cuda_room.h"
 #include "core/device_choice.h"
 #include "cpu/cpu_features.h"
 
@@ -125,6 +126,8 @@ void register_runtime(py::module_& m) {
     m.def("cpu_features", &cpu_features,
           "cpu_features()\n--\n\nInstruction set -> None where this machine has it, else why not.");
     m.def("build_info", &build_info, "build_info()\n--\n\nThe compiler that made this module.");
+    m.def("cuda_build", &cuda_build,
+          "cuda_build()\n--\n\nToolkit and architectures of the CUDA kernels, or why this build has none.");
     m.def("device_speeds", &speeds_dict,
           "device_speeds()\n--\n\nThe speeds by which a call on host arrays chooses a device, by name.");
     m.def("set_device_speeds", &set_speeds,

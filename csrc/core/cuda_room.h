@@ -8,6 +8,9 @@
 
 namespace fastattn {
 
+// What the build decided about CUDA: toolkit and architectures, or why it has no kernels.
+const char* cuda_build();
+
 // Whether devices are there but cuBLAS is not open yet, so that cuda_offer_library() would help.
 bool cuda_needs_library();
 void cuda_offer_library(const char* path);

@@ -248,16 +248,18 @@ using Clock = std::chrono::steady_clock;
 
 void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds) {
     const auto n = [](std::int64_t x) { return static_cast<long long>(x); };
-    const double gflops = count_flops(p) / (milliseconds * 1e6);
+    char speed[32] = "queued";  // arrays on a device: the call does not wait for its result
+    if (p.device.type == DeviceType::cpu)
+        std::snprintf(speed, sizeof speed, "%.1f GFLOP/s", count_flops(p) / (milliseconds * 1e6));
     std::fprintf(stderr,
                  "fastattn: %s %s B=%lld Sq=%lld Sk=%lld Hq=%lld Hkv=%lld D=%lld Dv=%lld%s%s%s%s | %s | "
-                 "threads=%d items=%lld workspace=%zu B | %.4f ms, %.1f GFLOP/s\n",
+                 "threads=%d items=%lld workspace=%zu B | %.4f ms, %s\n",
                  plan.kernel->name, dtype_name(p.dtype), n(p.batch), n(p.q_size), n(p.kv_size), n(p.q_heads),
                  n(p.kv_heads), n(p.head_dim), n(p.value_dim), p.causal ? " causal" : "",
                  p.window_left >= 0 || p.window_right >= 0 ? " window" : "",
                  p.mask.data != nullptr ? " mask" : "", p.bias.data != nullptr ? " bias" : "",
                  plan.details.algorithm.c_str(), plan.threads, n(plan.details.work_items),
-                 plan.total_bytes + plan.details.device_bytes, milliseconds, gflops);
+                 plan.total_bytes + plan.details.device_bytes, milliseconds, speed);
 }
 
 }  // namespace

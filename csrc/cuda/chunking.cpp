@@ -1,5 +1,7 @@
 #include "cuda/chunking.h"
 
+#include "core/key_range.h"
+
 namespace fastattn::cuda {
 namespace {
 
@@ -49,7 +51,8 @@ Chunks::Chunks(const AttentionProblem& p, const Chunk& region, std::size_t limit
     : p_(p),
       region_(region),
       limit_(static_cast<Index>(limit / score_size(p.dtype))),
-      apart_(p.kv_size > kKeysToShare && p.ranges_known() && (p.has_kv_lens || p.q_offsets.data != nullptr)),
+      apart_(p.kv_size > kKeysToShare && p.ranges_known() &&
+             (p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr)),
       row_(region.row) {
     if (region_.batches <= 0 || region_.kv_heads <= 0 || region_.rows <= 0) {
         row_ = region_.row + region_.rows;
@@ -58,13 +61,19 @@ Chunks::Chunks(const AttentionProblem& p, const Chunk& region, std::size_t limit
     set_tile();
 }
 
+// A tile of r rows computes up to r keys in vain for each of them: an eighth of all, or as many as the window has.
+Index Chunks::restricted_rows() const noexcept {
+    Index rows = region_.rows / kTilesAtMost;
+    const Index right = p_.causal ? 0 : p_.window_right;
+    if (p_.window_left >= 0 && right >= 0) rows = std::min(rows, saturating_add(p_.window_left, right));
+    return std::max(kRestrictedRows, round_up(rows, kRestrictedRows));
+}
+
 // Rows of the tile at row_, then heads and entries of its chunks.
 void Chunks::set_tile() noexcept {
     const Index left = region_.row + region_.rows - row_;
     rows_ = left;
-    if (p_.causal || p_.window_left >= 0 || p_.window_right >= 0)
-        rows_ =
-            std::min(left, std::max(kRestrictedRows, round_up(region_.rows / kTilesAtMost, kRestrictedRows)));
+    if (p_.causal || p_.window_left >= 0 || p_.window_right >= 0) rows_ = std::min(left, restricted_rows());
     const auto keys = [&] {
         const KeyRange range = keys_of(
             p_, {region_.batch, region_.batches, region_.kv_head, region_.kv_heads, row_, rows_, 0, 0});

@@ -40,6 +40,7 @@ public:
     bool next(Chunk& chunk) noexcept;  // false: no more
 
 private:
+    Index restricted_rows() const noexcept;
     void set_tile() noexcept;
 
     const AttentionProblem& p_;

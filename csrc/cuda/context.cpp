@@ -1,6 +1,8 @@
 #include "cuda/context.h"
 
+#include <algorithm>
 #include <atomic>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,6 +16,7 @@
 
 #include "core/cuda_room.h"
 #include "core/kernel.h"
+#include "cuda/build_info.h"
 #include "cuda/errors.h"
 
 namespace fastattn::cuda {
@@ -33,6 +36,7 @@ struct Devices {
     std::mutex mutex;
     bool probed = false;
     std::string reason;  // empty: usable
+    std::list<std::string> library_reasons;
     const cublas::Table* blas = nullptr;
     int count = 0;
     std::vector<std::unique_ptr<DeviceContext>> contexts;
@@ -76,11 +80,6 @@ std::string find_devices(Devices& all) {
         return std::string("the CUDA driver cannot be started: ") + runtime::error_name(status) + " (" +
                runtime::error_text(status) + ")";
     started_in.store(process_id(), std::memory_order_release);
-    DeviceProperties properties;
-    if (runtime::properties(0, &properties) == 0 &&
-        properties.major * 10 + properties.minor < kOldestCapability)
-        return std::string(properties.name) + " has compute capability " + std::to_string(properties.major) +
-               "." + std::to_string(properties.minor) + ", 7.5 or newer is needed";
     return {};
 }
 
@@ -90,16 +89,17 @@ std::string open_library(Devices& all) {
     return all.blas == nullptr ? why : "";
 }
 
-// Under the mutex.
+// Under the mutex. What it returns lives on, though another thread may ask again.
 const std::string& probe(Devices& all) {
     if (!all.probed) {
         all.reason = find_devices(all);
         all.probed = true;
     }
     if (all.reason.empty() && all.blas == nullptr) {
-        static std::string no_library;
-        no_library = open_library(all);
-        if (!no_library.empty()) return no_library;
+        const std::string reason = open_library(all);
+        if (reason.empty()) return all.reason;
+        const auto known = std::find(all.library_reasons.begin(), all.library_reasons.end(), reason);
+        return known != all.library_reasons.end() ? *known : all.library_reasons.emplace_back(reason);
     }
     return all.reason;
 }
@@ -141,10 +141,15 @@ const DeviceContext& context(int device) {
     auto fresh = std::make_unique<DeviceContext>();
     fresh->index = device;
     throw_on_error(runtime::properties(device, &fresh->properties), "asking for the device's properties");
+    const DeviceProperties& is = fresh->properties;
+    if (is.major * 10 + is.minor < kOldestCapability)
+        throw UnsupportedError("device: cuda:" + std::to_string(device) + ", " + is.name +
+                               ", has compute capability " + std::to_string(is.major) + "." +
+                               std::to_string(is.minor) + "; 7.5 or newer is needed");
     throw_on_error(runtime::create_pool(device, kPoolBytes, &fresh->pool), "making a memory pool");
-    throw_on_error(runtime::create_stream(&fresh->own_stream), "making a stream");
     cublas::Handle handle = nullptr;
     throw_on_status(*all.blas, all.blas->Create(&handle), "starting the library");
+    throw_on_error(runtime::create_stream(&fresh->own_stream), "making a stream");
     all.plans.push_back(std::make_unique<GemmPlans>(*all.blas, handle, kGemmWorkspaceBytes));
     fresh->gemm = all.plans.back().get();
     all.contexts.push_back(std::move(fresh));
@@ -181,6 +186,7 @@ namespace fastattn {
 
 const char* cuda_unavailable() { return cuda::unavailable(); }
 int cuda_device_count() { return cuda::usable_devices(); }
+const char* cuda_build() { return cuda::build_info(); }
 bool cuda_needs_library() { return cuda::needs_library(); }
 void cuda_offer_library(const char* path) { cuda::cublas::offer(path); }
 void* cuda_own_stream(int device) { return cuda::context(device).own_stream; }

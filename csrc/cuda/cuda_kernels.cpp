@@ -51,31 +51,6 @@ ChunkCount count_chunks(const AttentionProblem& p, bool staged, std::size_t limi
     return count;
 }
 
-KernelPlan cublas_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
-    const DeviceProperties& properties = context(device.index).properties;
-    const bool staged = p.device.type == DeviceType::cpu;
-    KernelPlan plan;
-    if (is_empty(p)) {
-        plan.algorithm = "nothing to compute";
-        return plan;
-    }
-    const Chunk region = staged ? Units(p).largest() : whole(p);
-    const AttentionProblem laid = staged ? unit_problem(p, region) : p;
-    const CublasWorkspace w = lay_out(p, laid, region, properties, nullptr);
-    plan.device_bytes = w.bytes + (staged ? staged_bytes(p) : side_bytes(p, true));
-    plan.work_items = staged ? threads : 1;  // of the host: the threads copy
-    if (describe) {
-        const ChunkCount count = count_chunks(p, staged, w.limit);
-        plan.algorithm = "cuBLAS, scores in " + std::to_string(count.chunks) + " chunk" +
-                         (count.chunks == 1 ? "" : "s") + ", the first of " +
-                         std::to_string(count.first.rows) + " rows x " +
-                         std::to_string(count.first.batches * count.first.kv_heads * p.group) + " heads";
-        if (staged) plan.algorithm += ", arrays staged in " + std::to_string(Units(p).count()) + " units";
-        if (environment().tf32 && p.dtype == DType::f32) plan.algorithm += ", TF32";
-    }
-    return plan;
-}
-
 // A problem whose lengths and offsets nobody else can change while sizes of memory are derived from them.
 class Frozen {
 public:
@@ -98,6 +73,35 @@ private:
     std::array<std::vector<std::int64_t>, 3> values_;
     std::size_t kept_ = 0;
 };
+
+KernelPlan cublas_plan(const AttentionProblem& asked, Device device, int threads, bool describe) {
+    const DeviceProperties& properties = context(device.index).properties;
+    const Frozen frozen(asked);
+    const AttentionProblem& p = frozen.problem();
+    const bool staged = p.device.type == DeviceType::cpu;
+    KernelPlan plan;
+    if (is_empty(p)) {
+        plan.algorithm = "nothing to compute";
+        return plan;
+    }
+    const Chunk region = staged ? Units(p).largest() : whole(p);
+    const AttentionProblem laid = staged ? unit_problem(p, region) : p;
+    const CublasWorkspace w = lay_out(p, laid, region, properties, nullptr);
+    plan.device_bytes = w.bytes + (staged ? staged_bytes(p) : side_bytes(p, true));
+    plan.work_items = staged ? threads : 1;  // of the host: the threads copy
+    if (describe) {
+        const ChunkCount count = count_chunks(p, staged, w.limit);
+        plan.algorithm = "cuBLAS, scores in " + std::to_string(count.chunks) + " chunk" +
+                         (count.chunks == 1 ? "" : "s") + ", the first of " +
+                         std::to_string(count.first.rows) + " rows x " +
+                         std::to_string(count.first.batches * count.first.kv_heads * p.group) + " heads";
+        if (staged)
+            plan.algorithm += ", arrays staged in " + std::to_string(Units(p).count()) + " unit" +
+                              (Units(p).count() == 1 ? "" : "s");
+        if (environment().tf32 && p.dtype == DType::f32) plan.algorithm += ", TF32";
+    }
+    return plan;
+}
 
 class CublasUnit final : public UnitKernel {
 public:

@@ -28,6 +28,7 @@ const char* cuda_unavailable() {
 
 int cuda_device_count() { return 0; }
 
+const char* cuda_build() { return cuda::build_info(); }
 bool cuda_needs_library() { return false; }
 void cuda_offer_library(const char*) {}
 void* cuda_own_stream(int) { throw UnsupportedError(cuda_unavailable()); }

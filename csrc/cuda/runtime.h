@@ -54,7 +54,7 @@ int create_event(Event* event) noexcept;  // without timing
 int destroy_event(Event event) noexcept;
 int record(Event event, Stream stream) noexcept;
 int wait(Stream stream, Event event) noexcept;  // what follows in `stream` waits for `event`
-int synchronize_event(Event event) noexcept;
+int query(Event event) noexcept;  // 0: over; kNotReady
 
 // ---- errors -----------------------------------------------------------------------------------------
 int last_error() noexcept;  // of this thread's launches, and forgets it
@@ -67,6 +67,7 @@ const char* error_text(int code) noexcept;
 inline constexpr int kNoMemory = 2;
 inline constexpr int kInsufficientDriver = 35;
 inline constexpr int kNoDevice = 100;
+inline constexpr int kNotReady = 600;
 inline constexpr int kNotSupported = 801;
 
 }  // namespace fastattn::cuda

@@ -103,8 +103,7 @@ int synchronize(Stream stream) noexcept { return forget(cudaStreamSynchronize(st
 
 int create_event(Event* event) noexcept {
     cudaEvent_t fresh = nullptr;
-    const int status =
-        forget(cudaEventCreateWithFlags(&fresh, cudaEventDisableTiming | cudaEventBlockingSync));
+    const int status = forget(cudaEventCreateWithFlags(&fresh, cudaEventDisableTiming));
     *event = fresh;
     return status;
 }
@@ -116,7 +115,11 @@ int record(Event event, Stream stream) noexcept {
 int wait(Stream stream, Event event) noexcept {
     return forget(cudaStreamWaitEvent(stream_of(stream), event_of(event), 0));
 }
-int synchronize_event(Event event) noexcept { return forget(cudaEventSynchronize(event_of(event))); }
+
+int query(Event event) noexcept {
+    const cudaError_t status = cudaEventQuery(event_of(event));
+    return status == cudaErrorNotReady ? static_cast<int>(status) : forget(status);
+}
 
 int last_error() noexcept { return static_cast<int>(cudaGetLastError()); }
 const char* error_name(int code) noexcept { return cudaGetErrorName(static_cast<cudaError_t>(code)); }

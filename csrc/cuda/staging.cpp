@@ -1,8 +1,10 @@
 #include "cuda/staging.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -131,8 +133,10 @@ Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p)
         return;
     }
     const auto limit = static_cast<Index>(unit_bytes);
-    const Index keys = all_.keys * (p.head_dim + p.value_dim) * item_of(p.dtype);
-    Index row = (p.head_dim + p.value_dim) * item_of(p.dtype) + item_of(p.lse_dtype);
+    const auto stored = static_cast<Index>(compact_bytes(p.dtype, 1, 1, 1, p.head_dim) +
+                                           compact_bytes(p.dtype, 1, 1, 1, p.value_dim));
+    const Index keys = all_.keys * stored;
+    Index row = stored + item_of(p.lse_dtype);
     if (p.weights.data != nullptr) row += p.kv_size * item_of(p.lse_dtype);
     if (p.mask.data != nullptr && p.mask.query != 0) row += all_.keys;
     if (p.bias.data != nullptr && p.bias.query != 0) row += all_.keys * item_of(p.bias.dtype);
@@ -262,7 +266,10 @@ void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block,
             throw_on_error(runtime::copy(to, compact.get(), bytes, Copy::to_device, stream),
                            "copying to the device");
             // A copy from pageable memory may be read from after the call returns.
-            throw_on_error(runtime::free_host_after(compact.get(), stream), "freeing after a copy");
+            if (const int status = runtime::free_host_after(compact.get(), stream)) {
+                if (runtime::synchronize(stream) != 0) compact.release();  // nobody knows who still reads it
+                throw_on_error(status, "freeing after a copy");
+            }
             compact.release();
         }
         return placed(p, from, region, to);
@@ -317,11 +324,17 @@ private:
 class Lane {
 public:
     Lane() {
-        for (Stream* stream : {&up, &compute, &down})
-            throw_on_error(runtime::create_stream(stream), "making a stream");
-        for (Event* event : {&ready, &keys_uploaded, &keys_used[0], &keys_used[1], &uploaded[0], &uploaded[1],
-                             &computed[0], &computed[1], &downloaded[0], &downloaded[1]})
-            throw_on_error(runtime::create_event(event), "making an event");
+        try {
+            for (Stream* stream : streams())
+                throw_on_error(runtime::create_stream(stream), "making a stream");
+            for (Event* event : events()) throw_on_error(runtime::create_event(event), "making an event");
+        } catch (...) {
+            for (Stream* stream : streams())
+                if (*stream != nullptr) runtime::destroy_stream(*stream);
+            for (Event* event : events())
+                if (*event != nullptr) runtime::destroy_event(*event);
+            throw;
+        }
     }
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;
@@ -337,9 +350,15 @@ public:
     }
 
     Stream up = nullptr, compute = nullptr, down = nullptr;
-    Event ready = nullptr, keys_uploaded = nullptr, keys_used[kSlots] = {};
-    Event uploaded[kSlots] = {}, computed[kSlots] = {}, downloaded[kSlots] = {};
+    Event ready = nullptr, uploaded[kSlots] = {}, computed[kSlots] = {}, downloaded[kSlots] = {};
     PinnedBlock keys[kSlots], in[kSlots], out[kSlots];
+
+private:
+    std::array<Stream*, 3> streams() noexcept { return {&up, &compute, &down}; }
+    std::array<Event*, 7> events() noexcept {
+        return {&ready,       &uploaded[0],   &uploaded[1],  &computed[0],
+                &computed[1], &downloaded[0], &downloaded[1]};
+    }
 };
 
 // Lanes nobody uses, by device. Never destroyed, as the driver may go first.
@@ -460,7 +479,6 @@ public:
             stage(n, unit, same_keys);
         }
         for (Index left = n - kSlots; left < n; ++left) finish(left);
-        check(lane_.drain(), "computing on the device");
     }
 
 private:
@@ -479,12 +497,7 @@ private:
         device.mask.place = device.bias.place = DeviceType::cuda;
 
         if (!same_keys) {
-            // This key set's slot was last used by the set before the last: its upload must have left the
-            // page-locked block, its units must have been computed.
-            if (key_sets_ > kSlots) {
-                check(runtime::synchronize_event(lane_.keys_used[key_slot]), "computing on the device");
-                check(runtime::wait(lane_.up, lane_.keys_used[key_slot]), "waiting for an event");
-            }
+            // The slot's last set was that before the last, whose units finish() has waited for.
             copy_keys(p_, unit, p_.k, pinned_[slot].k, p_.head_dim, executor_);
             copy_keys(p_, unit, p_.v, pinned_[slot].v, p_.value_dim, executor_);
             upload(device_keys, lane_.keys[key_slot], layout.keys_bytes);
@@ -496,7 +509,6 @@ private:
         check(runtime::wait(lane_.compute, lane_.uploaded[slot]), "waiting for an event");
         kernel_.queue(p_, device, unit, blocks_.workspace, lane_.compute);
         check(runtime::record(lane_.computed[slot], lane_.compute), "recording an event");
-        check(runtime::record(lane_.keys_used[key_slot], lane_.compute), "recording an event");
         check(runtime::wait(lane_.down, lane_.computed[slot]), "waiting for an event");
         check(runtime::copy(lane_.out[slot].data(), to.out, layout.out_bytes, Copy::to_host, lane_.down),
               "copying from the device");
@@ -512,8 +524,20 @@ private:
     void finish(Index n) {
         if (n < 0) return;
         const auto slot = static_cast<int>(n % kSlots);
-        check(runtime::synchronize_event(lane_.downloaded[slot]), "computing on the device");
+        await(lane_.downloaded[slot]);
         copy_out(p_, units_[slot], pinned_[slot], executor_);
+    }
+
+    // Asks its caller meanwhile whether to stop. A short wait is spent asking, a long one mostly asleep.
+    void await(Event event) {
+        constexpr auto patience = std::chrono::microseconds(100);
+        const auto start = std::chrono::steady_clock::now();
+        for (;;) {
+            const int status = runtime::query(event);
+            if (status != kNotReady) return check(status, "computing on the device");
+            if (executor_.stop_requested()) throw Cancelled();
+            if (std::chrono::steady_clock::now() - start > patience) std::this_thread::sleep_for(patience);
+        }
     }
 
     const AttentionProblem& p_;

@@ -8,6 +8,7 @@ namespace fastattn::cuda {
 static_assert(kNoMemory == cudaErrorMemoryAllocation);
 static_assert(kInsufficientDriver == cudaErrorInsufficientDriver);
 static_assert(kNoDevice == cudaErrorNoDevice);
+static_assert(kNotReady == cudaErrorNotReady);
 static_assert(kNotSupported == cudaErrorNotSupported);
 
 static_assert(sizeof(Stream) == sizeof(cudaStream_t));

@@ -496,8 +496,9 @@ int wait(Stream stream, Event event) noexcept {
     return 0;
 }
 
-int synchronize_event(Event event) noexcept {
-    FASTATTN_ENTER("synchronize_event");
+// Never "not ready": who asks is who would wait.
+int query(Event event) noexcept {
+    FASTATTN_ENTER("query");
     if (const auto mark = event_of(event).mark) run_until(*mark);
     return 0;
 }

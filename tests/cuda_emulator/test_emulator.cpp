@@ -206,7 +206,7 @@ TEST_F(Emulator, SynchronizeEventRunsUpToTheRecord) {
     ASSERT_EQ(runtime::fill(&before, 7, 1, legacy), 0);
     ASSERT_EQ(runtime::record(event, reinterpret_cast<Stream>(std::uintptr_t{1})), 0);  // the same stream
     ASSERT_EQ(runtime::fill(&after, 7, 1, legacy), 0);
-    ASSERT_EQ(runtime::synchronize_event(event), 0);
+    ASSERT_EQ(runtime::query(event), 0);
     EXPECT_EQ(before, 7);
     EXPECT_EQ(after, 0);
     ASSERT_EQ(runtime::synchronize(legacy), 0);

@@ -26,9 +26,19 @@ THREAD_VARIABLES = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 def main(arguments: Any) -> int:
     """Runs, prints, and writes what was asked for; `arguments` is what argparse made of the command line."""
     _check_files(arguments)
+    if arguments.quick and arguments.cases is not None:
+        raise ValueError("--quick: chooses the cases itself, leave out --cases")
+    given = sys.argv[1:]  # bench/compare.py leaves out the word bench
+    command = ["python", "-m", "fastattn", "bench", *(given[1:] if given[:1] == ["bench"] else given)]
+    if arguments.device == "cuda":
+        from fastattn._cli import cuda_bench  # none of it is needed on the CPU
+
+        return cuda_bench.main(arguments, command)
+    if arguments.device != "cpu":
+        raise ValueError(f"--device: expected cpu or cuda, got {arguments.device!r}")
+    if arguments.transfers:
+        raise ValueError("--transfers: needs --device cuda")
     if arguments.quick:
-        if arguments.cases is not None:
-            raise ValueError("--quick: chooses the cases itself, leave out --cases")
         arguments.cases = case_list.QUICK
     if arguments.scaling:
         for option in ("cases", "kernel"):
@@ -42,8 +52,6 @@ def main(arguments: Any) -> int:
     select(arguments.cases, case_list.CASES)
     peers.choose(arguments.peers)
 
-    given = sys.argv[1:]  # bench/compare.py leaves out the word bench
-    command = ["python", "-m", "fastattn", "bench", *(given[1:] if given[:1] == ["bench"] else given)]
     if len(numbers) == 1:
         document = _run(arguments, numbers[0], command)
     else:

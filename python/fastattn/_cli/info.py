@@ -47,7 +47,11 @@ def _build() -> str:
 
 
 def _cuda() -> str:
-    """Usable, or why not, as a call would say it."""
+    """Usable, or why not, as a call would say it; and what the build has."""
+    return f"{_usable_cuda()}; build: {_core.cuda_build()}"
+
+
+def _usable_cuda() -> str:
     q = np.zeros((1, 1), np.float32)
     try:
         plan = fastattn.explain(q, q, q, device="cuda")

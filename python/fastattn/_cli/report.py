@@ -45,7 +45,7 @@ def _run(run: dict[str, Any], versions: dict[str, str]) -> list[str]:
     for case in run["cases"]:
         lines += ["", _heading(case), *(next(text) for _ in case["results"])]
         lines += [f"  {name}: {reason}" for name, reason in case["skipped"].items()]
-    return [*lines, *_summary(run["cases"])]
+    return [*lines, *summary(run["cases"])]
 
 
 def _limits(limits: dict[str, Any]) -> list[str]:
@@ -77,14 +77,14 @@ def _row(case: dict[str, Any], entry: dict[str, Any]) -> tuple[str, ...]:
         f"  {entry['name']} ({entry['implementation']})",
         time_text(entry["seconds"]),
         speed(case, entry),
-        _percent(entry["fraction_of_limit"]),
-        _percent(entry["fraction_of_best_limit"]),
+        percent(entry["fraction_of_limit"]),
+        percent(entry["fraction_of_best_limit"]),
         f"{entry['seconds'] / case['results'][0]['seconds']:.2f}",
         f"{slowdown:.2f}x" if slowdown is not None else "",
     )
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
     return f"{100 * fraction:.0f} %" if fraction is not None else ""
 
 
@@ -100,7 +100,7 @@ def _heading(case: dict[str, Any]) -> str:
     return text
 
 
-def _summary(cases: list[dict[str, Any]]) -> list[str]:
+def summary(cases: list[dict[str, Any]]) -> list[str]:
     ratios = [case["ratio_to_best_peer"] for case in cases if case["best_peer"] is not None]
     if not ratios:
         return []

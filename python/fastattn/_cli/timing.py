@@ -87,7 +87,7 @@ def bench_case(
         except Exception as reason:  # whatever a peer cannot do must not end the run
             if implementation.name == "fastattn":
                 raise
-            skipped[implementation.name] = _first_line(reason)
+            skipped[implementation.name] = first_line(reason)
 
     ours, *others = timed
     kernel = ours.runner.implementation
@@ -143,7 +143,7 @@ def _prepare(
         except Exception as reason:
             if implementation.name == "fastattn":
                 raise
-            reasons.append(_first_line(reason))
+            reasons.append(first_line(reason))
             continue
         seconds[tried.runner.implementation] = tried.first_seconds
         if best is None or tried.first_seconds < best.first_seconds:
@@ -272,5 +272,5 @@ def burst(runner: peers.Runner, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _first_line(reason: Exception) -> str:
+def first_line(reason: Exception) -> str:
     return str(reason).splitlines()[0] if str(reason) else repr(reason)
