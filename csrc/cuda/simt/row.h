@@ -162,5 +162,50 @@ struct Scorer {
     }
 };
 
+// The denominator of a row's softmax, of its keys (m = max x, l = sum 2^(x - m)) and of its sink, one more score without a
+// value. A sink of +inf takes all the weight instead of giving NaN.
+template <class Acc>
+class Denominator {
+public:
+    __device__ Denominator(const AttentionProblem& p, const Row& row, Acc max, Acc sum) {
+        if (row.exists && p.sinks.data != nullptr) {
+            raw = load_real(p.sinks.data, p.sinks.dtype, row.place.h * p.sinks.head);
+            const double limit = static_cast<double>(score_limit<Acc>());
+            sink = static_cast<Acc>(raw) == infinity<Acc>() || raw == -HUGE_VAL
+                       ? static_cast<Acc>(raw)
+                       : static_cast<Acc>((raw > limit ? limit : (raw < -limit ? -limit : raw)) * kLog2E);
+        }
+        top = larger(max, sink);
+        Acc share = 1;  // 2^(max - top)
+        total = sum;
+        if (sink != -infinity<Acc>()) {
+            share = max == -infinity<Acc>() ? Acc(0) : power2(max - top);
+            total = sum * share + (sink == infinity<Acc>() ? Acc(1) : power2(sink - top));
+        }
+        factor = static_cast<Acc>(static_cast<double>(share) / static_cast<double>(total));
+    }
+
+    // Neither 0 (nothing attended, or scores of -inf alone) nor NaN.
+    __device__ bool is_regular() const { return total > 0; }
+
+    __device__ double log_sum() const {
+        // At score_limit all that is known is that the score was about the type's largest number.
+        constexpr double most = sizeof(Acc) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+        const double edge = static_cast<double>(score_limit<Acc>()) * 1.44, t = static_cast<double>(top);
+        if (total == Acc(0)) return -HUGE_VAL;
+        if (t <= -edge && total == total) return -most;
+        if (t >= edge && t < HUGE_VAL && total == total) return most;
+        // A sink alone comes back as it was.
+        if (top == sink) return raw + log(static_cast<double>(total));
+        return (t + log2(static_cast<double>(total))) * kLn2;
+    }
+
+    Acc factor;  // 2^(x - m) times this is the weight of a key
+
+private:
+    Acc sink = -infinity<Acc>(), top, total;  // sink: in units of x
+    double raw = -HUGE_VAL;
+};
+
 }  // namespace
 }  // namespace fastattn::cuda

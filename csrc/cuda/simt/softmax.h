@@ -1,6 +1,6 @@
 // Scores of a chunk -> weights in their place, lse, and the weights that the caller asked for.
 //
-//   x_j = log2(e) * score_j,  m = max(x_j, sink),  l = sum_j 2^(x_j - m) + 2^(sink - m)
+//   x_j = log2(e) * score_j,  m = max x_j,  l = sum_j 2^(x_j - m) + 2^(sink - m)
 //   P_j = keep_j * 2^(x_j - m) / (l * (1 - dropout)),   lse = ln 2 * (m + log2 l)
 //
 // A group of threads owns a row. Without elementwise arguments up to 32 scores per thread stay in registers, so the row is
@@ -30,15 +30,7 @@ public:
           score(args.problem, args.chunk, row),
           keys(static_cast<int>(args.chunk.keys)),
           scores(static_cast<Acc*>(args.scores) + r * args.ld),
-          weights(reinterpret_cast<T*>(scores)) {
-        if (row.exists && p.sinks.data != nullptr) {
-            const double s = raw_sink = load_real(p.sinks.data, p.sinks.dtype, row.place.h * p.sinks.head);
-            const double limit = static_cast<double>(score_limit<Acc>());
-            sink = static_cast<Acc>(s) == infinity<Acc>() || s == -HUGE_VAL
-                       ? static_cast<Acc>(s)
-                       : static_cast<Acc>((s > limit ? limit : (s < -limit ? -limit : s)) * kLog2E);
-        }
-    }
+          weights(reinterpret_cast<T*>(scores)) {}
 
     __device__ void compute() {
         if (plain && keys <= kStep * kQuads) {
@@ -64,7 +56,7 @@ private:
 
     __device__ void in_registers() {
         Acc x[kQuads][4];
-        Acc top = sink;
+        Acc top = -infinity<Acc>();
         FASTATTN_UNROLL
         for (int c = 0; c < kQuads; ++c) {
             const int v = c * kStep + 4 * G::lane();
@@ -82,7 +74,7 @@ private:
             FASTATTN_UNROLL
             for (int e = 0; e < 4; ++e) sum += x[c][e] = power2(x[c][e] - shift);
         }
-        set_total(sum, shift);  // all threads have read their scores when this returns
+        set_total(sum);  // all threads have read their scores when this returns
         if (!regular) return store_irregular(a, number);
         FASTATTN_UNROLL
         for (int c = 0; c < kQuads; ++c) {
@@ -103,7 +95,7 @@ private:
     }
 
     __device__ void in_three_passes() {
-        Acc top = sink;
+        Acc top = -infinity<Acc>();
         for (int v = 4 * G::lane(); v < keys; v += kStep) {
             Acc x[4];
             load_scores(v, x);
@@ -120,7 +112,7 @@ private:
             FASTATTN_UNROLL
             for (int e = 0; e < 4; ++e) sum += power2(x[e] - shift);
         }
-        set_total(sum, shift);
+        set_total(sum);
         if (!regular) return store_irregular(a, number);
         // A step is read by all before its weights go over scores that were read in this step or before.
         for (int first = 0; first < keys; first += kStep) {
@@ -137,12 +129,11 @@ private:
     }
 
     // l from the sums of the threads.
-    __device__ void set_total(Acc sum, Acc shift) {
+    __device__ void set_total(Acc sum) {
         l = G::reduce(sum, [](Acc s, Acc t) { return s + t; });
-        // A sink of +inf takes all the weight instead of giving NaN.
-        if (sink != -infinity<Acc>()) l += sink == infinity<Acc>() ? Acc(1) : power2(sink - shift);
-        regular = l > 0;
-        inverse = regular ? static_cast<Acc>(1.0 / static_cast<double>(l)) : Acc(0);
+        const Denominator<Acc> denominator(p, row, m, l);
+        regular = denominator.is_regular();
+        inverse = denominator.factor;
         kept = static_cast<Acc>(static_cast<double>(inverse) / (1.0 - p.dropout));
     }
 
@@ -185,7 +176,8 @@ private:
 
     __device__ void finish() {
         if (G::lane() == 0 && p.lse.data != nullptr) {
-            static_cast<Acc*>(p.lse.data)[row.offset(p.lse)] = static_cast<Acc>(log_sum());
+            static_cast<Acc*>(p.lse.data)[row.offset(p.lse)] =
+                static_cast<Acc>(Denominator<Acc>(p, row, m, l).log_sum());
         }
         if constexpr (!plain) {
             if (p.weights.data == nullptr) return;
@@ -193,17 +185,6 @@ private:
             for (Index j = a.chunk.key + a.chunk.keys + G::lane(); j < p.kv_size; j += threads)
                 store_softmax(j, 0);
         }
-    }
-
-    // At score_limit all that is known is that the score was about the type's largest number.
-    __device__ double log_sum() const {
-        constexpr double most = sizeof(Acc) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
-        const double edge = static_cast<double>(score_limit<Acc>()) * 1.44, top = static_cast<double>(m);
-        if (l == Acc(0)) return -HUGE_VAL;
-        if (top <= -edge && l == l) return -most;
-        if (top >= edge && top < HUGE_VAL && l == l) return most;
-        if (m == sink) return raw_sink + log(static_cast<double>(l));  // a sink alone comes back as it was
-        return (top + log2(static_cast<double>(l))) * kLn2;
     }
 
     const SoftmaxArgs& a;
@@ -214,9 +195,8 @@ private:
     const int keys;  // of the chunk
     Acc* scores;
     T* weights;
-    Acc sink = -infinity<Acc>(), m = 0, l = 0;  // sink: in units of x
-    double raw_sink = -HUGE_VAL;
-    Acc inverse = 0, kept = 0;  // 1/l; that over 1 - dropout
+    Acc m = 0, l = 0;  // of the keys alone
+    Acc inverse = 0, kept = 0;  // what 2^(x - m) is multiplied with for the softmax; that over 1 - dropout
     bool regular = false;  // l > 0
 };
 
