@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ import types
 
 import numpy as np
 import pytest
+from subproc import run
 
 import fastattn
 
@@ -111,21 +113,30 @@ class FakeTorch(types.ModuleType):
         super().__init__("torch")
         self.stream_handle = 0
         self.cuda = types.SimpleNamespace(
-            current_stream=lambda device: types.SimpleNamespace(cuda_stream=self.stream_handle)
+            current_stream=lambda device: types.SimpleNamespace(cuda_stream=self.stream_handle),
+            device=lambda device: contextlib.nullcontext(),
         )
+        self.OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
         self.float32, self.float64 = np.float32, np.float64
         self.autograd = types.SimpleNamespace(
             graph=types.SimpleNamespace(increment_version=lambda tensor: None)
         )
 
         class Tensor(DeviceArray):
+            def __init__(self, array, device=0):
+                super().__init__(array, device)
+                self.device = types.SimpleNamespace(type="cuda", index=device)
+
+            def __dlpack_device__(self):
+                return (2, self.device.index)
+
             def is_inference(self):
                 return False
 
         self.Tensor = Tensor
 
     def empty(self, shape, dtype, device):
-        return self.Tensor(np.full(shape, 77, dtype), device=device[1])
+        return self.Tensor(np.full(shape, 77, dtype), device=device.index)
 
 
 @pytest.fixture
@@ -141,7 +152,7 @@ def test_calls_take_their_place_in_the_callers_stream(qkv, torch):
     arrays = on_device(qkv, torch.Tensor)
     out = fastattn.mha(*arrays)
     assert type(out) is torch.Tensor
-    assert {asked["stream"] for x in arrays for asked in x.asked} == {torch.stream_handle}
+    assert {asked["stream"] for x in arrays for asked in x.asked} == {-1}  # in order already
     assert pending() > 0, "nothing is waited for"
     assert (out.array == 77).all()
     arrays[0].array[:] = qkv[0][::-1]  # the caller's order: what is queued has not been read yet
@@ -151,9 +162,9 @@ def test_calls_take_their_place_in_the_callers_stream(qkv, torch):
 
 
 def test_default_stream_is_asked_for_by_its_dlpack_number(qkv, torch):
-    arrays = on_device(qkv, torch.Tensor)
-    out = fastattn.mha(*arrays)
-    assert {asked["stream"] for x in arrays for asked in x.asked} == {1}
+    q, others = torch.Tensor(qkv[0]), on_device(qkv[1:], DeviceArray)
+    out = fastattn.mha(q, *others)
+    assert {asked["stream"] for x in others for asked in x.asked} == {1}
     assert close(out.numpy(), fastattn.mha(*qkv, device="cpu"))
 
 
@@ -342,3 +353,65 @@ def test_large_host_calls_choose_the_gpu_by_the_estimate():
         fastattn._core.set_device_speeds(warp=1.0)
     with pytest.raises(ValueError, match="above 0"):
         fastattn._core.set_device_speeds(gpu_f32=-1.0)
+
+
+def test_a_gpu_that_nobody_asked_for_is_no_reason_to_fail():
+    q = np.random.default_rng(3).standard_normal((1, 1300, 1, 32)).astype(np.float32)
+    speeds = fastattn._core.device_speeds()
+    try:
+        fastattn._core.set_device_speeds(gpu_f32=1e18, to_device=1e18, to_host=1e18, gpu_seconds=1e-9)
+        assert fastattn.explain(q, q, q).device == "cuda:0"
+        want = fastattn.mha(q, q, q, device="cpu")
+        LIBRARY.fastattn_emulator_set_memory_limit(1 << 20)
+        assert np.array_equal(fastattn.mha(q, q, q), want)
+        with pytest.raises(MemoryError):
+            fastattn.mha(q, q, q, device="cuda")
+    finally:
+        fastattn._core.set_device_speeds(**speeds)
+
+
+def test_failures_wait_for_what_was_queued(qkv):
+    arrays = on_device(qkv, DeviceArray)
+    fail_next("Matmul", 13)
+    with pytest.raises(fastattn.CudaError):
+        fastattn.mha(*arrays)
+    assert pending() == 0
+
+
+def test_tensors_beside_torchs_current_device(qkv, torch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(where):
+        entered.append(where.index)
+        yield
+
+    torch.cuda.device = device
+    out = fastattn.mha(*on_device(qkv, torch.Tensor, device=1))
+    assert entered == [1, 1, 1, 1]  # the result too
+    assert close(out.numpy(), fastattn.mha(*qkv, device="cpu"))
+
+
+def test_long_rows_of_float16_keep_their_small_weights():
+    """A weight of 2e-6 has five bits in float16; here each would be 1.3 % too large."""
+    v = np.ones((1, 500_000, 1, 1), np.float16)
+    q = np.zeros((1, 1, 1, 1), np.float16)
+    out = fastattn.mha(q, v, v, device="cuda")
+    np.testing.assert_allclose(out.astype(float), 1, atol=6e-3)
+
+
+def test_numpy_calls_with_another_device_do_not_start_cuda():
+    """Neither does the estimate, where it prefers the CPU."""
+    run("""
+        few, many = np.zeros((1, 1, 1, 512), np.float16), np.zeros((1, 110_000, 1, 512), np.float16)
+        fastattn.mha(few, many, many)  # more to transfer than to compute
+        q = np.zeros((1, 1500, 1, 32), np.float32)
+        for keywords in ({"device": "cpu"}, {"kernel": "cpu-avx2"}):
+            fastattn.mha(q, q, q, **keywords)
+        # What starts the driver leaves its mark: a child is then told so.
+        pid = os.fork()
+        if pid == 0:
+            ok = [k.usable for k in fastattn.kernels() if k.name == "cuda-cublas"][0]
+            os._exit(0 if ok else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    """)

@@ -49,15 +49,28 @@ void CudaUse::join(PyObject* array, const char* name, std::int32_t device, bool 
     must_wait_ = must_wait_ || !theirs || reinterpret_cast<void*>(*theirs) != stream_;
 }
 
-void CudaUse::wait() const {
+std::int64_t CudaUse::stream_for(PyObject* array) const {
+    const std::optional<std::uintptr_t> theirs = current_stream(array);
+    const auto ours = reinterpret_cast<std::uintptr_t>(stream_);
+    if (theirs && *theirs == ours) {
+        return -1;
+    }
+    return ours == 0 ? 1 : static_cast<std::int64_t>(ours);  // the protocol's number of the default stream
+}
+
+void CudaUse::wait() noexcept {
     if (!must_wait_) {
         return;
     }
-    if (!may_release_gil()) {
-        return cuda_wait(device_.index, stream_);
+    try {
+        if (!may_release_gil()) {
+            return cuda_wait(device_.index, stream_);
+        }
+        const WithoutGil detached;
+        cuda_wait(device_.index, stream_);
+    } catch (...) {
+        failure_ = std::current_exception();
     }
-    const WithoutGil detached;
-    cuda_wait(device_.index, stream_);
 }
 
 void prepare_cuda() {
@@ -65,16 +78,22 @@ void prepare_cuda() {
     if (done.load(std::memory_order_acquire) || !cuda_needs_library()) {
         return;
     }
-    const py::module_ cuda = py::module_::import("fastattn._cuda");
-    const py::object path = cuda.attr("find_cublas")();
+    const py::object path = py::module_::import("fastattn._cuda").attr("find_cublas")();
     if (!path.is_none()) {
         cuda_offer_library(path.cast<std::string>().c_str());
     }
-    const py::object speeds = cuda.attr("stored_speeds")();
+    done.store(true, std::memory_order_release);
+}
+
+void load_device_speeds() {
+    static std::atomic<bool> done{false};
+    if (done.exchange(true, std::memory_order_acq_rel)) {
+        return;
+    }
+    const py::object speeds = py::module_::import("fastattn._cuda").attr("stored_speeds")();
     if (!speeds.is_none()) {
         py::module_::import("fastattn._core").attr("set_device_speeds")(**py::dict(speeds));
     }
-    done.store(true, std::memory_order_release);
 }
 
 }  // namespace fastattn::bindings

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
+#include <exception>
 
 #include <fastattn/tensor_view.h>
 
@@ -21,18 +21,39 @@ public:
     bool any() const noexcept { return joined_; }
     Device device() const noexcept { return device_; }
     void* stream() const noexcept { return stream_; }
-    // Memory of some array may be used again by its library without regard to our stream.
-    bool must_wait() const noexcept { return must_wait_; }
-    // After the call was queued; without the GIL where that is possible.
-    void wait() const;
+    // What an array's __dlpack__ is to be told: -1 where its library queues in our stream anyway.
+    std::int64_t stream_for(PyObject* array) const;
+
+    // Waits at its end, where memory of some array may be used again by its library without regard to our stream.
+    class Wait {
+    public:
+        explicit Wait(CudaUse& use) noexcept : use_(use) {}
+        ~Wait() { use_.wait(); }
+        Wait(const Wait&) = delete;
+        Wait& operator=(const Wait&) = delete;
+
+    private:
+        CudaUse& use_;
+    };
+    // Throws what the waiting found.
+    void check() const {
+        if (failure_) {
+            std::rethrow_exception(failure_);
+        }
+    }
 
 private:
+    void wait() noexcept;
+
     bool joined_ = false, must_wait_ = false;
+    std::exception_ptr failure_;
     Device device_{};
     void* stream_ = nullptr;
 };
 
-// Before the core is asked about CUDA: tells it where Python's packages have cuBLAS, and what `tune` measured. Costs nothing after
-// the first time.
+// Before the core is asked about CUDA: tells it where Python's packages have cuBLAS. Starts the driver. Costs nothing after the first
+// time.
 void prepare_cuda();
+// What `tune` measured, for the core. Reads a file once; without one the driver is not started.
+void load_device_speeds();
 }  // namespace fastattn::bindings

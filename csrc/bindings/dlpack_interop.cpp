@@ -80,37 +80,24 @@ void check_requires_grad(PyObject* object, const char* name) {
     }
 }
 
-// __dlpack__(stream=..., max_version=...), the stream only for memory of a device.
 PyRef request_capsule(PyObject* object, const char* name, const Device& where, const CudaUse& cuda) {
-    const PyRef method = PyRef::checked(PyUnicode_FromString("__dlpack__"));
     const PyRef version = PyRef::checked(
         Py_BuildValue("(II)", unsigned{dlpack::kMajorVersion}, unsigned{dlpack::kMinorVersion}));
-    const bool on_device = where.type == DeviceType::cuda;
-    PyRef stream;
-    if (on_device) {
-        const auto handle = reinterpret_cast<std::uintptr_t>(cuda.stream());
-        stream = PyRef::checked(PyLong_FromUnsignedLongLong(handle == 0 ? 1 : handle));  // 0 is not allowed
-    }
-    const auto ask = [&](bool with_version) {
-        PyObject* arguments[3] = {object};
-        Py_ssize_t count = 0;
-        if (on_device) {
-            arguments[1 + count++] = stream.get();
+    PyRef capsule;
+    if (where.type == DeviceType::cuda) {
+        const PyRef glue = PyRef::checked(PyImport_ImportModule("fastattn._arrays"));
+        capsule =
+            PyRef::steal(PyObject_CallMethod(glue.get(), "cuda_capsule", "OLO", object,
+                                             static_cast<long long>(cuda.stream_for(object)), version.get()));
+    } else {
+        const PyRef method = PyRef::checked(PyUnicode_FromString("__dlpack__"));
+        const PyRef keywords = PyRef::checked(Py_BuildValue("(s)", "max_version"));
+        PyObject* arguments[] = {object, version.get()};
+        capsule = PyRef::steal(PyObject_VectorcallMethod(method.get(), arguments, 1, keywords.get()));
+        if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear();  // a producer from before 1.0 does not know the keyword
+            capsule = PyRef::steal(PyObject_VectorcallMethod(method.get(), arguments, 1, nullptr));
         }
-        if (with_version) {
-            arguments[1 + count++] = version.get();
-        }
-        const PyRef keywords =
-            PyRef::checked(on_device ? (with_version ? Py_BuildValue("(ss)", "stream", "max_version")
-                                                     : Py_BuildValue("(s)", "stream"))
-                                     : Py_BuildValue("(s)", "max_version"));
-        return PyRef::steal(
-            PyObject_VectorcallMethod(method.get(), arguments, 1, count > 0 ? keywords.get() : nullptr));
-    };
-    PyRef capsule = ask(true);
-    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear();  // a producer from before 1.0 does not know the keyword
-        capsule = ask(false);
     }
     if (!capsule) {
         wrap_producer_error(object, name, "__dlpack__()");

@@ -204,10 +204,33 @@ void allocate_results(PyObject* q, Call& call, bool with_out, Results& results) 
     }
 }
 
-void compute(const AttentionProblem& problem, RunOptions& options) {
-    const bool small = flops_at_most(problem) < kFlopsToReleaseGil &&
-                       problem.device.type == DeviceType::cpu && options.device.empty();
-    if (small || !may_release_gil()) {
+// Whether host arrays go, or may go, to a GPU. Then the core is told first what Python knows of CUDA.
+bool may_use_cuda(const AttentionProblem& problem, const RunOptions& options) {
+    const Environment& defaults = environment();
+    const auto given = [](std::string_view option, const std::string& fallback) {
+        return option.empty() ? std::string_view(fallback) : option;
+    };
+    const std::string_view device = given(options.device, defaults.device),
+                           kernel = given(options.kernel, defaults.kernel);
+    if (!device.empty() || !kernel.empty()) {
+        return device.starts_with("cuda") || (device.empty() && kernel.starts_with("cuda"));
+    }
+    if (flops_at_most(problem) < kFlopsForGpu) {
+        return false;
+    }
+    load_device_speeds();
+    return estimate_devices(problem, get_num_threads(), device_speeds()).gpu_is_faster();
+}
+
+void compute(const AttentionProblem& problem, Call& call) {
+    RunOptions& options = call.options;
+    options.stream = call.arrays.cuda().stream();
+    bool on_gpu = problem.device.type == DeviceType::cuda;
+    if (!on_gpu && may_use_cuda(problem, options)) {
+        prepare_cuda();
+        on_gpu = true;
+    }
+    if ((flops_at_most(problem) < kFlopsToReleaseGil && !on_gpu) || !may_release_gil()) {
         attention_forward(problem, options);
         return;
     }
@@ -215,20 +238,6 @@ void compute(const AttentionProblem& problem, RunOptions& options) {
     options.poll = &WithoutGil::poll;
     options.poll_context = &detached;
     attention_forward(problem, options);
-}
-
-// What the core may want to know of CUDA before it chooses a device for this call.
-void prepare_device(const AttentionProblem& problem, Call& call) {
-    call.options.stream = call.arrays.cuda().stream();
-    const Environment& defaults = environment();
-    const auto asks = [](std::string_view option, const std::string& fallback) {
-        return (option.empty() ? std::string_view(fallback) : option).starts_with("cuda");
-    };
-    if (problem.device.type == DeviceType::cpu &&
-        (asks(call.options.device, defaults.device) || asks(call.options.kernel, defaults.kernel) ||
-         flops_at_most(problem) >= kFlopsForGpu)) {
-        prepare_cuda();
-    }
 }
 
 PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results) {
@@ -270,9 +279,12 @@ PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     Results results;
     allocate_results(q, call, with_out, results);
     const AttentionProblem problem = make_problem(params);
-    prepare_device(problem, call);
-    compute(problem, call.options);
-    call.arrays.cuda().wait();
+    {
+        // Also when the call fails half-way: what other libraries lent must not be given back while it is read.
+        const CudaUse::Wait wait(call.arrays.cuda());
+        compute(problem, call);
+    }
+    call.arrays.cuda().check();
     if (PyErr_Occurred() != nullptr) {  // a signal handler raised when the work was already done
         throw PythonError{};
     }

@@ -1,15 +1,15 @@
 #include "core/device_choice.h"
 
+#include <atomic>
 #include <cstdio>
-#include <mutex>
 
 #include "core/flops.h"
 
 namespace fastattn {
 namespace {
 
-std::mutex mutex;
-DeviceSpeeds speeds_in_use;
+// Published by pointer and never freed: a mutex could be held by another thread when the process forks.
+std::atomic<const DeviceSpeeds*> speeds_in_use{nullptr};
 
 std::string time_text(double seconds) {
     const bool small = seconds < 1e-3;
@@ -21,8 +21,8 @@ std::string time_text(double seconds) {
 }  // namespace
 
 DeviceSpeeds device_speeds() noexcept {
-    const std::lock_guard lock(mutex);
-    return speeds_in_use;
+    const DeviceSpeeds* set = speeds_in_use.load(std::memory_order_acquire);
+    return set == nullptr ? DeviceSpeeds{} : *set;
 }
 
 void set_device_speeds(const DeviceSpeeds& s) {
@@ -30,8 +30,7 @@ void set_device_speeds(const DeviceSpeeds& s) {
                                s.gpu_f32, s.gpu_half, s.to_device, s.to_host, s.cpu_seconds, s.gpu_seconds}) {
         if (!(speed > 0)) throw ValueError("speeds: expected numbers above 0, got " + std::to_string(speed));
     }
-    const std::lock_guard lock(mutex);
-    speeds_in_use = s;
+    speeds_in_use.store(new DeviceSpeeds(s), std::memory_order_release);
 }
 
 DeviceEstimate estimate_devices(const AttentionProblem& p, int threads, const DeviceSpeeds& s) noexcept {

@@ -137,8 +137,10 @@ DeviceChoice choose_device(const AttentionProblem& problem, const RunOptions& op
 
 std::string describe_choice(const AttentionProblem& problem, const DeviceChoice& choice) {
     if (choice.reason != nullptr) return choice.reason;
-    std::string text = describe(estimate_devices(problem, get_num_threads(), device_speeds()));
-    if (const char* reason = cuda_unavailable()) text += std::string("; CUDA: ") + reason;
+    const DeviceEstimate estimate = estimate_devices(problem, get_num_threads(), device_speeds());
+    std::string text = describe(estimate);
+    if (const char* reason = estimate.gpu_is_faster() ? cuda_unavailable() : nullptr)
+        text += std::string("; CUDA: ") + reason;
     return text;
 }
 
@@ -199,7 +201,6 @@ const Kernel& choose_kernel(const AttentionProblem& problem, Device device, cons
 // ---- the plan -------------------------------------------------------------------------------------
 struct Plan {
     Device device;
-    std::string device_choice;  // when described
     const Kernel* kernel;
     int threads;
     KernelPlan details;
@@ -212,10 +213,7 @@ std::size_t aligned(std::size_t bytes) {
     return (bytes + mask) & ~mask;
 }
 
-Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
-    const DeviceChoice choice = choose_device(problem, options);
-    const Device device = choice.device;
-    if (!choice.by_kernel) check_device(device);  // else the kernel says what is missing
+Plan plan_on(const AttentionProblem& problem, Device device, const RunOptions& options, bool describe) {
     const Kernel& kernel = choose_kernel(problem, device, options);
     int threads = options.num_threads > 0 ? options.num_threads : useful_threads(problem);
     if (threads > kMaxThreads) threads = kMaxThreads;
@@ -224,8 +222,7 @@ Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool 
         threads = details.work_items < 1 ? 1 : static_cast<int>(details.work_items);
         details = kernel.plan(problem, device, threads, describe);
     }
-    Plan plan{device, {}, &kernel, threads, std::move(details), 0, 0, 0};
-    if (describe) plan.device_choice = describe_choice(problem, choice);
+    Plan plan{device, &kernel, threads, std::move(details), 0, 0, 0};
     plan.shared_bytes = aligned(plan.details.shared_bytes);
     plan.per_thread_stride = aligned(plan.details.per_thread_bytes);
     const auto slots = static_cast<std::size_t>(threads);
@@ -234,6 +231,29 @@ Plan make_plan(const AttentionProblem& problem, const RunOptions& options, bool 
         throw OutOfMemory("the workspace", std::numeric_limits<std::size_t>::max());
     plan.total_bytes = plan.shared_bytes + slots * plan.per_thread_stride;
     return plan;
+}
+
+// The plan of a call, and why it runs where it does.
+struct ChosenPlan {
+    Plan plan;
+    DeviceChoice choice;
+    std::string obstacle;  // why the GPU that the estimate preferred was not taken
+};
+
+ChosenPlan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
+    DeviceChoice choice = choose_device(problem, options);
+    std::string obstacle;
+    if (choice.reason == nullptr && choice.device.type == DeviceType::cuda) {
+        // Nobody asked for the GPU, so what it lacks is no reason to fail.
+        try {
+            return {plan_on(problem, choice.device, options, describe), choice, {}};
+        } catch (const Error& error) {
+            obstacle = error.what();
+            choice.device = {DeviceType::cpu, 0};
+        }
+    }
+    if (!choice.by_kernel) check_device(choice.device);  // else the kernel says what is missing
+    return {plan_on(problem, choice.device, options, describe), choice, std::move(obstacle)};
 }
 
 void execute(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
@@ -264,21 +284,37 @@ void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds
 
 }  // namespace
 
-void attention_forward(const AttentionProblem& problem, const RunOptions& options) {
-    const bool verbose = environment().verbose;
-    const Plan plan = make_plan(problem, options, verbose);
-    if (!verbose) return execute(problem, plan, options);
+namespace {
+
+void run_plan(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
+    if (!environment().verbose) return execute(problem, plan, options);
     const auto start = Clock::now();
     execute(problem, plan, options);
     print_call(problem, plan, std::chrono::duration<double, std::milli>(Clock::now() - start).count());
 }
 
+}  // namespace
+
+void attention_forward(const AttentionProblem& problem, const RunOptions& options) {
+    const bool verbose = environment().verbose;
+    const ChosenPlan chosen = make_plan(problem, options, verbose);
+    if (chosen.choice.reason != nullptr || chosen.plan.device.type == DeviceType::cpu)
+        return run_plan(problem, chosen.plan, options);
+    try {
+        run_plan(problem, chosen.plan, options);
+    } catch (const OutOfMemory&) {  // of a GPU that nobody asked for; the host's arrays are as they were
+        run_plan(problem, plan_on(problem, {DeviceType::cpu, 0}, options, verbose), options);
+    }
+}
+
 Explanation explain(const AttentionProblem& problem, const RunOptions& options) {
-    const Plan plan = make_plan(problem, options, true);
+    const ChosenPlan chosen = make_plan(problem, options, true);
+    const Plan& plan = chosen.plan;
     Explanation e;
     e.kernel = plan.kernel->name;
     e.device = device_string(plan.device);
-    e.device_choice = plan.device_choice;
+    e.device_choice = describe_choice(problem, chosen.choice);
+    if (!chosen.obstacle.empty()) e.device_choice += "; " + chosen.obstacle;
     e.algorithm = plan.details.algorithm;
     e.workspace_bytes = static_cast<std::int64_t>(plan.total_bytes + plan.details.device_bytes);
     e.work_items = plan.details.work_items;

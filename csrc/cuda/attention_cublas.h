@@ -7,28 +7,29 @@
 // Scores of a chunk stay in the second-level cache; the Sq x Sk array of a head never exists whole unless it is small.
 #pragma once
 
+#include <string>
+
 #include "cuda/chunking.h"
 #include "cuda/context.h"
+#include "cuda/staging.h"
 
 namespace fastattn::cuda {
 
-// Memory for one region, within one block of the device.
-struct CublasWorkspace {
-    std::size_t limit = 0;  // bytes of scores of a chunk, but for single rows that are longer
-    std::byte *scores = nullptr, *gemm = nullptr, *pointers = nullptr;
-    std::byte *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr;  // compact copies, where needed
-    std::size_t bytes = 0;
+class CublasAttention final : public DeviceKernel {
+public:
+    CublasAttention(const DeviceContext& context, bool tf32) : context_(context), tf32_(tf32) {}
+    std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
+                                const Chunk& region) const override;
+    void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
+               std::byte* workspace, Stream stream) const override;
+    std::string describe(const AttentionProblem& p, bool staged) const override;
+
+private:
+    std::size_t limit() const noexcept { return score_limit(context_.properties.l2_bytes); }
+
+    const DeviceContext& context_;
+    const bool tf32_;
 };
-
-// Lays the workspace out in `block` (null: only sizes). Grows with the region: what suffices for one suffices for every
-// smaller one. Operands as they lie on the device; `host` as for attend().
-CublasWorkspace lay_out(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-                        const DeviceProperties& properties, std::byte* block);
-
-// Queues the region's attention. `device` has the addresses of the device, in the indices of the whole problem; `host` the
-// same problem with what the host can read of lengths and offsets.
-void attend(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-            const CublasWorkspace& workspace, const DeviceContext& context, Stream stream, bool tf32);
 
 // The products of a chunk: pure functions. S starts at `scores` with rows `ld` apart; k and v are read from the chunk's
 // first key on.

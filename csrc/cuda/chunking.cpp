@@ -133,6 +133,7 @@ Fold fold_of(const AttentionProblem& p, const Operand& q, const Operand& out, co
 bool is_gemm_operand(const Operand& x, DType dtype, Index rows, Index dims) noexcept {
     if (x.dim != 1 && dims > 1) return false;
     if (rows > 1 && x.seq < dims) return false;
+    if (x.batch < 0 || x.head < 0) return false;  // the library takes the strides of a batch for sizes
     const auto item = static_cast<Index>(item_size(dtype));
     if (item > 2) return true;
     const auto fits = [&](Index stride) { return stride * item % 16 == 0; };

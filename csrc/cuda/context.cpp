@@ -65,6 +65,13 @@ std::string version_text(int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Empty when the device is new enough.
+std::string too_old(int device, const DeviceProperties& is) {
+    if (is.major * 10 + is.minor >= kOldestCapability) return {};
+    return "cuda:" + std::to_string(device) + ", " + is.name + ", has compute capability " +
+           std::to_string(is.major) + "." + std::to_string(is.minor) + "; 7.5 or newer is needed";
+}
+
 std::string find_devices(Devices& all) {
     int driver = 0, built = 0;
     if (runtime::driver_version(&driver) != 0 || driver == 0)
@@ -73,13 +80,16 @@ std::string find_devices(Devices& all) {
     if (failed == 0 && driver < built / 1000 * 1000)
         return "the NVIDIA driver supports CUDA " + version_text(driver) + ", this build needs " +
                version_text(built / 1000 * 1000) + " or newer";
+    // Before the driver starts: a thread may fork meanwhile, and its child would wait for the mutex for ever.
+    started_in.store(process_id(), std::memory_order_release);
     const int status = runtime::device_count(&all.count);
     if (status == kNoDevice || (status == 0 && all.count == 0))
         return "no CUDA device is visible to this process";
     if (status != 0)
         return std::string("the CUDA driver cannot be started: ") + runtime::error_name(status) + " (" +
                runtime::error_text(status) + ")";
-    started_in.store(process_id(), std::memory_order_release);
+    DeviceProperties first;
+    if (all.count == 1 && runtime::properties(0, &first) == 0) return too_old(0, first);
     return {};
 }
 
@@ -89,12 +99,14 @@ std::string open_library(Devices& all) {
     return all.blas == nullptr ? why : "";
 }
 
+void probe_devices(Devices& all) {
+    if (!all.probed) all.reason = find_devices(all);
+    all.probed = true;
+}
+
 // Under the mutex. What it returns lives on, though another thread may ask again.
 const std::string& probe(Devices& all) {
-    if (!all.probed) {
-        all.reason = find_devices(all);
-        all.probed = true;
-    }
+    probe_devices(all);
     if (all.reason.empty() && all.blas == nullptr) {
         const std::string reason = open_library(all);
         if (reason.empty()) return all.reason;
@@ -118,10 +130,7 @@ bool needs_library() noexcept {
     if (is_forked()) return false;
     Devices& all = devices();
     const std::lock_guard lock(all.mutex);
-    if (!all.probed) {
-        all.reason = find_devices(all);
-        all.probed = true;
-    }
+    probe_devices(all);
     return all.reason.empty() && all.blas == nullptr;
 }
 
@@ -141,11 +150,8 @@ const DeviceContext& context(int device) {
     auto fresh = std::make_unique<DeviceContext>();
     fresh->index = device;
     throw_on_error(runtime::properties(device, &fresh->properties), "asking for the device's properties");
-    const DeviceProperties& is = fresh->properties;
-    if (is.major * 10 + is.minor < kOldestCapability)
-        throw UnsupportedError("device: cuda:" + std::to_string(device) + ", " + is.name +
-                               ", has compute capability " + std::to_string(is.major) + "." +
-                               std::to_string(is.minor) + "; 7.5 or newer is needed");
+    if (const std::string reason = too_old(device, fresh->properties); !reason.empty())
+        throw UnsupportedError("device: " + reason);
     throw_on_error(runtime::create_pool(device, kPoolBytes, &fresh->pool), "making a memory pool");
     cublas::Handle handle = nullptr;
     throw_on_status(*all.blas, all.blas->Create(&handle), "starting the library");
@@ -197,13 +203,12 @@ void cuda_wait(int device, void* stream) {
 }
 
 std::shared_ptr<std::byte> cuda_allocate(int device, std::size_t bytes, const char* what_for) {
-    const cuda::DeviceContext& context = cuda::context(device);
+    cuda::context(device);
     const cuda::CurrentDevice current(device);
     void* data = nullptr;
-    cuda::throw_on_error(
-        cuda::runtime::allocate(&data, bytes > 0 ? bytes : 1, context.pool, context.own_stream), what_for,
-        bytes);
-    return {static_cast<std::byte*>(data), [](std::byte* p) { cuda::runtime::release_now(p); }};
+    cuda::throw_on_error(cuda::runtime::allocate_plain(&data, bytes > 0 ? bytes : 1), what_for, bytes);
+    // Whoever took the array may have queued work with it: hence not memory of a stream.
+    return {static_cast<std::byte*>(data), [](std::byte* p) { cuda::runtime::release_plain(p); }};
 }
 
 }  // namespace fastattn

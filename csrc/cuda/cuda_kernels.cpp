@@ -8,6 +8,7 @@
 #include "core/kernel.h"
 #include "core/scalar_access.h"
 #include "cuda/attention_cublas.h"
+#include "cuda/errors.h"
 #include "cuda/staging.h"
 
 namespace fastattn {
@@ -27,28 +28,6 @@ bool is_empty(const AttentionProblem& p) noexcept { return p.batch == 0 || p.kv_
 // Of a staged unit only sizes are known before it is there.
 AttentionProblem unit_problem(const AttentionProblem& p, const Chunk& unit) noexcept {
     return place_unit(p, unit, lay_out_unit(p, unit), nullptr, nullptr, nullptr);
-}
-
-// Chunks of a whole call, staged or not.
-struct ChunkCount {
-    Index chunks = 0;
-    Chunk first;
-};
-ChunkCount count_chunks(const AttentionProblem& p, bool staged, std::size_t limit) {
-    ChunkCount count;
-    const auto walk = [&](const Chunk& region) {
-        Chunks chunks(p, region, limit);
-        for (Chunk chunk; chunks.next(chunk); ++count.chunks)
-            if (count.chunks == 0) count.first = chunk;
-    };
-    if (!staged) {
-        walk(whole(p));
-        return count;
-    }
-    Units units(p);
-    bool same_keys = false;
-    for (Chunk unit; units.next(unit, same_keys);) walk(unit);
-    return count;
 }
 
 // A problem whose lengths and offsets nobody else can change while sizes of memory are derived from them.
@@ -74,66 +53,65 @@ private:
     std::size_t kept_ = 0;
 };
 
-KernelPlan cublas_plan(const AttentionProblem& asked, Device device, int threads, bool describe) {
-    const DeviceProperties& properties = context(device.index).properties;
-    const Frozen frozen(asked);
-    const AttentionProblem& p = frozen.problem();
-    const bool staged = p.device.type == DeviceType::cpu;
+KernelPlan plan_with(const DeviceKernel& kernel, const AttentionProblem& asked, int threads, bool describe) {
     KernelPlan plan;
-    if (is_empty(p)) {
+    if (is_empty(asked)) {
         plan.algorithm = "nothing to compute";
         return plan;
     }
+    const Frozen frozen(asked);
+    const AttentionProblem& p = frozen.problem();
+    const bool staged = p.device.type == DeviceType::cpu;
     const Chunk region = staged ? Units(p).largest() : whole(p);
-    const AttentionProblem laid = staged ? unit_problem(p, region) : p;
-    const CublasWorkspace w = lay_out(p, laid, region, properties, nullptr);
-    plan.device_bytes = w.bytes + (staged ? staged_bytes(p) : side_bytes(p, true));
+    plan.device_bytes = kernel.workspace_bytes(p, staged ? unit_problem(p, region) : p, region) +
+                        (staged ? staged_bytes(p) : side_bytes(p, true));
     plan.work_items = staged ? threads : 1;  // of the host: the threads copy
     if (describe) {
-        const ChunkCount count = count_chunks(p, staged, w.limit);
-        plan.algorithm = "cuBLAS, scores in " + std::to_string(count.chunks) + " chunk" +
-                         (count.chunks == 1 ? "" : "s") + ", the first of " +
-                         std::to_string(count.first.rows) + " rows x " +
-                         std::to_string(count.first.batches * count.first.kv_heads * p.group) + " heads";
+        plan.algorithm = kernel.describe(p, staged);
+        const Index units = staged ? Units(p).count() : 0;
         if (staged)
-            plan.algorithm += ", arrays staged in " + std::to_string(Units(p).count()) + " unit" +
-                              (Units(p).count() == 1 ? "" : "s");
-        if (environment().tf32 && p.dtype == DType::f32) plan.algorithm += ", TF32";
+            plan.algorithm +=
+                ", arrays staged in " + std::to_string(units) + " unit" + (units == 1 ? "" : "s");
     }
     return plan;
 }
 
-class CublasUnit final : public UnitKernel {
-public:
-    explicit CublasUnit(const DeviceContext& context) : context_(context) {}
-    void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& unit,
-               std::byte* workspace, Stream stream) const override {
-        const CublasWorkspace w = lay_out(host, device, unit, context_.properties, workspace);
-        attend(host, device, unit, w, context_, stream, environment().tf32);
-    }
-
-private:
-    const DeviceContext& context_;
-};
-
-void cublas_run(const AttentionProblem& asked, const Target& target, const Workspace&, Executor& executor) {
+void run_with(const DeviceKernel& kernel, const DeviceContext& device, const AttentionProblem& asked,
+              const Target& target, Executor& executor) {
     if (is_empty(asked)) return;
     const Frozen frozen(asked);
     const AttentionProblem& p = frozen.problem();
-    const DeviceContext& device = context(target.device.index);
     const CurrentDevice current(device.index);
-    const CublasUnit kernel(device);
     if (p.device.type == DeviceType::cpu) {
         const Chunk unit = Units(p).largest();
-        const std::size_t bytes = lay_out(p, unit_problem(p, unit), unit, device.properties, nullptr).bytes;
-        return run_staged(p, device, bytes, kernel, executor);
+        return run_staged(p, device, kernel.workspace_bytes(p, unit_problem(p, unit), unit), kernel,
+                          executor);
     }
     AttentionProblem on_device = p;
     const std::size_t sides = side_bytes(p, true);
-    const std::size_t bytes = lay_out(p, p, whole(p), device.properties, nullptr).bytes;
+    if (sides > 0) {
+        bool capturing = false;
+        throw_on_error(runtime::is_capturing(target.stream, &capturing),
+                       "asking whether the stream is captured");
+        if (capturing)
+            throw UnsupportedError(
+                "device: a call that is captured into a CUDA graph needs all of its arrays on the device, "
+                "and a side "
+                "array (mask, bias, alibi_slopes, sinks, q_lens, kv_lens or q_offset) is on the host");
+    }
+    const std::size_t bytes = kernel.workspace_bytes(p, p, whole(p));
     const DeviceMemory memory(device, sides + bytes, target.stream, "the device's workspace");
     upload_sides(p, true, memory.data(), on_device, target.stream, executor);
     kernel.queue(p, on_device, whole(p), memory.data() + sides, target.stream);
+}
+
+KernelPlan cublas_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
+    return plan_with(CublasAttention(context(device.index), environment().tf32), p, threads, describe);
+}
+
+void cublas_run(const AttentionProblem& p, const Target& target, const Workspace&, Executor& executor) {
+    const DeviceContext& device = context(target.device.index);
+    run_with(CublasAttention(device, environment().tf32), device, p, target, executor);
 }
 
 const char* why_unavailable() { return unavailable(); }

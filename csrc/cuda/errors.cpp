@@ -1,5 +1,7 @@
 #include "cuda/errors.h"
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include <fastattn/attention.h>
@@ -9,8 +11,12 @@
 namespace fastattn::cuda {
 namespace {
 
-// After these the context answers every call with the same error (driver_types.h: faults of kernels, hardware).
-bool is_sticky(int code) noexcept { return code == 214 || code == 220 || (code >= 700 && code < 720); }
+// After these the context answers every call with the same error; those of which driver_types.h says that the process must be
+// terminated: uncorrectable ECC and NVLink errors, contained errors, faults of kernels, launches that time out or fail.
+bool is_sticky(int code) noexcept {
+    constexpr int codes[] = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721};
+    return std::find(std::begin(codes), std::end(codes), code) != std::end(codes);
+}
 
 }  // namespace
 
@@ -26,7 +32,6 @@ void throw_on_error(int code, const char* attempted, std::size_t bytes) {
 
 void throw_on_status(const cublas::Table& table, cublas::Status status, const char* attempted) {
     if (status == cublas::kSuccess) return;
-    if (status == cublas::kAllocFailed) throw OutOfMemory(attempted, 0);
     throw CudaError(std::string("cuBLAS: ") + attempted + " failed: " + table.GetStatusName(status), false);
 }
 

@@ -1,6 +1,7 @@
 #include "cuda/gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <utility>
 
@@ -25,9 +26,10 @@ Index item_bytes(cublas::DataType type) noexcept {
     }
 }
 
-// The largest power of two, up to 256, that divides the address and all steps.
+// The largest power of two, up to 16, that divides the address and all steps. More would make the algorithm, and so
+// the bits of a result, depend on where an array happens to lie.
 std::uint32_t alignment_of(const GemmOperand& x, const std::array<Index, kBatchAxes>& count) noexcept {
-    auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(x.data)) | 256u;
+    auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(x.data)) | 16u;
     for (int axis = 0; axis < kBatchAxes; ++axis)
         if (count[axis] > 1) bits |= static_cast<std::uint64_t>(x.stride[axis] * item_bytes(x.type));
     return static_cast<std::uint32_t>(bits & (~bits + 1));
@@ -64,10 +66,6 @@ Gemm merge_axes(const Gemm& gemm) noexcept {
 }
 
 Index strided_calls(const Gemm& merged) noexcept { return merged.count[0] * merged.count[1]; }
-
-Index pointers_needed(const Gemm& gemm) noexcept {
-    return strided_calls(merge_axes(gemm)) > kStridedCallsAtMost ? 3 * gemm.entries() : 0;
-}
 
 GemmKey key_of(const Gemm& g, bool pointer_arrays) noexcept {
     GemmKey key;
@@ -121,7 +119,7 @@ public:
     GemmPlan(const GemmPlan&) = delete;
     GemmPlan& operator=(const GemmPlan&) = delete;
 
-    bool supported = false;  // false: the library has no algorithm for it
+    mutable std::atomic<bool> supported{false};  // false: the library has no algorithm for it
     cublas::Descriptor descriptor = nullptr;
     std::array<cublas::Layout, 3> layout{};
     cublas::Algorithm algorithm{};
@@ -211,49 +209,63 @@ std::shared_ptr<const GemmPlan> GemmPlans::find(const GemmKey& key) {
     return plan;
 }
 
-void GemmPlans::call(const GemmPlan& plan, const Place& place, const void* a, const void* b, void* c) const {
-    const float one = 1.0f, zero = 0.0f;
-    const double one_double = 1.0, zero_double = 0.0;
-    const void* alpha = plan.in_double ? static_cast<const void*>(&one_double) : &one;
+cublas::Status GemmPlans::call(const GemmPlan& plan, const Place& place, double factor, const void* a,
+                               const void* b, void* c) const {
+    const float single = static_cast<float>(factor), zero = 0.0f;
+    const double zero_double = 0.0;
+    const void* alpha = plan.in_double ? static_cast<const void*>(&factor) : &single;
     const void* beta = plan.in_double ? static_cast<const void*>(&zero_double) : &zero;
-    throw_on_status(table_,
-                    table_.Matmul(handle_, plan.descriptor, alpha, a, plan.layout[0], b, plan.layout[1], beta,
-                                  c, plan.layout[2], c, plan.layout[2], &plan.algorithm, place.workspace,
-                                  plan.workspace_bytes, place.stream),
-                    "a product");
+    return table_.Matmul(handle_, plan.descriptor, alpha, a, plan.layout[0], b, plan.layout[1], beta, c,
+                         plan.layout[2], c, plan.layout[2], &plan.algorithm, place.workspace,
+                         plan.workspace_bytes, place.stream);
+}
+
+bool GemmPlans::run_by_pointers(const Gemm& g, const Place& place) {
+    const auto plan = find(key_of(g, true));
+    if (!plan->supported) return false;
+    PointerArgs args;
+    args.pointers = place.pointers;
+    std::copy_n(g.count.begin(), kBatchAxes, args.count);
+    const GemmOperand* operands[] = {&g.a, &g.b, &g.c};
+    for (int x = 0; x < 3; ++x) {
+        args.base[x] = static_cast<char*>(operands[x]->data);
+        for (int axis = 0; axis < kBatchAxes; ++axis)
+            args.stride[x][axis] = operands[x]->stride[axis] * item_bytes(operands[x]->type);
+    }
+    launch_pointers(args, place.stream);
+    throw_on_error(runtime::last_error(), "launching fill_pointers");
+    const Index n = g.entries();
+    const Status status =
+        call(*plan, place, g.factor, place.pointers, place.pointers + n, place.pointers + 2 * n);
+    if (status == cublas::kNotSupported ||
+        status == cublas::kInvalidValue) {  // the heuristic promised too much
+        plan->supported = false;
+        return false;
+    }
+    throw_on_status(table_, status, "a product");
+    return true;
 }
 
 void GemmPlans::run(const Gemm& gemm, const Place& place) {
     const Gemm g = merge_axes(gemm);
-    if (place.pointers != nullptr && strided_calls(g) > kStridedCallsAtMost) {
-        const auto plan = find(key_of(g, true));
-        if (plan->supported) {
-            PointerArgs args;
-            args.pointers = place.pointers;
-            std::copy_n(g.count.begin(), kBatchAxes, args.count);
-            const GemmOperand* operands[] = {&g.a, &g.b, &g.c};
-            for (int x = 0; x < 3; ++x) {
-                args.base[x] = static_cast<char*>(operands[x]->data);
-                for (int axis = 0; axis < kBatchAxes; ++axis)
-                    args.stride[x][axis] = operands[x]->stride[axis] * item_bytes(operands[x]->type);
+    const bool many = strided_calls(g) > kStridedCallsAtMost && g.entries() <= kBatchAtMost;
+    if (many && place.pointers != nullptr && run_by_pointers(g, place)) return;
+    constexpr int last = kBatchAxes - 1;
+    for (Index first = 0; first < g.count[last]; first += kBatchAtMost) {
+        Gemm part = g;
+        part.count[last] = std::min(kBatchAtMost, g.count[last] - first);
+        const auto plan = find(key_of(part, false));
+        if (!plan->supported)
+            throw CudaError("cuBLAS: no algorithm for a product of m=" + std::to_string(g.m) + ", n=" +
+                                std::to_string(g.n) + ", k=" + std::to_string(g.k) + " on this device",
+                            false);
+        for (Index i = 0; i < g.count[0]; ++i) {
+            for (Index j = 0; j < g.count[1]; ++j) {
+                const auto at = [&](const GemmOperand& x) {
+                    return advance(x, i * x.stride[0] + j * x.stride[1] + first * x.stride[last]);
+                };
+                throw_on_status(table_, call(*plan, place, g.factor, at(g.a), at(g.b), at(g.c)), "a product");
             }
-            launch_pointers(args, place.stream);
-            throw_on_error(runtime::last_error(), "launching fill_pointers");
-            const Index n = g.entries();
-            return call(*plan, place, place.pointers, place.pointers + n, place.pointers + 2 * n);
-        }
-    }
-    const auto plan = find(key_of(g, false));
-    if (!plan->supported)
-        throw CudaError("cuBLAS: no algorithm for a product of m=" + std::to_string(g.m) +
-                            ", n=" + std::to_string(g.n) + ", k=" + std::to_string(g.k) + " on this device",
-                        false);
-    for (Index i = 0; i < g.count[0]; ++i) {
-        for (Index j = 0; j < g.count[1]; ++j) {
-            const auto at = [&](const GemmOperand& x) {
-                return advance(x, i * x.stride[0] + j * x.stride[1]);
-            };
-            call(*plan, place, at(g.a), at(g.b), at(g.c));
         }
     }
 }

@@ -22,10 +22,11 @@ struct GemmOperand {
     std::array<std::int64_t, kBatchAxes> stride{};
 };
 
-// c (m, n) = op(a) b for every index of the batch axes; op(a) is (m, k), b is (k, n).
+// c (m, n) = factor * op(a) b for every index of the batch axes; op(a) is (m, k), b is (k, n).
 struct Gemm {
     bool transpose_a = false;
     cublas::ComputeType compute = cublas::kCompute32F;
+    double factor = 1.0;
     std::int64_t m = 0, n = 0, k = 0;
     std::array<std::int64_t, kBatchAxes> count{1, 1, 1};
     GemmOperand a, b, c;
@@ -39,11 +40,10 @@ Gemm merge_axes(const Gemm& gemm) noexcept;
 
 // More calls than this and one call with arrays of pointers is faster.
 inline constexpr std::int64_t kStridedCallsAtMost = 4;
+// Entries of the batch of one call: the library's kernels count them on an axis of their grid.
+inline constexpr std::int64_t kBatchAtMost = 32768;
 // Calls with a strided batch over the last axis: the product of the other counts.
 std::int64_t strided_calls(const Gemm& merged) noexcept;
-// Addresses that the pointer-array mode needs for this product; 0 where it is not worth while.
-std::int64_t pointers_needed(const Gemm& gemm) noexcept;
-
 // What an algorithm is chosen by.
 struct GemmKey {
     bool transpose_a = false, pointer_arrays = false;
@@ -70,19 +70,20 @@ public:
     // Where products run.
     struct Place {
         Stream stream = nullptr;
-        void* workspace = nullptr;  // workspace_bytes()
-        void** pointers = nullptr;  // on the device, pointers_needed() of them; null: not to be used
+        void* workspace = nullptr;  // as many bytes as the plans were made for
+        void** pointers = nullptr;  // on the device, 3 for each entry; null: not to be used
     };
     // Queues the products; throws CudaError.
     void run(const Gemm& gemm, const Place& place);
-    std::size_t workspace_bytes() const noexcept { return workspace_bytes_; }
 
 private:
     struct Hash {
         std::size_t operator()(const GemmKey& key) const noexcept;
     };
     std::shared_ptr<const GemmPlan> find(const GemmKey& key);
-    void call(const GemmPlan& plan, const Place& place, const void* a, const void* b, void* c) const;
+    bool run_by_pointers(const Gemm& merged, const Place& place);  // false: not supported
+    cublas::Status call(const GemmPlan& plan, const Place& place, double factor, const void* a, const void* b,
+                        void* c) const;
 
     const cublas::Table& table_;
     const cublas::Handle handle_;

@@ -3,17 +3,9 @@
 #include "cuda/launch.h"
 
 #include "cuda/simt/copy.h"
+#include "cuda/simt/launch_macro.h"
 #include "cuda/simt/restore.h"
 #include "cuda/simt/softmax.h"
-
-#if defined(__CUDACC__)
-#define FASTATTN_LAUNCH(kernel, blocks, threads, stream, args) \
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args)
-#else
-#define FASTATTN_LAUNCH(kernel, blocks, threads, stream, args)               \
-    emulator::launch({static_cast<unsigned>(blocks), 1, 1}, threads, stream, \
-                     std::function<void()>([copied = args] { kernel(copied); }))
-#endif
 
 namespace fastattn::cuda {
 namespace {
@@ -24,11 +16,6 @@ Index blocks_for(Index items, Index per_block) { return (items + per_block - 1) 
 
 Index rows_of(const SoftmaxArgs& a) {
     return a.chunk.batches * a.chunk.kv_heads * a.problem.group * a.chunk.rows;
-}
-
-bool is_plain(const AttentionProblem& p) {
-    return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
-           p.mask.data == nullptr && p.dropout == 0.0 && p.weights.data == nullptr;
 }
 
 template <class T, class Acc, int threads>

@@ -13,13 +13,12 @@ using Stream = void*;  // cudaStream_t: 0 and 1 the legacy default stream, 2 the
 using Event = void*;  // cudaEvent_t
 using Pool = void*;  // cudaMemPool_t
 
-enum class Copy { to_device, to_host, on_device };
+enum class Copy { to_device, to_host };
 
 struct DeviceProperties {
     char name[256] = {};
     int major = 0, minor = 0;  // compute capability
-    int processors = 0;  // streaming multiprocessors
-    std::size_t l2_bytes = 0, memory_bytes = 0;
+    std::size_t l2_bytes = 0;
 };
 
 namespace runtime {
@@ -37,12 +36,12 @@ int set_device(int device) noexcept;
 int create_pool(int device, std::size_t kept_bytes, Pool* pool) noexcept;
 int allocate(void** data, std::size_t bytes, Pool pool, Stream stream) noexcept;
 int release(void* data, Stream stream) noexcept;
-// When nothing on the device uses it any more; may wait.
-int release_now(void* data) noexcept;
+// Not ordered by a stream: release_plain() waits until nothing on the device uses the memory any more.
+int allocate_plain(void** data, std::size_t bytes) noexcept;
+int release_plain(void* data) noexcept;
 int allocate_pinned(void** data, std::size_t bytes) noexcept;
 int release_pinned(void* data) noexcept;
 int copy(void* target, const void* source, std::size_t bytes, Copy kind, Stream stream) noexcept;
-int fill(void* data, int byte, std::size_t bytes, Stream stream) noexcept;
 // std::free(data) when `stream` gets there: for the source of a copy. On failure `data` is still the caller's.
 int free_host_after(void* data, Stream stream) noexcept;
 
@@ -50,6 +49,7 @@ int free_host_after(void* data, Stream stream) noexcept;
 int create_stream(Stream* stream) noexcept;  // does not wait for the default stream
 int destroy_stream(Stream stream) noexcept;
 int synchronize(Stream stream) noexcept;
+int is_capturing(Stream stream, bool* capturing) noexcept;  // into a graph
 int create_event(Event* event) noexcept;  // without timing
 int destroy_event(Event event) noexcept;
 int record(Event event, Stream stream) noexcept;

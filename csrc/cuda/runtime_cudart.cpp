@@ -38,9 +38,7 @@ int properties(int device, DeviceProperties* to) noexcept {
     to->name[sizeof to->name - 1] = '\0';
     to->major = all.major;
     to->minor = all.minor;
-    to->processors = all.multiProcessorCount;
     to->l2_bytes = static_cast<std::size_t>(std::max(0, all.l2CacheSize));
-    to->memory_bytes = all.totalGlobalMem;
     return 0;
 }
 
@@ -72,19 +70,16 @@ int allocate(void** data, std::size_t bytes, Pool pool, Stream stream) noexcept 
 }
 
 int release(void* data, Stream stream) noexcept { return forget(cudaFreeAsync(data, stream_of(stream))); }
-int release_now(void* data) noexcept { return forget(cudaFree(data)); }
+int allocate_plain(void** data, std::size_t bytes) noexcept { return forget(cudaMalloc(data, bytes)); }
+int release_plain(void* data) noexcept { return forget(cudaFree(data)); }
 int allocate_pinned(void** data, std::size_t bytes) noexcept {
     return forget(cudaHostAlloc(data, bytes, cudaHostAllocPortable));
 }
 int release_pinned(void* data) noexcept { return forget(cudaFreeHost(data)); }
 
 int copy(void* target, const void* source, std::size_t bytes, Copy kind, Stream stream) noexcept {
-    const cudaMemcpyKind kinds[] = {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice};
+    const cudaMemcpyKind kinds[] = {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost};
     return forget(cudaMemcpyAsync(target, source, bytes, kinds[static_cast<int>(kind)], stream_of(stream)));
-}
-
-int fill(void* data, int byte, std::size_t bytes, Stream stream) noexcept {
-    return forget(cudaMemsetAsync(data, byte, bytes, stream_of(stream)));
 }
 
 int free_host_after(void* data, Stream stream) noexcept {
@@ -100,6 +95,13 @@ int create_stream(Stream* stream) noexcept {
 
 int destroy_stream(Stream stream) noexcept { return forget(cudaStreamDestroy(stream_of(stream))); }
 int synchronize(Stream stream) noexcept { return forget(cudaStreamSynchronize(stream_of(stream))); }
+
+int is_capturing(Stream stream, bool* capturing) noexcept {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const int failed = forget(cudaStreamIsCapturing(stream_of(stream), &status));
+    *capturing = status != cudaStreamCaptureStatusNone;
+    return failed;
+}
 
 int create_event(Event* event) noexcept {
     cudaEvent_t fresh = nullptr;

@@ -21,6 +21,9 @@ void* shifted(void* data, Index bytes) noexcept {
                                    static_cast<std::uintptr_t>(bytes));
 }
 
+// The same for every head and entry: uploaded once for all units.
+bool is_shared(const ScoreOperand& x) noexcept { return x.data != nullptr && x.batch == 0 && x.head == 0; }
+
 // ---- arrays over (batch, head, query, key) in a unit --------------------------------------------------------
 // Sizes of what is stored for the keys of the unit: broadcast axes once.
 std::array<Index, 4> stored_size(const AttentionProblem& p, const ScoreOperand& x,
@@ -108,7 +111,7 @@ void copy_in(const AttentionProblem& p, const Chunk& unit, const AttentionProble
     copy_queries(p, unit, p.q, pinned.q, p.head_dim, executor);
     for (const auto side : {&AttentionProblem::mask, &AttentionProblem::bias}) {
         const ScoreOperand& from = p.*side;
-        if (from.data != nullptr)
+        if (from.data != nullptr && !is_shared(from))
             copy_scores(p, unit, from, pinned.*side, stored_size(p, from, unit), executor);
     }
 }
@@ -138,8 +141,9 @@ Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p)
     const Index keys = all_.keys * stored;
     Index row = stored + item_of(p.lse_dtype);
     if (p.weights.data != nullptr) row += p.kv_size * item_of(p.lse_dtype);
-    if (p.mask.data != nullptr && p.mask.query != 0) row += all_.keys;
-    if (p.bias.data != nullptr && p.bias.query != 0) row += all_.keys * item_of(p.bias.dtype);
+    if (p.mask.data != nullptr && p.mask.query != 0 && !is_shared(p.mask)) row += all_.keys;
+    if (p.bias.data != nullptr && p.bias.query != 0 && !is_shared(p.bias))
+        row += all_.keys * item_of(p.bias.dtype);
     row *= p.group;  // of one kv head
     rows_ = p.q_size;
     if (row * rows_ > 2 * limit) {
@@ -189,8 +193,8 @@ UnitLayout lay_out_unit(const AttentionProblem& p, const Chunk& unit) noexcept {
     layout.v = at(keys, compact(unit.kv_heads, unit.keys, p.value_dim));
     layout.keys_bytes = keys.used();
     in.take(compact(heads, unit.rows, p.head_dim));
-    layout.mask = at(in, stored_bytes(p, p.mask, unit));
-    layout.bias = at(in, stored_bytes(p, p.bias, unit));
+    layout.mask = at(in, is_shared(p.mask) ? 0 : stored_bytes(p, p.mask, unit));
+    layout.bias = at(in, is_shared(p.bias) ? 0 : stored_bytes(p, p.bias, unit));
     layout.in_bytes = in.used();
     out.take(compact(heads, unit.rows, p.value_dim));
     layout.lse = at(out, stored_bytes(p, full(p.lse, 1), with_keys(unit, 1)));
@@ -213,8 +217,8 @@ AttentionProblem place_unit(const AttentionProblem& p, const Chunk& unit, const 
     to.v = key(keys + layout.v, p.value_dim);
     to.q = query(in, p.head_dim);
     to.out = query(out, p.value_dim);
-    to.mask = placed(p, p.mask, unit, in + layout.mask);
-    to.bias = placed(p, p.bias, unit, in + layout.bias);
+    if (!is_shared(p.mask)) to.mask = placed(p, p.mask, unit, in + layout.mask);
+    if (!is_shared(p.bias)) to.bias = placed(p, p.bias, unit, in + layout.bias);
     to.lse = placed(p, full(p.lse, 1), with_keys(unit, 1), out + layout.lse);
     to.weights = placed(p, full(p.weights, p.kv_size), with_keys(unit, p.kv_size), out + layout.weights);
     return to;
@@ -246,7 +250,7 @@ std::size_t side_bytes(const AttentionProblem& p, bool with_scores) noexcept {
         if (on_host((p.*side).data, (p.*side).place))
             carver.take(stored_bytes(p, widened(p.*side), with_keys(all, 1)));
     for (const auto side : kScoreSides)
-        if (with_scores && on_host((p.*side).data, (p.*side).place))
+        if ((with_scores || is_shared(p.*side)) && on_host((p.*side).data, (p.*side).place))
             carver.take(stored_bytes(p, p.*side, all));
     return carver.used();
 }
@@ -281,7 +285,7 @@ void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block,
         device.*side = {to.data, to.dtype, to.batch, to.head, DeviceType::cuda};
     }
     for (const auto side : kScoreSides)
-        if (with_scores && on_host((p.*side).data, (p.*side).place)) {
+        if ((with_scores || is_shared(p.*side)) && on_host((p.*side).data, (p.*side).place)) {
             device.*side = upload(p.*side, all);
             (device.*side).place = DeviceType::cuda;
         }
@@ -308,6 +312,9 @@ public:
         data_ = static_cast<std::byte*>(data);
         bytes_ = bytes;
     }
+    void trim(std::size_t most) noexcept {
+        if (bytes_ > most) release();
+    }
     std::byte* data() const noexcept { return data_; }
 
 private:
@@ -329,13 +336,11 @@ public:
                 throw_on_error(runtime::create_stream(stream), "making a stream");
             for (Event* event : events()) throw_on_error(runtime::create_event(event), "making an event");
         } catch (...) {
-            for (Stream* stream : streams())
-                if (*stream != nullptr) runtime::destroy_stream(*stream);
-            for (Event* event : events())
-                if (*event != nullptr) runtime::destroy_event(*event);
+            destroy();
             throw;
         }
     }
+    ~Lane() { destroy(); }
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;
 
@@ -353,7 +358,19 @@ public:
     Event ready = nullptr, uploaded[kSlots] = {}, computed[kSlots] = {}, downloaded[kSlots] = {};
     PinnedBlock keys[kSlots], in[kSlots], out[kSlots];
 
+    // Gives back page-locked memory that only an unusually large unit needed.
+    void trim() noexcept {
+        for (int slot = 0; slot < kSlots; ++slot)
+            for (PinnedBlock* block : {&keys[slot], &in[slot], &out[slot]}) block->trim(4 * kUnitBytes);
+    }
+
 private:
+    void destroy() noexcept {
+        for (Stream* stream : streams())
+            if (*stream != nullptr) runtime::destroy_stream(*stream);
+        for (Event* event : events())
+            if (*event != nullptr) runtime::destroy_event(*event);
+    }
     std::array<Stream*, 3> streams() noexcept { return {&up, &compute, &down}; }
     std::array<Event*, 7> events() noexcept {
         return {&ready,       &uploaded[0],   &uploaded[1],  &computed[0],
@@ -364,7 +381,7 @@ private:
 // Lanes nobody uses, by device. Never destroyed, as the driver may go first.
 struct Lanes {
     std::mutex mutex;
-    std::vector<std::pair<int, std::unique_ptr<Lane>>> idle;
+    std::array<std::pair<int, std::unique_ptr<Lane>>, 8> idle;  // more are not kept
 };
 Lanes& lanes() {
     static auto* const all = new Lanes;
@@ -389,6 +406,7 @@ public:
     }
     ~BorrowedLane() {
         lane_->drain();
+        lane_->trim();
         Lanes& all = lanes();
         const std::lock_guard lock(all.mutex);
         for (auto& [index, lane] : all.idle) {
@@ -398,7 +416,6 @@ public:
                 return;
             }
         }
-        all.idle.emplace_back(device_, std::move(lane_));
     }
     BorrowedLane(const BorrowedLane&) = delete;
     BorrowedLane& operator=(const BorrowedLane&) = delete;
@@ -441,7 +458,7 @@ void check(int status, const char* attempted) { throw_on_error(status, attempted
 class StagedCall {
 public:
     StagedCall(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
-               const UnitKernel& kernel, Executor& executor)
+               const DeviceKernel& kernel, Executor& executor)
         : p_(p),
           kernel_(kernel),
           executor_(executor),
@@ -541,7 +558,7 @@ private:
     }
 
     const AttentionProblem& p_;
-    const UnitKernel& kernel_;
+    const DeviceKernel& kernel_;
     Executor& executor_;
     BorrowedLane borrowed_;
     Lane& lane_;
@@ -558,7 +575,7 @@ private:
 std::size_t staged_bytes(const AttentionProblem& p) noexcept { return lay_out_blocks(p, 0, nullptr).bytes; }
 
 void run_staged(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
-                const UnitKernel& kernel, Executor& executor) {
+                const DeviceKernel& kernel, Executor& executor) {
     if (p.batch == 0 || p.kv_heads == 0 || p.q_size == 0) return;
     StagedCall(p, context, workspace_bytes, kernel, executor).run();
 }

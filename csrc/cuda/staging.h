@@ -2,6 +2,8 @@
 // copied to page-locked memory and uploaded, and the one before comes back.
 #pragma once
 
+#include <string>
+
 #include "core/executor.h"
 #include "cuda/chunking.h"
 #include "cuda/context.h"
@@ -46,16 +48,23 @@ std::size_t side_bytes(const AttentionProblem& p, bool with_scores) noexcept;
 void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block, AttentionProblem& device,
                   Stream stream, Executor& executor);
 
-// Computes one unit: `device` has its arrays on the device.
-struct UnitKernel {
-    virtual ~UnitKernel() = default;
-    virtual void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& unit,
+// A kernel of the device: what it needs for a region of a problem and how it is queued. `device` has the addresses of the device in the
+// indices of the whole problem; `host` is the same problem with what the host can read of lengths and offsets.
+class DeviceKernel {
+public:
+    virtual ~DeviceKernel() = default;
+    // Grows with the region: what suffices for one suffices for every smaller one.
+    virtual std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
+                                        const Chunk& region) const = 0;
+    virtual void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
                        std::byte* workspace, Stream stream) const = 0;
+    virtual std::string describe(const AttentionProblem& p, bool staged) const = 0;
 };
+
 // Device memory that run_staged takes beside `workspace_bytes` for the kernel.
 std::size_t staged_bytes(const AttentionProblem& p) noexcept;
 // Computes all units; the results are in the host's arrays when it returns. Throws Cancelled when the executor says stop.
 void run_staged(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
-                const UnitKernel& kernel, Executor& executor);
+                const DeviceKernel& kernel, Executor& executor);
 
 }  // namespace fastattn::cuda

@@ -47,6 +47,17 @@ def cuda_stream(array: Any) -> int | None:
     return None
 
 
+def cuda_capsule(array: Any, stream: int, version: tuple[int, int]) -> Any:
+    """Ask an array on a CUDA device for its memory, to be read in `stream`."""
+    if _is_torch(array):  # exports only what is on its current device
+        with sys.modules["torch"].cuda.device(array.device):
+            return array.__dlpack__(stream=stream, max_version=version)
+    try:
+        return array.__dlpack__(stream=stream, max_version=version)
+    except TypeError:  # a producer from before 1.0 does not know the second keyword
+        return array.__dlpack__(stream=stream)
+
+
 def empty(q: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Make an uninitialised writable array of q's kind and device, which has ``__dlpack__``.
 
@@ -63,9 +74,11 @@ def empty(q: Any, shape: tuple[int, ...], dtype: str) -> Any:
     if not _is_torch(q):
         return None
     torch = sys.modules["torch"]
+    # torch has no exception of its own for the host's memory.
+    no_memory = RuntimeError if q.device.type == "cpu" else torch.OutOfMemoryError
     try:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=q.device)
-    except RuntimeError as error:  # torch has no exception of its own for the host's memory
+    except no_memory as error:
         raise MemoryError(str(error)) from error
 
 

@@ -16,6 +16,7 @@ void set_device_count(int count);  // 2
 void set_driver_version(int version);  // 13000; 0: no driver
 void set_l2_bytes(std::size_t bytes);  // 1 MiB
 void set_memory_limit(std::size_t bytes);  // 2 GiB for each device; allocate() gives kNoMemory above it
+void set_capturing(bool capturing);  // false; whether streams are being captured into a graph
 void set_cublas_available(bool available);  // true
 void set_cublas_version(std::size_t version);  // 130002
 void set_pointer_arrays_supported(bool supported);  // true; else the heuristic answers kNotSupported

@@ -64,6 +64,7 @@ struct Failure {
 };
 
 struct Settings {
+    bool capturing = false;
     int devices = 2;
     int driver = 13000;
     std::size_t l2_bytes = std::size_t{1} << 20, memory_limit = std::size_t{2} << 30;
@@ -201,6 +202,11 @@ void set_l2_bytes(std::size_t bytes) {
     const Lock lock(mutex());
     state().settings.l2_bytes = bytes;
 }
+void set_capturing(bool capturing) {
+    const Lock lock(mutex());
+    state().settings.capturing = capturing;
+}
+
 void set_memory_limit(std::size_t bytes) {
     const Lock lock(mutex());
     state().settings.memory_limit = bytes;
@@ -318,9 +324,7 @@ int properties(int device, DeviceProperties* properties) noexcept {
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU (tests only)");
     properties->major = 9;
     properties->minor = 0;
-    properties->processors = 8;
     properties->l2_bytes = state().settings.l2_bytes;
-    properties->memory_bytes = state().settings.memory_limit;
     return 0;
 }
 
@@ -384,11 +388,28 @@ int release(void* data, Stream stream) noexcept {
     return 0;
 }
 
-int release_now(void* data) noexcept {
+int allocate_plain(void** data, std::size_t bytes) noexcept {
+    FASTATTN_ENTER("allocate_plain");
+    if (const int code = missing_device()) return code;
+    if (bytes == 0) return kInvalidArgument;
+    void* const memory = aligned(bytes);
+    if (memory == nullptr) return kNoMemory;
+    poison(memory, bytes, 0xFF);
+    state().allocations[memory] = {bytes, t_device, true};
+    *data = memory;
+    return 0;
+}
+
+// Waits, as cudaFree does for memory of cudaMalloc.
+int release_plain(void* data) noexcept {
+    FASTATTN_ENTER("release_plain");
+    const auto found = state().allocations.find(data);
+    if (found == state().allocations.end()) return kInvalidArgument;
     emulator::synchronize_all();
-    const int status = release(data, nullptr);
-    emulator::synchronize_all();
-    return status;
+    poison(data, found->second.bytes, 0xCD);
+    state().allocations.erase(found);
+    std::free(data);
+    return 0;
 }
 
 int allocate_pinned(void** data, std::size_t bytes) noexcept {
@@ -423,18 +444,16 @@ int copy(void* target, const void* source, std::size_t bytes, Copy, Stream strea
     return 0;
 }
 
-int fill(void* data, int byte, std::size_t bytes, Stream stream) noexcept {
-    FASTATTN_ENTER("fill");
-    const auto queue = queue_of(stream);
-    if (bytes == 0) return 0;
-    if (data == nullptr) return kInvalidArgument;
-    queue->work.emplace_back([=] { std::memset(data, byte, bytes); });
-    return 0;
-}
-
 int free_host_after(void* data, Stream stream) noexcept {
     FASTATTN_ENTER("free_host_after");
     queue_of(stream)->work.emplace_back([=] { std::free(data); });
+    return 0;
+}
+
+int is_capturing(Stream stream, bool* capturing) noexcept {
+    FASTATTN_ENTER("is_capturing");
+    queue_of(stream);
+    *capturing = state().settings.capturing;
     return 0;
 }
 

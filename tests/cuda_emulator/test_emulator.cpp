@@ -164,7 +164,7 @@ TEST_F(EmulatorDeathTest, DivergentBarriersAreReported) {
 
 TEST_F(EmulatorDeathTest, UnknownStreamsAreReported) {
     int x = 0;
-    EXPECT_DEATH(runtime::fill(&x, 0, sizeof x, &x), "unknown stream");
+    EXPECT_DEATH(runtime::copy(&x, &x, sizeof x, Copy::to_device, &x), "unknown stream");
 }
 #endif
 
@@ -180,8 +180,8 @@ TEST_F(Emulator, StreamsAreLazyAndEventsOrderThem) {
     int first = 1, a = 0, b = 0, c = 0, unrelated = 0;
     ASSERT_EQ(runtime::copy(&a, &first, sizeof a, Copy::to_device, stream_), 0);
     ASSERT_EQ(runtime::record(event, stream_), 0);
-    ASSERT_EQ(runtime::copy(&unrelated, &first, sizeof a, Copy::on_device, stream_), 0);
-    ASSERT_EQ(runtime::copy(&b, &a, sizeof a, Copy::on_device, other), 0);  // not ordered: reads the old a
+    ASSERT_EQ(runtime::copy(&unrelated, &first, sizeof a, Copy::to_device, stream_), 0);
+    ASSERT_EQ(runtime::copy(&b, &a, sizeof a, Copy::to_device, other), 0);  // not ordered: reads the old a
     ASSERT_EQ(runtime::wait(other, event), 0);
     ASSERT_EQ(runtime::destroy_event(event), 0);  // those who wait still do
     ASSERT_EQ(runtime::copy(&c, &a, sizeof a, Copy::to_host, other), 0);
@@ -203,9 +203,10 @@ TEST_F(Emulator, SynchronizeEventRunsUpToTheRecord) {
     ASSERT_EQ(runtime::create_event(&event), 0);
     unsigned char before = 0, after = 0;
     Stream const legacy = nullptr;
-    ASSERT_EQ(runtime::fill(&before, 7, 1, legacy), 0);
+    const char seven = 7;
+    ASSERT_EQ(runtime::copy(&before, &seven, 1, Copy::to_device, legacy), 0);
     ASSERT_EQ(runtime::record(event, reinterpret_cast<Stream>(std::uintptr_t{1})), 0);  // the same stream
-    ASSERT_EQ(runtime::fill(&after, 7, 1, legacy), 0);
+    ASSERT_EQ(runtime::copy(&after, &seven, 1, Copy::to_device, legacy), 0);
     ASSERT_EQ(runtime::query(event), 0);
     EXPECT_EQ(before, 7);
     EXPECT_EQ(after, 0);
@@ -219,7 +220,9 @@ TEST_F(Emulator, MemoryIsFreedWhenTheStreamGetsThere) {
     ASSERT_EQ(runtime::allocate(&data, 64, pool_, stream_), 0);
     EXPECT_EQ(static_cast<unsigned char*>(data)[63], 0xFF);
     unsigned char seen[2] = {};
-    ASSERT_EQ(runtime::fill(data, 5, 64, stream_), 0);
+    char fives[64];
+    std::fill(std::begin(fives), std::end(fives), char{5});
+    ASSERT_EQ(runtime::copy(data, fives, 64, Copy::to_device, stream_), 0);
     ASSERT_EQ(runtime::copy(seen, data, 1, Copy::to_host, stream_), 0);
     ASSERT_EQ(runtime::release(data, stream_), 0);
     EXPECT_EQ(runtime::release(data, stream_), 1) << "twice";

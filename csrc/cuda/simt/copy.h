@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kCopyBlock) copy_rows(const __grid_constant__ 
     if (r >= a.batches * a.rows * a.heads) return;
     const Index bs = quotient(r, a.heads), b = quotient(bs, a.rows);
     const Index h = r - bs * a.heads, s = bs - b * a.rows;
-    const bool valid = s < length_of(a.lengths, a.has_lengths, b, a.rows);
+    const bool valid = a.first_row + s < length_of(a.lengths, a.has_lengths, b, a.first_row + a.rows);
     const T* source =
         static_cast<const T*>(a.source.data) + b * a.source.batch + s * a.source.seq + h * a.source.head;
     T* target = static_cast<T*>(a.target.data) + b * a.target.batch + s * a.target.seq + h * a.target.head;

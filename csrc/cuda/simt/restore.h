@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRestoreBlock) restore_rows(const __grid_const
             const Index j = a.chunk.key + n;
             if (row.attends(p, j)) sum += widen(weights[n]) * widen(v[j * p.v.seq + d * p.v.dim]);
         }
-        narrow(sum, out[d * p.out.dim]);
+        narrow(sum * static_cast<Acc>(weight_unit(p.dtype, p.dropout)), out[d * p.out.dim]);
     }
 }
 

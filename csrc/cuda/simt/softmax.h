@@ -1,7 +1,7 @@
 // Scores of a chunk -> weights in their place, lse, and the weights that the caller asked for.
 //
 //   x_j = log2(e) * score_j,  m = max x_j,  l = sum_j 2^(x_j - m) + 2^(sink - m)
-//   P_j = keep_j * 2^(x_j - m) / (l * (1 - dropout)),   lse = ln 2 * (m + log2 l)
+//   P_j = keep_j * 2^(x_j - m) / l * weight_scale,   lse = ln 2 * (m + log2 l)
 //
 // A group of threads owns a row. Without elementwise arguments up to 32 scores per thread stay in registers, so the row is
 // read once; otherwise three times (maximum, sum, weights), with x in place of the products from the first on. Both ways
@@ -74,7 +74,8 @@ private:
             FASTATTN_UNROLL
             for (int e = 0; e < 4; ++e) sum += x[c][e] = power2(x[c][e] - shift);
         }
-        set_total(sum);  // all threads have read their scores when this returns
+        set_total(sum);
+        G::sync();  // all threads have read their scores
         if (!regular) return store_irregular(a, number);
         FASTATTN_UNROLL
         for (int c = 0; c < kQuads; ++c) {
@@ -134,7 +135,7 @@ private:
         const Denominator<Acc> denominator(p, row, m, l);
         regular = denominator.is_regular();
         inverse = denominator.factor;
-        kept = static_cast<Acc>(static_cast<double>(inverse) / (1.0 - p.dropout));
+        stored = inverse * static_cast<Acc>(weight_scale(p.dtype));
     }
 
     // e[0..3]: 2^(x - m) of keys v.. of the chunk.
@@ -148,7 +149,7 @@ private:
         }
         FASTATTN_UNROLL
         for (int n = 0; n < 4; ++n) {
-            Acc weight = e[n] * kept;
+            Acc weight = e[n] * stored;
             if (!plain && p.dropout > 0 && random.word[n] < dropout_threshold(p.dropout)) weight = 0;
             narrow(weight, out.at[n]);
             if (!plain && p.weights.data != nullptr && v + n < keys) store_softmax(j + n, e[n] * inverse);
@@ -196,7 +197,7 @@ private:
     Acc* scores;
     T* weights;
     Acc m = 0, l = 0;  // of the keys alone
-    Acc inverse = 0, kept = 0;  // what 2^(x - m) is multiplied with for the softmax; that over 1 - dropout
+    Acc inverse = 0, stored = 0;  // what 2^(x - m) is multiplied with for the softmax, and for weights
     bool regular = false;  // l > 0
 };
 

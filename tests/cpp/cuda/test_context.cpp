@@ -64,7 +64,14 @@ void expect_unavailable(const std::string& reason) {
               "device: CUDA cannot be used: " + reason);
     const Explanation e = explain(problem);  // nobody asked for a GPU
     EXPECT_EQ(e.device, "cpu");
-    EXPECT_TRUE(has(e.device_choice, "; CUDA: " + reason)) << e.device_choice;
+    EXPECT_TRUE(has(e.device_choice, "estimated")) << e.device_choice;
+    EXPECT_FALSE(has(e.device_choice, reason)) << e.device_choice;  // the CPU would have been taken anyway
+    EXPECT_EQ(e.refused.back().kernel, "cuda-cublas");
+    EXPECT_EQ(e.refused.back().reason, reason);
+    Call large(1, 2048, 2048, 1, 1, 32, 32);
+    const Explanation wanted = explain(make_problem(large.params));
+    EXPECT_EQ(wanted.device, "cpu");
+    EXPECT_TRUE(has(wanted.device_choice, "; CUDA: " + reason)) << wanted.device_choice;
 }
 
 // ---- one process each ---------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ TEST(Probe, DISABLED_Environment) {
     const Explanation e = explain(make_problem(call.params));
     EXPECT_EQ(e.device, "cuda:0");
     EXPECT_EQ(e.device_choice, "FASTATTN_DEVICE asks for it");
-    EXPECT_TRUE(e.algorithm.ends_with(", TF32")) << e.algorithm;
+    EXPECT_TRUE(has(e.algorithm, ", TF32")) << e.algorithm;
     emulator::take_matmuls();
     attention_forward(make_problem(call.params));
     const auto products = emulator::take_matmuls();

@@ -294,5 +294,53 @@ TEST_F(Attention, FullAttentionNeedsNoRestoring) {
     EXPECT_EQ(emulator::take_matmuls().size(), 2u);
 }
 
+// Heads and entries that lie backwards, which cuBLAS's batches cannot say.
+TEST_F(Attention, NegativeStrides) {
+    for (const int axis : {0, 1, 2}) {
+        FullCall call(2, 5, 7, 4, 2, 8, 8);
+        for (TensorView* view : {&call.params.q, &call.params.k, &call.params.v}) {
+            auto* data = static_cast<float*>(view->data) + (view->shape[axis] - 1) * view->strides[axis];
+            view->data = data;
+            view->strides[axis] = -view->strides[axis];
+        }
+        check(call);
+    }
+}
+
+TEST_F(Attention, BatchesBeyondWhatOneProductTakes) {
+    FullCall call(40000, 1, 2, 1, 1, 4, 4);
+    check(call);
+}
+
+// A mask for all heads goes to the device once, whatever the number of units.
+TEST_F(Attention, SharedMaskOfSeveralUnits) {
+    FullCall call(2, 4, 6, 2, 1, 8, 8);
+    call.mask = Array<std::uint8_t>({4, 6});
+    for (std::size_t n = 0; n < call.mask.data.size(); ++n) call.mask[n] = n % 4 != 1;
+    call.params.mask = call.mask.view(DType::boolean);
+    check(call);
+}
+
+// The library may take back what its heuristic promised.
+TEST_F(Attention, PointerArraysThatFailWhenCalled) {
+    FullCall call(9, 4, 6, 6, 2, 8, 8);
+    RunOptions reference;
+    reference.kernel = "cpu-reference";
+    const Outputs expected = run(call, reference, call.params);
+    emulator::fail_next("Matmul", cuda::cublas::kNotSupported);
+    expect_near(run(call, {}, on_device(call.params, true)).out, expected.out, 2e-5, "out");
+}
+
+TEST_F(Attention, CapturedCallsNeedTheirSideArraysOnTheDevice) {
+    FullCall call(1, 4, 6, 2, 2, 8, 8);
+    call.params.sinks = call.sinks.view();
+    emulator::set_capturing(true);
+    const std::string message = testing::message_of<UnsupportedError>(
+        [&] { attention_forward(make_problem(on_device(call.params, false))); });
+    EXPECT_NE(message.find("CUDA graph"), std::string::npos) << message;
+    EXPECT_NO_THROW(attention_forward(make_problem(on_device(call.params, true))));
+    emulator::synchronize_all();
+}
+
 }  // namespace
 }  // namespace fastattn

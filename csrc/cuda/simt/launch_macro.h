@@ -1,0 +1,41 @@
+// Launches of kernels as nvcc writes them, and as the emulated GPU takes them.
+#pragma once
+
+#include "cuda/simt/arguments.h"
+#include "cuda/simt/device.h"
+
+// Dynamic shared memory of a kernel, 128-byte aligned.
+#if defined(__CUDACC__)
+#define FASTATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define FASTATTN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, args) \
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(args)
+#else
+#define FASTATTN_DYNAMIC_SHARED(name) alignas(128) static unsigned char name[228 << 10]
+#define FASTATTN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, args)                        \
+    emulator::launch({static_cast<unsigned>(blocks), 1, 1}, static_cast<unsigned>(threads), stream, \
+                     std::function<void()>([copied = args] { kernel(copied); }))
+#endif
+#define FASTATTN_LAUNCH(kernel, blocks, threads, stream, args) \
+    FASTATTN_LAUNCH_SHARED(kernel, blocks, threads, 0, stream, args)
+
+namespace fastattn::cuda {
+namespace {
+
+// Scale, lengths, causal and window only, and no weights asked for.
+inline bool is_plain(const AttentionProblem& p) {
+    return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
+           p.mask.data == nullptr && p.dropout == 0.0 && p.weights.data == nullptr;
+}
+
+// More than 48 KiB of shared memory are to be asked for.
+[[maybe_unused]] inline int allow_shared_memory([[maybe_unused]] const void* kernel,
+                                                [[maybe_unused]] int bytes) {
+#if defined(__CUDACC__)
+    return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
