@@ -14,7 +14,7 @@
 #   FASTATTN_CUDA_BUILD  one line for people: toolkit and architectures, or why there are no kernels
 # and defines fastattn_add_cuda_room().
 
-set(FASTATTN_CUDA_DEFAULT_ARCHITECTURES 75 80 86 89 90 100 120)
+set(FASTATTN_CUDA_DEFAULT_ARCHITECTURES 75 75-virtual 80 86 89 90 100 120)
 set(FASTATTN_CUDA_ARCHITECTURES "${FASTATTN_CUDA_DEFAULT_ARCHITECTURES}" CACHE STRING
   "GPU architectures: 90-real is machine code, 90-virtual PTX; of plain numbers the newest gets both, the others the first")
 
@@ -217,6 +217,23 @@ if(FASTATTN_SANITIZE MATCHES "thread")
   set(FASTATTN_EMULATOR_DEFINITIONS FASTATTN_EMULATOR_THREADS)
 endif()
 
+# An object library of what nvcc compiles, for the given architectures.
+function(fastattn_add_device_objects target architectures)
+  add_library(${target} OBJECT ${ARGN})
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${architectures}"
+    CUDA_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON
+    POSITION_INDEPENDENT_CODE ON)
+  # -std here, as CMake 3.25 does not know that nvcc has C++20. --threads: architectures at once. --fmad=true, nvcc's
+  # default, is wanted on the device.
+  target_compile_options(${target} PRIVATE -std=c++20 --threads=2 -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+  if(FASTATTN_WERROR)
+    target_compile_options(${target} PRIVATE -Werror=all-warnings -Xcompiler=-Werror)
+  endif()
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc ${PROJECT_SOURCE_DIR}/csrc/include)
+endfunction()
+
 # Object libraries with the room of a kind (none, cuda, emulated); sets <target>_OBJECTS in the caller. Once for each
 # folder of the build: properties of source files, of which some here differ by kind, belong to a folder.
 function(fastattn_add_cuda_room target kind build)
@@ -231,9 +248,9 @@ function(fastattn_add_cuda_room target kind build)
   endif()
   if(kind STREQUAL "emulated")
     list(REMOVE_ITEM sources ${room}/runtime_cudart.cpp ${room}/cublas_loader.cpp)
-    list(APPEND sources ${emulator}/simt.cpp ${emulator}/runtime.cpp ${emulator}/cublas.cpp ${room}/launch.cu)
-    # CMake says `-x c++` by itself. #pragma unroll is for nvcc.
-    set_source_files_properties(${room}/launch.cu PROPERTIES LANGUAGE CXX COMPILE_OPTIONS -Wno-unknown-pragmas)
+    set(device_sources ${room}/launch.cu ${room}/tensor/flash_sm80.cu)
+    list(APPEND sources ${emulator}/simt.cpp ${emulator}/runtime.cpp ${emulator}/cublas.cpp ${device_sources})
+    set_source_files_properties(${device_sources} PROPERTIES LANGUAGE CXX)  # CMake says `-x c++` by itself
   endif()
   add_library(${target} OBJECT ${sources})
   fastattn_set_flags(${target})
@@ -246,21 +263,18 @@ function(fastattn_add_cuda_room target kind build)
   elseif(kind STREQUAL "cuda")
     # SYSTEM: NVIDIA's headers are not ours to keep free of warnings.
     target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-    add_library(${target}_device OBJECT ${room}/launch.cu)
-    set_target_properties(${target}_device PROPERTIES
-      CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
-      CUDA_VISIBILITY_PRESET hidden
-      VISIBILITY_INLINES_HIDDEN ON
-      POSITION_INDEPENDENT_CODE ON)
-    # -std here, as CMake 3.25 does not know that nvcc has C++20. --threads: architectures at once. --fmad=true, nvcc's
-    # default, is wanted on the device.
-    target_compile_options(${target}_device PRIVATE -std=c++20 --threads=2
-      -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
-    if(FASTATTN_WERROR)
-      target_compile_options(${target}_device PRIVATE -Werror=all-warnings -Xcompiler=-Werror)
+    fastattn_add_device_objects(${target}_device "${CMAKE_CUDA_ARCHITECTURES}" ${room}/launch.cu)
+    # Tensor cores as of Ampere. Code for sm_80 runs on 8.6 and 8.9 as it is; the kernel refuses what is older, and traps there.
+    set(tensor ${CMAKE_CUDA_ARCHITECTURES})
+    list(FILTER tensor EXCLUDE REGEX "^7[0-9]")
+    if("80-real" IN_LIST tensor)
+      list(REMOVE_ITEM tensor 86-real 89-real)
     endif()
-    target_include_directories(${target}_device PRIVATE ${PROJECT_SOURCE_DIR}/csrc ${PROJECT_SOURCE_DIR}/csrc/include)
-    list(APPEND objects $<TARGET_OBJECTS:${target}_device>)
+    if(NOT tensor)
+      set(tensor ${CMAKE_CUDA_ARCHITECTURES})
+    endif()
+    fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/flash_sm80.cu)
+    list(APPEND objects $<TARGET_OBJECTS:${target}_device> $<TARGET_OBJECTS:${target}_tensor>)
   endif()
   set(${target}_OBJECTS ${objects} PARENT_SCOPE)
 endfunction()

@@ -8,9 +8,10 @@ Unusable kernels show up once, skipped with their reason, in test_entry_points.p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from inputs import DTYPES
+from inputs import DTYPES, PARTIAL
 
 import fastattn
 
@@ -34,6 +35,17 @@ def _pairs(one_dtype: bool, devices: tuple[str, ...]) -> list[tuple[str, str]]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_dtype: loop over kernels, with one dtype each")
     config.addinivalue_line("markers", "cpu_only: a promise for the CPU's kernels, not for a GPU's")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """What a kernel for some problems refuses is not tested on it, visibly."""
+    outcome: Any = yield
+    error = outcome.excinfo[1] if outcome.excinfo else None
+    if isinstance(error, fastattn.UnsupportedError):
+        for name in PARTIAL:
+            if f'kernel: "{name}" cannot compute' in str(error):
+                outcome.force_exception(pytest.skip.Exception(str(error)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

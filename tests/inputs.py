@@ -14,6 +14,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+# Kernels for some problems only; the others take every problem of their dtypes.
+PARTIAL = ("cuda-flash-sm80",)
+
 
 def stats_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype of lse and weights."""

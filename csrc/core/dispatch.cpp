@@ -190,7 +190,7 @@ const Kernel& choose_kernel(const AttentionProblem& problem, Device device, cons
     const std::string_view asked = asked_kernel(options);
     if (!asked.empty()) return forced_kernel(problem, device, asked);
     for (const Kernel& kernel : kernels_of(device.type))
-        if (supports(kernel, problem)) return kernel;
+        if (kernel.unproven == nullptr && supports(kernel, problem)) return kernel;
     std::string reasons;
     for (const Kernel& kernel : kernels_of(device.type))
         reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + refusal(kernel, problem);
@@ -332,6 +332,7 @@ Explanation explain(const AttentionProblem& problem, const RunOptions& options) 
                 const char* unusable = kernel.unavailable();
                 reason = unusable != nullptr ? unusable : "the call runs on " + e.device;
             }
+            if (reason.empty() && kernel.unproven != nullptr && !forced) reason = kernel.unproven;
             if (reason.empty()) reason = (forced ? "the call asks for " : "comes after ") + e.kernel;
             e.refused.push_back({kernel.name, reason});
         }

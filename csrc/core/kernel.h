@@ -44,6 +44,8 @@ struct Kernel {
     // A pure function of the problem and the thread count; results may not depend on the latter.
     KernelPlan (*plan)(const AttentionProblem&, Device device, int threads, bool describe);
     void (*run)(const AttentionProblem&, const Target&, const Workspace&, Executor&);
+    // Why it is taken only when it is asked for by name, or nullptr: a kernel that its own hardware has not proven.
+    const char* unproven = nullptr;
 };
 
 // Best first; the last one supports every problem of its device. A missing backend is an empty list.

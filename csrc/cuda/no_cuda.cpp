@@ -8,13 +8,19 @@ namespace {
 
 constexpr DType kDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
 
-constexpr Kernel kKernels[] = {{.name = "cuda-cublas",
-                                .device = DeviceType::cuda,
-                                .dtypes = kDtypes,
-                                .unavailable = &cuda_unavailable,
-                                .refuses = nullptr,
-                                .plan = nullptr,
-                                .run = nullptr}};
+constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
+
+constexpr Kernel absent(const char* name, std::span<const DType> dtypes) {
+    return {.name = name,
+            .device = DeviceType::cuda,
+            .dtypes = dtypes,
+            .unavailable = &cuda_unavailable,
+            .refuses = nullptr,
+            .plan = nullptr,
+            .run = nullptr};
+}
+
+constexpr Kernel kKernels[] = {absent("cuda-flash-sm80", kHalfDtypes), absent("cuda-cublas", kDtypes)};
 
 }  // namespace
 

@@ -4,14 +4,17 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FASTATTN_UNROLL _Pragma("unroll")
+#define FASTATTN_UNROLL_LITTLE _Pragma("unroll 2")
 #else
 #include "cuda_shim.h"
 #define FASTATTN_UNROLL
+#define FASTATTN_UNROLL_LITTLE
 #endif
 
 #include "core/half.h"

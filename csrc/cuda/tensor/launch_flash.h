@@ -1,0 +1,13 @@
+// The fused kernels as functions of the host. Nothing is waited for; errors of a launch are found by runtime::last_error().
+#pragma once
+
+#include "cuda/runtime.h"
+#include "cuda/tensor/flash_arguments.h"
+
+namespace fastattn::cuda {
+
+// `width`: of a row of flash_sm80_tiles.inc. Returns an error code where the tile's shared memory cannot be had.
+int launch_flash_sm80(const FlashArgs& args, int width, Stream stream);
+void launch_recompute(const FlashArgs& args, Stream stream);
+
+}  // namespace fastattn::cuda
