@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inputs import PARTIAL
 
 import fastattn
 from fastattn import _core, reference
@@ -68,9 +69,10 @@ def test_check_passes_and_covers_every_usable_kernel(capsys: pytest.CaptureFixtu
     assert main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for kernel in fastattn.kernels():
-        checked = [line for line in lines if line.startswith(kernel.name + " ") and "/3 " in line]
+        taken = 2 if kernel.name in PARTIAL else 3  # not the odd sizes
+        checked = [line for line in lines if line.startswith(kernel.name + " ") and f"/{taken} " in line]
         assert len(checked) == (len(kernel.dtypes) if kernel.usable else 0)
-        assert all("3/3 ok" in line for line in checked)
+        assert all(f"{taken}/{taken} ok" in line for line in checked)
     assert lines[-1] == "all passed"
 
 
@@ -119,6 +121,27 @@ def test_check_goes_on_after_a_kernel_that_raises(
     text = capsys.readouterr().out
     assert "FAILED cpu-scalar float32: plain: MemoryError: no room" in text
     assert "FAILED cpu-reference" not in text
+
+
+@pytest.mark.usefixtures("few_problems")
+@pytest.mark.parametrize("refuses", [1, 3])
+def test_check_counts_what_a_kernel_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refuses: int
+) -> None:
+    """A kernel for some problems is fine; one for none is not."""
+    real, names = fastattn.mha, list(problems.PROBLEMS)[:refuses]
+    refused = [problems.make(name, "float32")[0] for name in names]
+
+    def mha(q: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["kernel"] == "cpu-scalar" and any(np.array_equal(q, x) for x in refused):
+            raise fastattn.UnsupportedError("too odd")
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(fastattn, "mha", mha)
+    assert main(["check"]) == (1 if refuses == 3 else 0)
+    text = capsys.readouterr().out
+    assert f"cpu-scalar float32 refuses {names[0]}: too odd" in text
+    assert ("it refuses every problem" in text) == (refuses == 3)
 
 
 def test_check_fails_without_a_usable_kernel(
