@@ -63,7 +63,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 def fake_explain(q: Any, k: Any, v: Any, **options: Any) -> Any:
     device = options.get("device") or "cuda"
     return types.SimpleNamespace(
-        kernel=f"{device}-fake", device=device, algorithm="fake", workspace_bytes=12345, refused={}
+        kernel=f"{device}-fake",
+        device="cpu" if device == "cpu" else "cuda:0",
+        algorithm="fake",
+        workspace_bytes=12345,
+        refused={},
     )
 
 

@@ -26,7 +26,7 @@ The file:
               test: passed, failed, errors, skipped, skip_reasons, seconds_of_slowest
               sanitize: for each run its tool, arrays, verdict, reason, errors, reports, seconds, and ours:
               how many reports name a function of fastattn
-              bench: the documents of `tune`, `bench --device cuda` and its `--transfers`
+              bench: the documents of `tune`, `bench --device cuda`, of the fused kernel, and `--transfers`
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ PACKAGES = (
     *("scikit-build-core", "pybind11", "cmake", "ninja", "nvidia-cublas", "cuda-pathfinder"),
 )
 SELECTED_TESTS = "cuda- or test_cuda_"  # ids have the kernel's name; and the files about CUDA
+FUSED_CASES = "*-bf16"
 SMALL_PROBLEMS = ("odd sizes, mask", "bias, alibi, negative scale", "dropout")
 FACTS = """
 import json, fastattn
@@ -536,8 +537,8 @@ def find_tool(name: str) -> str | None:
 
 # ---- bench --------------------------------------------------------------------------------------------
 def bench(context: Context) -> Step:
-    """tune, then the benchmark beside torch, then the one with transfers."""
-    names = {"tune": 0.2, "bench": 0.75, "transfers": 1.0}  # shares of the time that is left
+    """tune, the benchmark beside torch, the same of the fused kernel by its name, the one with transfers."""
+    names = {"tune": 0.15, "bench": 0.6, "fused": 0.7, "transfers": 1.0}  # shares of the time that is left
     commands, failures = [], []
     results: dict[str, Any] = {}
     states = []
@@ -561,8 +562,13 @@ def bench_command(name: str, path: Path, quick: bool) -> list[str]:
     module = [sys.executable, "-m", "fastattn"]
     if name == "tune":
         return [*module, "tune"]
-    command = [*module, "bench", "--device", "cuda", *(["--quick"] if quick else []), "--json", str(path)]
-    return [*command, *(["--transfers"] if name == "transfers" else [])]
+    command = [*module, "bench", "--device", "cuda"]
+    if name == "fused":
+        peers = ["--peers", "torch-flash,torch-cudnn"]
+        options = ["--kernel", "cuda-flash-sm80", "--cases", FUSED_CASES, *peers, "--rounds", "5"]
+    else:
+        options = ["--quick"] * quick + ["--transfers"] * (name == "transfers")
+    return [*command, *options, "--json", str(path)]
 
 
 def judge_bench(name: str, done: Done, document: Any) -> tuple[str, list[dict[str, str]]]:

@@ -58,7 +58,7 @@ class FastAttn:
     def make(self, case: Case, q: Any, k: Any, v: Any) -> Runner:
         options: dict[str, Any] = {"layout": "bhsd", "causal": case.causal, "kernel": self.kernel}
         plan = fastattn.explain(q, k, v, **options)
-        if plan.device != "cuda":
+        if not plan.device.startswith("cuda"):
             raise NotApplicable(f"it would run on the {plan.device}: {plan.refused}")
         facts = {"algorithm": plan.algorithm, "workspace_bytes": plan.workspace_bytes}
         return Runner(lambda: fastattn.mha(q, k, v, **options), plan.kernel, facts=facts)
