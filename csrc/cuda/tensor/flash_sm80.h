@@ -52,6 +52,7 @@ public:
     }
 
     __device__ void compute() {
+        begin_copies();
         find_rows();
         load_queries();
         clear();

@@ -6,6 +6,11 @@
 
 #include "cuda/simt/device.h"
 
+#if !defined(__CUDACC__)
+#include <deque>
+#include <vector>
+#endif
+
 namespace fastattn::cuda {
 namespace {
 
@@ -37,16 +42,46 @@ void exchange(const T& mine, F read) {
 #endif
 
 // ---- asynchronous copies to shared memory -------------------------------------------------------------------
+#if !defined(__CUDACC__)
+// A thread's copies, group by group; the last group is open. Nothing is copied before somebody waits for it: the latest
+// that the rules allow.
+struct CopyQueue {
+    struct Item {
+        void* target;
+        const void* source;
+        bool valid;
+    };
+    std::deque<std::vector<Item>> groups{1};
+
+    void finish_first() {
+        for (const Item& item : groups.front()) {
+            std::memset(item.target, 0, 16);
+            if (item.valid) std::memcpy(item.target, item.source, 16);
+        }
+        groups.pop_front();
+    }
+};
+inline CopyQueue& copy_queue() {
+    static CopyQueue queues[1024];
+    return queues[threadIdx.x];
+}
+#endif
+
+// First thing in a kernel that copies.
+__device__ __forceinline__ void begin_copies() {
+#if !defined(__CUDACC__)
+    copy_queue() = {};  // what the same thread of another block left
+#endif
+}
+
 // 16 bytes, both addresses multiples of 16; zeros where not valid, and `source` is not read.
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool valid) {
 #if FASTATTN_HAS_MMA
     const auto address = static_cast<unsigned>(__cvta_generic_to_shared(target));
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(source), "r"(bytes));
-#else
-    std::uint32_t words[4] = {};
-    if (valid) memcpy(words, source, 16);
-    memcpy(target, words, 16);
+#elif !defined(__CUDACC__)
+    copy_queue().groups.back().push_back({target, source, valid});
 #endif
 }
 
@@ -54,6 +89,8 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, boo
 __device__ __forceinline__ void commit_copies() {
 #if FASTATTN_HAS_MMA
     asm volatile("cp.async.commit_group;\n" ::);
+#elif !defined(__CUDACC__)
+    copy_queue().groups.emplace_back();
 #endif
 }
 
@@ -62,6 +99,8 @@ template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #if FASTATTN_HAS_MMA
     asm volatile("cp.async.wait_group %0;\n" ::"n"(pending));
+#elif !defined(__CUDACC__)
+    while (copy_queue().groups.size() > 1 + pending) copy_queue().finish_first();
 #endif
 }
 
