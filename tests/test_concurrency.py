@@ -214,6 +214,7 @@ def test_ctrl_c_within_a_fifth_of_a_second(kernel, dtype, threads, case):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.cpu_only
 @pytest.mark.one_dtype
 def test_ctrl_c_in_a_decode_call(kernel, dtype):
     """Many short calls in a row: the interrupt arrives in or between them."""
