@@ -29,7 +29,7 @@ std::optional<std::uintptr_t> current_stream(PyObject* array) {
 
 }  // namespace
 
-void CudaUse::join(PyObject* array, const char* name, std::int32_t device, bool managed) {
+std::int64_t CudaUse::join(PyObject* array, const char* name, std::int32_t device, bool managed) {
     prepare_cuda();
     const Device here{DeviceType::cuda, device};
     const char* reason = cuda_unavailable();
@@ -46,15 +46,11 @@ void CudaUse::join(PyObject* array, const char* name, std::int32_t device, bool 
         device_ = here;
         stream_ = theirs ? reinterpret_cast<void*>(*theirs) : cuda_own_stream(device);
     }
-    must_wait_ = must_wait_ || !theirs || reinterpret_cast<void*>(*theirs) != stream_;
-}
-
-std::int64_t CudaUse::stream_for(PyObject* array) const {
-    const std::optional<std::uintptr_t> theirs = current_stream(array);
     const auto ours = reinterpret_cast<std::uintptr_t>(stream_);
     if (theirs && *theirs == ours) {
         return -1;
     }
+    must_wait_ = true;
     return ours == 0 ? 1 : static_cast<std::int64_t>(ours);  // the protocol's number of the default stream
 }
 

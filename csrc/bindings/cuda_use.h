@@ -16,13 +16,10 @@ namespace fastattn::bindings {
 class CudaUse {
 public:
     // Before an array on cuda:`device` is asked for its memory; UnsupportedError, naming the array, when CUDA cannot be used.
-    void join(PyObject* array, const char* name, std::int32_t device, bool managed);
+    // Returns the stream that the array's __dlpack__ is to be told: -1 where its library queues in ours anyway.
+    std::int64_t join(PyObject* array, const char* name, std::int32_t device, bool managed);
 
-    bool any() const noexcept { return joined_; }
-    Device device() const noexcept { return device_; }
     void* stream() const noexcept { return stream_; }
-    // What an array's __dlpack__ is to be told: -1 where its library queues in our stream anyway.
-    std::int64_t stream_for(PyObject* array) const;
 
     // Waits at its end, where memory of some array may be used again by its library without regard to our stream.
     class Wait {

@@ -47,8 +47,14 @@ Device to_device(std::int32_t type, std::int32_t id, const char* name) {
         ", but fastattn computes on the CPU and on CUDA devices only; copy it to the host first");
 }
 
+// Where an array says that it is, and for memory of a device the stream that its __dlpack__ is to be told.
+struct Announced {
+    Device device;
+    std::int64_t stream = 0;
+};
+
 // Asked before __dlpack__, which may wait for a device or refuse in words of its own.
-Device announced_device(PyObject* object, const char* name, CudaUse& cuda) {
+Announced announced_device(PyObject* object, const char* name, CudaUse& cuda) {
     const PyRef device = PyRef::steal(PyObject_CallMethod(object, "__dlpack_device__", nullptr));
     if (!device) {
         wrap_producer_error(object, name, "__dlpack_device__()");
@@ -66,9 +72,9 @@ Device announced_device(PyObject* object, const char* name, CudaUse& cuda) {
     }
     const Device where = to_device(static_cast<std::int32_t>(type), static_cast<std::int32_t>(id), name);
     if (where.type == DeviceType::cuda) {
-        cuda.join(object, name, where.index, type == dlpack::kCudaManaged);
+        return {where, cuda.join(object, name, where.index, type == dlpack::kCudaManaged)};
     }
-    return where;
+    return {where};
 }
 
 void check_requires_grad(PyObject* object, const char* name) {
@@ -80,15 +86,14 @@ void check_requires_grad(PyObject* object, const char* name) {
     }
 }
 
-PyRef request_capsule(PyObject* object, const char* name, const Device& where, const CudaUse& cuda) {
+PyRef request_capsule(PyObject* object, const char* name, const Announced& where) {
     const PyRef version = PyRef::checked(
         Py_BuildValue("(II)", unsigned{dlpack::kMajorVersion}, unsigned{dlpack::kMinorVersion}));
     PyRef capsule;
-    if (where.type == DeviceType::cuda) {
+    if (where.device.type == DeviceType::cuda) {
         const PyRef glue = PyRef::checked(PyImport_ImportModule("fastattn._arrays"));
-        capsule =
-            PyRef::steal(PyObject_CallMethod(glue.get(), "cuda_capsule", "OLO", object,
-                                             static_cast<long long>(cuda.stream_for(object)), version.get()));
+        capsule = PyRef::steal(PyObject_CallMethod(glue.get(), "cuda_capsule", "OLO", object,
+                                                   static_cast<long long>(where.stream), version.get()));
     } else {
         const PyRef method = PyRef::checked(PyUnicode_FromString("__dlpack__"));
         const PyRef keywords = PyRef::checked(Py_BuildValue("(s)", "max_version"));
@@ -199,8 +204,8 @@ bool has_dlpack(PyObject* object) {
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
                             bool& aligned, ByteStridedArray& bytes, CudaUse& cuda) {
     check_requires_grad(object, name);
-    const Device announced = announced_device(object, name, cuda);
-    const PyRef capsule = request_capsule(object, name, announced, cuda);
+    const Announced announced = announced_device(object, name, cuda);
+    const PyRef capsule = request_capsule(object, name, announced);
     ManagedTensor managed = take(capsule.get(), object, name);
     if (managed.versioned() && managed.version().major != dlpack::kMajorVersion) {
         // Only version, manager_ctx and deleter are sure to be where we think they are.
@@ -209,9 +214,9 @@ ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output,
     }
     const dlpack::DLTensor& tensor = managed.tensor();
     const Device where = to_device(tensor.device.device_type, tensor.device.device_id, name);
-    if (!(where == announced)) {
+    if (!(where == announced.device)) {
         raise(PyExc_TypeError, "%s: %.200s announces memory of %s and exports memory of %s", name,
-              type_name(object), device_string(announced).c_str(), device_string(where).c_str());
+              type_name(object), device_string(announced.device).c_str(), device_string(where).c_str());
     }
     if (tensor.dtype.lanes != 1 || !dtype_of(tensor.dtype, view.dtype)) {
         raise(

@@ -282,10 +282,6 @@ void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds
                  plan.total_bytes + plan.details.device_bytes, milliseconds, speed);
 }
 
-}  // namespace
-
-namespace {
-
 void run_plan(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
     if (!environment().verbose) return execute(problem, plan, options);
     const auto start = Clock::now();

@@ -21,8 +21,14 @@ void* shifted(void* data, Index bytes) noexcept {
                                    static_cast<std::uintptr_t>(bytes));
 }
 
-// The same for every head and entry: uploaded once for all units.
-bool is_shared(const ScoreOperand& x) noexcept { return x.data != nullptr && x.batch == 0 && x.head == 0; }
+// The same for every head and entry, and not too large to be on the device whole: uploaded once for all units.
+bool is_shared(const AttentionProblem& p, const ScoreOperand& x) noexcept {
+    constexpr double most = 8.0 * kUnitBytes;
+    const double elements = (x.query == 0 ? 1.0 : static_cast<double>(p.q_size)) *
+                            (x.key == 0 ? 1.0 : static_cast<double>(p.kv_size));
+    return x.data != nullptr && x.batch == 0 && x.head == 0 &&
+           elements * static_cast<double>(item_size(x.dtype)) <= most;
+}
 
 // ---- arrays over (batch, head, query, key) in a unit --------------------------------------------------------
 // Sizes of what is stored for the keys of the unit: broadcast axes once.
@@ -111,7 +117,7 @@ void copy_in(const AttentionProblem& p, const Chunk& unit, const AttentionProble
     copy_queries(p, unit, p.q, pinned.q, p.head_dim, executor);
     for (const auto side : {&AttentionProblem::mask, &AttentionProblem::bias}) {
         const ScoreOperand& from = p.*side;
-        if (from.data != nullptr && !is_shared(from))
+        if (from.data != nullptr && !is_shared(p, from))
             copy_scores(p, unit, from, pinned.*side, stored_size(p, from, unit), executor);
     }
 }
@@ -141,8 +147,8 @@ Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p)
     const Index keys = all_.keys * stored;
     Index row = stored + item_of(p.lse_dtype);
     if (p.weights.data != nullptr) row += p.kv_size * item_of(p.lse_dtype);
-    if (p.mask.data != nullptr && p.mask.query != 0 && !is_shared(p.mask)) row += all_.keys;
-    if (p.bias.data != nullptr && p.bias.query != 0 && !is_shared(p.bias))
+    if (p.mask.data != nullptr && p.mask.query != 0 && !is_shared(p, p.mask)) row += all_.keys;
+    if (p.bias.data != nullptr && p.bias.query != 0 && !is_shared(p, p.bias))
         row += all_.keys * item_of(p.bias.dtype);
     row *= p.group;  // of one kv head
     rows_ = p.q_size;
@@ -193,8 +199,8 @@ UnitLayout lay_out_unit(const AttentionProblem& p, const Chunk& unit) noexcept {
     layout.v = at(keys, compact(unit.kv_heads, unit.keys, p.value_dim));
     layout.keys_bytes = keys.used();
     in.take(compact(heads, unit.rows, p.head_dim));
-    layout.mask = at(in, is_shared(p.mask) ? 0 : stored_bytes(p, p.mask, unit));
-    layout.bias = at(in, is_shared(p.bias) ? 0 : stored_bytes(p, p.bias, unit));
+    layout.mask = at(in, is_shared(p, p.mask) ? 0 : stored_bytes(p, p.mask, unit));
+    layout.bias = at(in, is_shared(p, p.bias) ? 0 : stored_bytes(p, p.bias, unit));
     layout.in_bytes = in.used();
     out.take(compact(heads, unit.rows, p.value_dim));
     layout.lse = at(out, stored_bytes(p, full(p.lse, 1), with_keys(unit, 1)));
@@ -217,8 +223,8 @@ AttentionProblem place_unit(const AttentionProblem& p, const Chunk& unit, const 
     to.v = key(keys + layout.v, p.value_dim);
     to.q = query(in, p.head_dim);
     to.out = query(out, p.value_dim);
-    if (!is_shared(p.mask)) to.mask = placed(p, p.mask, unit, in + layout.mask);
-    if (!is_shared(p.bias)) to.bias = placed(p, p.bias, unit, in + layout.bias);
+    if (!is_shared(p, p.mask)) to.mask = placed(p, p.mask, unit, in + layout.mask);
+    if (!is_shared(p, p.bias)) to.bias = placed(p, p.bias, unit, in + layout.bias);
     to.lse = placed(p, full(p.lse, 1), with_keys(unit, 1), out + layout.lse);
     to.weights = placed(p, full(p.weights, p.kv_size), with_keys(unit, p.kv_size), out + layout.weights);
     return to;
@@ -250,7 +256,7 @@ std::size_t side_bytes(const AttentionProblem& p, bool with_scores) noexcept {
         if (on_host((p.*side).data, (p.*side).place))
             carver.take(stored_bytes(p, widened(p.*side), with_keys(all, 1)));
     for (const auto side : kScoreSides)
-        if ((with_scores || is_shared(p.*side)) && on_host((p.*side).data, (p.*side).place))
+        if ((with_scores || is_shared(p, p.*side)) && on_host((p.*side).data, (p.*side).place))
             carver.take(stored_bytes(p, p.*side, all));
     return carver.used();
 }
@@ -285,7 +291,7 @@ void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block,
         device.*side = {to.data, to.dtype, to.batch, to.head, DeviceType::cuda};
     }
     for (const auto side : kScoreSides)
-        if ((with_scores || is_shared(p.*side)) && on_host((p.*side).data, (p.*side).place)) {
+        if ((with_scores || is_shared(p, p.*side)) && on_host((p.*side).data, (p.*side).place)) {
             device.*side = upload(p.*side, all);
             (device.*side).place = DeviceType::cuda;
         }
