@@ -18,11 +18,11 @@ constexpr std::string_view kNames[] = {
     "q",        "k",       "v",    "layout",       "scale",          "causal", "window",
     "q_offset", "mask",    "bias", "alibi_slopes", "softcap",        "sinks",  "q_lens",
     "kv_lens",  "dropout", "seed", "return_lse",   "return_weights", "out",    "device",
-    "kernel",
+    "kernel",   "dout",    "lse",  "dlse",         "need_dbias",
 };
 static_assert(std::size(kNames) == kSlots, "one name per slot");
 
-// By content: interned pointers would have to be kept per interpreter, and 22 short comparisons that fail at
+// By content: interned pointers would have to be kept per interpreter, and some short comparisons that fail at
 // the length or the first letters cost nanoseconds.
 int find_slot(std::string_view name) noexcept {
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -33,19 +33,19 @@ int find_slot(std::string_view name) noexcept {
     return -1;
 }
 
-[[noreturn]] void fail_missing(const char* function, const Arguments& arguments) {
-    std::string missing[kPositional];
+[[noreturn]] void fail_missing(const Signature& signature, const Arguments& arguments) {
+    std::string missing[std::size(Signature{}.positional)];
     int count = 0;
-    for (int slot = 0; slot < kPositional; ++slot) {
-        if (arguments.values[slot] == nullptr) {
-            missing[count++] = "'" + std::string(kNames[slot]) + "'";
+    for (int i = 0; i < signature.positional_count; ++i) {
+        if (arguments.values[signature.positional[i]] == nullptr) {
+            missing[count++] = "'" + std::string(kNames[signature.positional[i]]) + "'";
         }
     }
     std::string list = missing[0];
     for (int i = 1; i < count; ++i) {
         list += (i + 1 < count ? ", " : count > 2 ? ", and " : " and ") + missing[i];
     }
-    raise(PyExc_TypeError, "%s() missing %d required positional argument%s: %s", function, count,
+    raise(PyExc_TypeError, "%s() missing %d required positional argument%s: %s", signature.function, count,
           count == 1 ? "" : "s", list.c_str());
 }
 
@@ -76,14 +76,15 @@ std::int64_t to_saturated(PyObject* object, const char* name, const char* expect
 
 const char* slot_name(Slot slot) noexcept { return kNames[slot].data(); }
 
-Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+Arguments parse_arguments(const Signature& signature, PyObject* const* args, Py_ssize_t count,
+                          PyObject* keywords) {
     Arguments arguments;
-    if (count > kPositional) {
-        raise(PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", function, kPositional,
-              count);
+    if (count > signature.positional_count) {
+        raise(PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", signature.function,
+              signature.positional_count, count);
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-        arguments.values[i] = args[i];
+        arguments.values[signature.positional[i]] = args[i];
     }
     const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
     for (Py_ssize_t i = 0; i < keyword_count; ++i) {
@@ -94,18 +95,18 @@ Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_
             PyErr_Clear();  // lone surrogates: certainly none of ours
         }
         const int slot = text == nullptr ? -1 : find_slot({text, static_cast<std::size_t>(length)});
-        if (slot < 0) {
-            raise(PyExc_TypeError, "%s() got an unexpected keyword argument %R", function, keyword);
+        if (slot < 0 || (signature.by_name >> slot & 1u) == 0) {
+            raise(PyExc_TypeError, "%s() got an unexpected keyword argument %R", signature.function, keyword);
         }
         if (arguments.values[slot] != nullptr) {
-            raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", function,
+            raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", signature.function,
                   kNames[slot].data());
         }
         arguments.values[slot] = args[count + i];
     }
-    for (int slot = 0; slot < kPositional; ++slot) {
-        if (arguments.values[slot] == nullptr) {
-            fail_missing(function, arguments);
+    for (int i = 0; i < signature.positional_count; ++i) {
+        if (arguments.values[signature.positional[i]] == nullptr) {
+            fail_missing(signature, arguments);
         }
     }
     return arguments;

@@ -1,4 +1,4 @@
-// The arguments of mha and explain: (q, k, v, *, keywords...), as CPython hands them to a
+// The arguments of mha, explain and mha_backward: (q, k, v, *, keywords...), as CPython hands them to a
 // METH_FASTCALL | METH_KEYWORDS function, and their conversion.
 #pragma once
 
@@ -32,9 +32,28 @@ enum Slot {
     kOut,
     kDevice,
     kKernel,
+    kDout,
+    kLse,
+    kDlse,
+    kNeedDbias,
     kSlots,
 };
-inline constexpr int kPositional = 3;
+
+// What a function takes: some arguments by position or name, the others by name.
+struct Signature {
+    const char* function;
+    Slot positional[6];
+    int positional_count;
+    std::uint32_t by_name;  // a bit for each slot
+};
+inline constexpr Signature forward_signature(const char* function) {
+    return {function, {kQ, kK, kV}, 3, ((1u << kDout) - 1u)};
+}
+inline constexpr Signature kBackwardSignature = {
+    "mha_backward",
+    {kDout, kQ, kK, kV, kOut, kLse},
+    6,
+    ((1u << kSlots) - 1u) & ~((1u << kReturnLse) | (1u << kReturnWeights))};
 
 // Borrowed references; nullptr: not given. None counts as not given for keywords whose default is None.
 struct Arguments {
@@ -49,7 +68,8 @@ const char* slot_name(Slot slot) noexcept;
 
 // Sorts the arguments into slots; TypeError, in CPython's words, for too many, missing, unknown or repeated
 // ones.
-Arguments parse_arguments(const char* function, PyObject* const* args, Py_ssize_t count, PyObject* keywords);
+Arguments parse_arguments(const Signature& signature, PyObject* const* args, Py_ssize_t count,
+                          PyObject* keywords);
 
 // Conversions. `fallback` is what an absent argument means.
 bool to_bool(const Arguments& arguments, Slot slot, bool fallback);

@@ -146,6 +146,67 @@ Examples
 'cpu'
 )doc";
 
+inline constexpr const char* kBackwardDoc =
+    "mha_backward"
+    "($module, dout, q, k, v, out, lse, *, dlse=None, layout='bshd', scale=None, causal=False, window=None, "
+    "q_offset=None, mask=None, bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, "
+    "kv_lens=None, "
+    "dropout=0.0, seed=0, need_dbias=True, device=None, kernel=None)\n--\n\n"
+    R"doc(Gradients of `mha`, with the weights recomputed from lse: O(S) memory.
+
+Parameters
+----------
+dout : array
+    Gradient of the loss by out: out's shape and dtype.
+q, k, v : array
+    As given to `mha`.
+out, lse : array
+    What ``mha(..., return_lse=True)`` returned for them.
+dlse : array (B, Hq, Sq), optional
+    Gradient of the loss by lse: lse's shape and dtype.
+layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens, kv_lens, dropout, seed
+    As given to `mha`; the same dropout and seed draw the same mask.
+need_dbias : bool
+    False: dbias is None, which saves two of seven matrix products where there is a bias.
+device, kernel : str, optional
+    As for `mha`.
+
+Returns
+-------
+Gradients
+    A named tuple (dq, dk, dv, dbias, dalibi_slopes, dsinks) of arrays of q's kind, each in the shape and dtype of its
+    argument, None where that was not given. dk and dv are summed over the query heads of a key head, dbias over the
+    axes that bias broadcasts, dalibi_slopes of shape (Hq,) and dsinks over the batch.
+
+Raises
+------
+TypeError, ValueError, UnsupportedError, CudaError, MemoryError
+    As `mha`. UnsupportedError also for a forced kernel that has no backward pass.
+
+Notes
+-----
+With P = exp(score - lse) and r = 1 / (1 - dropout) for kept weights, 0 for dropped ones (FlashAttention [1]_,
+algorithm 4)::
+
+    dv = r P^T dout     dP = r (dout v^T)     dS = P (dP - delta + dlse)     delta = sum of dout * out by row
+    dq = scale dS' k    dk = scale dS'^T q    dS' = dS (1 - tanh(score/softcap)^2)
+
+Pairs that a row may not attend contribute nothing, whatever their arrays hold. The result has the same bits whatever
+the number of threads and whatever else is in the batch.
+
+References
+----------
+.. [1] Dao et al.: FlashAttention, NeurIPS 2022.
+
+Examples
+--------
+>>> import numpy as np, fastattn
+>>> q = np.random.rand(1, 128, 8, 64).astype(np.float32)
+>>> out, lse = fastattn.mha(q, q, q, causal=True, return_lse=True)
+>>> fastattn.mha_backward(np.ones_like(out), q, q, q, out, lse, causal=True).dk.shape
+(1, 128, 8, 64)
+)doc";
+
 #undef FASTATTN_MHA_SIGNATURE
 
 }  // namespace fastattn::bindings

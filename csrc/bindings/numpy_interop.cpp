@@ -144,6 +144,19 @@ bool view_ndarray(PyObject* array, const char* name, TensorView& view, ByteStrid
     return false;
 }
 
+// The dtype of q where it is bfloat16; else (a gradient of an argument that another library has) that of ml_dtypes.
+static PyRef bfloat16_descr(PyObject* q) {
+    PyObject* descr = py::detail::array_proxy(q)->descr;
+    if (ends_with_bfloat16(
+            reinterpret_cast<PyTypeObject*>(py::detail::array_descriptor_proxy(descr)->typeobj)->tp_name)) {
+        return PyRef::borrow(descr);
+    }
+    const PyRef module = PyRef::checked(PyImport_ImportModule("ml_dtypes"));
+    const PyRef type = PyRef::checked(PyObject_GetAttrString(module.get(), "bfloat16"));
+    const py::dtype dtype = py::dtype::from_args(py::reinterpret_borrow<py::object>(type.get()));
+    return PyRef::borrow(dtype.ptr());
+}
+
 PyRef new_ndarray(const char* name, PyObject* q, DType dtype, int rank, const std::int64_t* shape,
                   TensorView& view) {
     const std::int64_t size = checked_bytes(name, dtype, rank, shape);
@@ -154,10 +167,7 @@ PyRef new_ndarray(const char* name, PyObject* q, DType dtype, int rank, const st
     switch (dtype) {
         case DType::f64: descr = api.PyArray_DescrFromType_(npy_api::NPY_DOUBLE_); break;
         case DType::f16: descr = api.PyArray_DescrFromType_(kHalf); break;
-        case DType::bf16:
-            descr = py::detail::array_proxy(q)->descr;
-            Py_INCREF(descr);
-            break;
+        case DType::bf16: descr = bfloat16_descr(q).release(); break;
         default: descr = api.PyArray_DescrFromType_(npy_api::NPY_FLOAT_); break;
     }
     PyRef array = PyRef::steal(

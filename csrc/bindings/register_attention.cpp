@@ -1,4 +1,4 @@
-// fastattn.mha and fastattn.explain: arguments in, AttentionParams, core, results out.
+// fastattn.mha, fastattn.mha_backward and fastattn.explain: arguments in, AttentionParams, core, results out.
 #include <algorithm>
 #include <string_view>
 
@@ -107,6 +107,10 @@ void read_arguments(const Arguments& arguments, Call& call) {
     if (arguments.given(kQOffset)) {
         read_q_offset(arguments, call);
     }
+}
+
+void read_out(const Arguments& arguments, Call& call) {
+    AttentionParams& params = call.params;
     if (arguments.given(kOut)) {
         params.out = call.arrays.output(arguments[kOut], "out");
         call.arrays.check_overlap_of_copies(params.out, {{"q", params.q},
@@ -222,22 +226,39 @@ bool may_use_cuda(const AttentionProblem& problem, const RunOptions& options) {
     return estimate_devices(problem, get_num_threads(), device_speeds()).gpu_is_faster();
 }
 
-void compute(const AttentionProblem& problem, Call& call) {
+const AttentionProblem& forward_of(const AttentionProblem& problem) { return problem; }
+const AttentionProblem& forward_of(const BackwardProblem& problem) { return problem.forward; }
+void run(const AttentionProblem& problem, const RunOptions& options) { attention_forward(problem, options); }
+void run(const BackwardProblem& problem, const RunOptions& options) { attention_backward(problem, options); }
+
+template <class Problem>
+void compute(const Problem& problem, Call& call) {
+    // Also when the call fails half-way: what other libraries lent must not be given back while it is read.
+    const CudaUse::Wait wait(call.arrays.cuda());
+    const AttentionProblem& forward = forward_of(problem);
     RunOptions& options = call.options;
     options.stream = call.arrays.cuda().stream();
-    bool on_gpu = problem.device.type == DeviceType::cuda;
-    if (!on_gpu && may_use_cuda(problem, options)) {
+    bool on_gpu = forward.device.type == DeviceType::cuda;
+    if (!on_gpu && may_use_cuda(forward, options)) {
         prepare_cuda();
         on_gpu = true;
     }
-    if ((flops_at_most(problem) < kFlopsToReleaseGil && !on_gpu) || !may_release_gil()) {
-        attention_forward(problem, options);
+    if ((flops_at_most(forward) < kFlopsToReleaseGil && !on_gpu) || !may_release_gil()) {
+        run(problem, options);
         return;
     }
     WithoutGil detached;
     options.poll = &WithoutGil::poll;
     options.poll_context = &detached;
-    attention_forward(problem, options);
+    run(problem, options);
+}
+
+// After computing, with the GIL.
+void finish(Call& call) {
+    call.arrays.cuda().check();
+    if (PyErr_Occurred() != nullptr) {  // a signal handler raised when the work was already done
+        throw PythonError{};
+    }
 }
 
 PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results) {
@@ -258,9 +279,10 @@ PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results)
 }
 
 PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-    const Arguments arguments = parse_arguments("mha", args, count, keywords);
+    const Arguments arguments = parse_arguments(forward_signature("mha"), args, count, keywords);
     Call call;
     read_arguments(arguments, call);
+    read_out(arguments, call);
     PyObject* q = arguments[kQ];
     PyObject* given_out = arguments.given(kOut) ? arguments[kOut] : nullptr;
     const bool with_out = given_out == nullptr;
@@ -279,15 +301,8 @@ PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     Results results;
     allocate_results(q, call, with_out, results);
     const AttentionProblem problem = make_problem(params);
-    {
-        // Also when the call fails half-way: what other libraries lent must not be given back while it is read.
-        const CudaUse::Wait wait(call.arrays.cuda());
-        compute(problem, call);
-    }
-    call.arrays.cuda().check();
-    if (PyErr_Occurred() != nullptr) {  // a signal handler raised when the work was already done
-        throw PythonError{};
-    }
+    compute(problem, call);
+    finish(call);
     if (given_out != nullptr) {
         call.arrays.write_back();
         mark_written(given_out);
@@ -295,10 +310,90 @@ PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     return pack(q, given_out, call, results);
 }
 
-PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-    const Arguments arguments = parse_arguments("explain", args, count, keywords);
+// dq, dk, dv, dbias, dalibi_slopes, dsinks: each like its argument.
+class Gradients {
+public:
+    Gradients(PyObject* q, Call& call, BackwardParams& params, bool need_dbias) : q_(q), call_(call) {
+        const AttentionParams& f = params.forward;
+        add("dq", f.q, params.dq);
+        add("dk", f.k, params.dk);
+        add("dv", f.v, params.dv);
+        add("dbias", need_dbias ? f.bias : TensorView{}, params.dbias);
+        add("dalibi_slopes", f.alibi_slopes, params.dalibi_slopes);
+        add("dsinks", f.sinks, params.dsinks);
+    }
+
+    void allocate() {
+        for (Entry& entry : entries_) {
+            const TensorView wanted = *entry.view;
+            if (!wanted.given()) {
+                continue;
+            }
+            entry.result.allocate(q_, call_.params.q.device, entry.name, wanted.dtype, wanted.rank,
+                                  wanted.shape, *entry.view, call_.arrays.cuda());
+        }
+    }
+
+    PyRef take() {
+        PyRef tuple = PyRef::checked(PyTuple_New(kCount));
+        for (int i = 0; i < kCount; ++i) {
+            PyRef item = entries_[i].view->given() ? entries_[i].result.take(q_) : PyRef::borrow(Py_None);
+            PyTuple_SET_ITEM(tuple.get(), i, item.release());
+        }
+        // Looked up per call: a class kept here would outlive its interpreter.
+        const PyRef module = PyRef::checked(PyImport_ImportModule("fastattn._attention"));
+        const PyRef type = PyRef::checked(PyObject_GetAttrString(module.get(), "Gradients"));
+        return PyRef::checked(PyObject_CallObject(type.get(), tuple.get()));
+    }
+
+private:
+    static constexpr int kCount = 6;
+    struct Entry {
+        const char* name;
+        TensorView* view;
+        Result result;
+    };
+
+    void add(const char* name, const TensorView& like, TensorView& view) {
+        if (like.given()) {
+            set_shape(view, like.dtype, like.rank > kMaxRank ? 0 : like.rank, like.shape);
+        }
+        Entry& entry = entries_[count_++];
+        entry.name = name;
+        entry.view = &view;
+    }
+
+    PyObject* q_;
+    Call& call_;
+    Entry entries_[kCount];
+    int count_ = 0;
+};
+
+PyRef run_backward(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    const Arguments arguments = parse_arguments(kBackwardSignature, args, count, keywords);
     Call call;
     read_arguments(arguments, call);
+    BackwardParams params;
+    params.dout = call.arrays.input(arguments[kDout], "dout");
+    call.params.out = call.arrays.input(arguments[kOut], "out");
+    call.params.lse = call.arrays.input(arguments[kLse], "lse");
+    if (arguments.given(kDlse)) {
+        params.dlse = call.arrays.input(arguments[kDlse], "dlse");
+    }
+    params.forward = call.params;
+    Gradients gradients(arguments[kQ], call, params, to_bool(arguments, kNeedDbias, true));
+    make_backward_problem(params, false);  // an error in the arguments is worth more than "no memory"
+    gradients.allocate();
+    compute(make_backward_problem(params), call);
+    finish(call);
+    return gradients.take();
+}
+
+PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    const Arguments arguments = parse_arguments(forward_signature("explain"), args, count, keywords);
+    Call call;
+    read_arguments(arguments, call);
+    read_out(arguments, call);
     shape_results(call, !arguments.given(kOut));
     const AttentionProblem problem = make_problem(call.params, false);
     check_result_bytes(call.params);
@@ -345,6 +440,7 @@ void register_attention(py::module_& m) {
     static PyMethodDef methods[] = {
         {"mha", c_function<run_mha>(), METH_FASTCALL | METH_KEYWORDS, kMhaDoc},
         {"explain", c_function<run_explain>(), METH_FASTCALL | METH_KEYWORDS, kExplainDoc},
+        {"mha_backward", c_function<run_backward>(), METH_FASTCALL | METH_KEYWORDS, kBackwardDoc},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {

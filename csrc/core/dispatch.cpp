@@ -44,6 +44,21 @@ const Environment& environment() {
 
 namespace {
 
+// ---- forward and backward -------------------------------------------------------------------------
+const AttentionProblem& forward_of(const AttentionProblem& problem) noexcept { return problem; }
+const AttentionProblem& forward_of(const BackwardProblem& problem) noexcept { return problem.forward; }
+
+const Pass<AttentionProblem>& pass_of(const Kernel& kernel, const AttentionProblem&) noexcept {
+    return kernel.forward;
+}
+const Pass<BackwardProblem>& pass_of(const Kernel& kernel, const BackwardProblem&) noexcept {
+    return kernel.backward;
+}
+
+// Beside the forward's q.k and p.v the backward has two more products for each: 5 instead of 2 at D = Dv.
+double flops_of(const AttentionProblem& problem) noexcept { return count_flops(problem); }
+double flops_of(const BackwardProblem& problem) noexcept { return 2.5 * count_flops(problem.forward); }
+
 // ---- the device -----------------------------------------------------------------------------------
 std::string quoted(std::string_view text) { return "\"" + std::string(text) + "\""; }
 
@@ -151,25 +166,35 @@ bool takes_dtype(const Kernel& kernel, DType dtype) noexcept {
     return false;
 }
 
-bool supports(const Kernel& kernel, const AttentionProblem& problem) {
-    return kernel.unavailable() == nullptr && takes_dtype(kernel, problem.dtype) &&
-           kernel.refuses(problem) == nullptr;
+template <class Problem>
+const char* refusal_of_pass(const Kernel& kernel, const Problem& problem) {
+    const Pass<Problem>& pass = pass_of(kernel, problem);
+    return pass.refuses == nullptr ? "it has no backward pass" : pass.refuses(problem);
+}
+
+template <class Problem>
+bool supports(const Kernel& kernel, const Problem& problem) {
+    return kernel.unavailable() == nullptr && takes_dtype(kernel, forward_of(problem).dtype) &&
+           refusal_of_pass(kernel, problem) == nullptr;
 }
 
 // Why supports() is false; empty when it is true.
-std::string refusal(const Kernel& kernel, const AttentionProblem& problem) {
+template <class Problem>
+std::string refusal(const Kernel& kernel, const Problem& problem) {
     if (const char* reason = kernel.unavailable()) return reason;
-    if (!takes_dtype(kernel, problem.dtype)) {
+    const DType dtype = forward_of(problem).dtype;
+    if (!takes_dtype(kernel, dtype)) {
         std::string takes;
         for (const DType known : kernel.dtypes)
             takes += (takes.empty() ? "" : ", ") + std::string(dtype_name(known));
-        return "takes " + takes + ", not " + dtype_name(problem.dtype);
+        return "takes " + takes + ", not " + dtype_name(dtype);
     }
-    const char* reason = kernel.refuses(problem);
+    const char* reason = refusal_of_pass(kernel, problem);
     return reason == nullptr ? "" : reason;
 }
 
-const Kernel& forced_kernel(const AttentionProblem& problem, Device device, std::string_view name) {
+template <class Problem>
+const Kernel& forced_kernel(const Problem& problem, Device device, std::string_view name) {
     std::string known;
     for (const DeviceType type : {DeviceType::cpu, DeviceType::cuda}) {
         for (const Kernel& kernel : kernels_of(type)) {
@@ -186,7 +211,8 @@ const Kernel& forced_kernel(const AttentionProblem& problem, Device device, std:
     throw UnsupportedError("kernel: expected one of " + known + ", got " + quoted(name));
 }
 
-const Kernel& choose_kernel(const AttentionProblem& problem, Device device, const RunOptions& options) {
+template <class Problem>
+const Kernel& choose_kernel(const Problem& problem, Device device, const RunOptions& options) {
     const std::string_view asked = asked_kernel(options);
     if (!asked.empty()) return forced_kernel(problem, device, asked);
     for (const Kernel& kernel : kernels_of(device.type))
@@ -213,14 +239,16 @@ std::size_t aligned(std::size_t bytes) {
     return (bytes + mask) & ~mask;
 }
 
-Plan plan_on(const AttentionProblem& problem, Device device, const RunOptions& options, bool describe) {
+template <class Problem>
+Plan plan_on(const Problem& problem, Device device, const RunOptions& options, bool describe) {
     const Kernel& kernel = choose_kernel(problem, device, options);
-    int threads = options.num_threads > 0 ? options.num_threads : useful_threads(problem);
+    const auto plan_pass = pass_of(kernel, problem).plan;
+    int threads = options.num_threads > 0 ? options.num_threads : useful_threads(forward_of(problem));
     if (threads > kMaxThreads) threads = kMaxThreads;
-    KernelPlan details = kernel.plan(problem, device, threads, describe);
+    KernelPlan details = plan_pass(problem, device, threads, describe);
     if (details.work_items < threads) {  // fewer slots, less workspace
         threads = details.work_items < 1 ? 1 : static_cast<int>(details.work_items);
-        details = kernel.plan(problem, device, threads, describe);
+        details = plan_pass(problem, device, threads, describe);
     }
     Plan plan{device, &kernel, threads, std::move(details), 0, 0, 0};
     plan.shared_bytes = aligned(plan.details.shared_bytes);
@@ -240,8 +268,9 @@ struct ChosenPlan {
     std::string obstacle;  // why the GPU that the estimate preferred was not taken
 };
 
-ChosenPlan make_plan(const AttentionProblem& problem, const RunOptions& options, bool describe) {
-    DeviceChoice choice = choose_device(problem, options);
+template <class Problem>
+ChosenPlan make_plan(const Problem& problem, const RunOptions& options, bool describe) {
+    DeviceChoice choice = choose_device(forward_of(problem), options);
     std::string obstacle;
     if (choice.reason == nullptr && choice.device.type == DeviceType::cuda) {
         // Nobody asked for the GPU, so what it lacks is no reason to fail.
@@ -256,42 +285,48 @@ ChosenPlan make_plan(const AttentionProblem& problem, const RunOptions& options,
     return {plan_on(problem, choice.device, options, describe), choice, std::move(obstacle)};
 }
 
-void execute(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
+template <class Problem>
+void execute(const Problem& problem, const Plan& plan, const RunOptions& options) {
     const WorkspaceMemory memory(plan.total_bytes);
     const Workspace workspace{memory.data(), memory.data() + plan.shared_bytes, plan.per_thread_stride};
     ThreadPoolExecutor executor(plan.threads, options.poll, options.poll_context);
-    plan.kernel->run(problem, {plan.device, options.stream}, workspace, executor);
+    pass_of(*plan.kernel, problem).run(problem, {plan.device, options.stream}, workspace, executor);
 }
 
 // ---- FASTATTN_VERBOSE -------------------------------------------------------------------------------
 using Clock = std::chrono::steady_clock;
 
-void print_call(const AttentionProblem& p, const Plan& plan, double milliseconds) {
+void print_call(const AttentionProblem& p, const char* pass, double flops, const Plan& plan,
+                double milliseconds) {
     const auto n = [](std::int64_t x) { return static_cast<long long>(x); };
     char speed[32] = "queued";  // arrays on a device: the call does not wait for its result
     if (p.device.type == DeviceType::cpu)
-        std::snprintf(speed, sizeof speed, "%.1f GFLOP/s", count_flops(p) / (milliseconds * 1e6));
+        std::snprintf(speed, sizeof speed, "%.1f GFLOP/s", flops / (milliseconds * 1e6));
     std::fprintf(stderr,
-                 "fastattn: %s %s B=%lld Sq=%lld Sk=%lld Hq=%lld Hkv=%lld D=%lld Dv=%lld%s%s%s%s | %s | "
+                 "fastattn: %s%s %s B=%lld Sq=%lld Sk=%lld Hq=%lld Hkv=%lld D=%lld Dv=%lld%s%s%s%s | %s | "
                  "threads=%d items=%lld workspace=%zu B | %.4f ms, %s\n",
-                 plan.kernel->name, dtype_name(p.dtype), n(p.batch), n(p.q_size), n(p.kv_size), n(p.q_heads),
-                 n(p.kv_heads), n(p.head_dim), n(p.value_dim), p.causal ? " causal" : "",
+                 plan.kernel->name, pass, dtype_name(p.dtype), n(p.batch), n(p.q_size), n(p.kv_size),
+                 n(p.q_heads), n(p.kv_heads), n(p.head_dim), n(p.value_dim), p.causal ? " causal" : "",
                  p.window_left >= 0 || p.window_right >= 0 ? " window" : "",
                  p.mask.data != nullptr ? " mask" : "", p.bias.data != nullptr ? " bias" : "",
                  plan.details.algorithm.c_str(), plan.threads, n(plan.details.work_items),
                  plan.total_bytes + plan.details.device_bytes, milliseconds, speed);
 }
 
-void run_plan(const AttentionProblem& problem, const Plan& plan, const RunOptions& options) {
+const char* pass_name(const AttentionProblem&) { return ""; }
+const char* pass_name(const BackwardProblem&) { return " backward"; }
+
+template <class Problem>
+void run_plan(const Problem& problem, const Plan& plan, const RunOptions& options) {
     if (!environment().verbose) return execute(problem, plan, options);
     const auto start = Clock::now();
     execute(problem, plan, options);
-    print_call(problem, plan, std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+    print_call(forward_of(problem), pass_name(problem), flops_of(problem), plan,
+               std::chrono::duration<double, std::milli>(Clock::now() - start).count());
 }
 
-}  // namespace
-
-void attention_forward(const AttentionProblem& problem, const RunOptions& options) {
+template <class Problem>
+void compute(const Problem& problem, const RunOptions& options) {
     const bool verbose = environment().verbose;
     const ChosenPlan chosen = make_plan(problem, options, verbose);
     if (chosen.choice.reason != nullptr || chosen.plan.device.type == DeviceType::cpu)
@@ -301,6 +336,16 @@ void attention_forward(const AttentionProblem& problem, const RunOptions& option
     } catch (const OutOfMemory&) {  // of a GPU that nobody asked for; the host's arrays are as they were
         run_plan(problem, plan_on(problem, {DeviceType::cpu, 0}, options, verbose), options);
     }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& problem, const RunOptions& options) {
+    compute(problem, options);
+}
+
+void attention_backward(const BackwardProblem& problem, const RunOptions& options) {
+    compute(problem, options);
 }
 
 Explanation explain(const AttentionProblem& problem, const RunOptions& options) {

@@ -33,17 +33,24 @@ struct Target {
     void* stream = nullptr;  // RunOptions::stream
 };
 
+// What a kernel does for one kind of problem: AttentionProblem (forward) or BackwardProblem.
+template <class Problem>
+struct Pass {
+    // nullptr when the kernel can compute this problem (dtype already checked), else the reason.
+    const char* (*refuses)(const Problem&) = nullptr;
+    // A pure function of the problem and the thread count; results may not depend on the latter.
+    KernelPlan (*plan)(const Problem&, Device device, int threads, bool describe) = nullptr;
+    void (*run)(const Problem&, const Target&, const Workspace&, Executor&) = nullptr;
+};
+
 struct Kernel {
     const char* name;
     DeviceType device;
     std::span<const DType> dtypes;
     // nullptr when usable on this machine, else the reason.
     const char* (*unavailable)();
-    // nullptr when the kernel can compute this problem (dtype already checked), else the reason.
-    const char* (*refuses)(const AttentionProblem&);
-    // A pure function of the problem and the thread count; results may not depend on the latter.
-    KernelPlan (*plan)(const AttentionProblem&, Device device, int threads, bool describe);
-    void (*run)(const AttentionProblem&, const Target&, const Workspace&, Executor&);
+    Pass<AttentionProblem> forward;
+    Pass<BackwardProblem> backward{};  // empty: the kernel has none
     // Why it is taken only when it is asked for by name, or nullptr: a kernel that its own hardware has not proven.
     const char* unproven = nullptr;
 };

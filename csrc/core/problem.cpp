@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "core/key_range.h"
-#include "core/memory_overlap.h"
 #include "core/problem_errors.h"
+#include "core/problem_parts.h"
 #include "core/scalar_access.h"
 
 namespace fastattn {
@@ -15,129 +15,7 @@ namespace {
 
 using Index = std::int64_t;
 
-// ---- axes -------------------------------------------------------------------------------------
-// Where (batch, seq, head, dim) lie in the caller's array; -1: the axis is absent and has size 1.
-struct Axes {
-    int batch, seq, head, dim;
-};
-
-constexpr Axes axes_of(int rank, Layout layout) noexcept {
-    if (rank == 2) return {-1, 0, -1, 1};
-    const bool bshd = layout == Layout::bshd;
-    if (rank == 3) return bshd ? Axes{-1, 0, 1, 2} : Axes{-1, 1, 0, 2};
-    return bshd ? Axes{0, 1, 2, 3} : Axes{0, 2, 1, 3};
-}
-
-Index size_at(const TensorView& view, int axis) noexcept { return axis < 0 ? 1 : view.shape[axis]; }
-// Sizes 0 and 1 and arrays without elements may come with any stride; kernels get a harmless one.
-bool is_empty(const TensorView& view) noexcept {
-    bool empty = false;
-    for (int axis = 0; axis < view.rank; ++axis) empty |= view.shape[axis] == 0;
-    return empty;
-}
-Index stride_at(const TensorView& view, int axis) noexcept {
-    return axis < 0 || view.shape[axis] <= 1 ? 0 : view.strides[axis];
-}
-
-Operand to_operand(const TensorView& view, const Axes& axes) noexcept {
-    if (is_empty(view)) return {view.data, 0, 0, 0, 1};
-    return {view.data, stride_at(view, axes.batch), stride_at(view, axes.seq), stride_at(view, axes.head),
-            view.shape[axes.dim] == 1 ? 1 : view.strides[axes.dim]};
-}
-
-// ---- single arrays ------------------------------------------------------------------------------
-// Collects every array of the call, to check the outputs against all of them at the end.
-class Arrays {
-public:
-    explicit Arrays(Device device) noexcept : device_(device) {}
-
-    void input(const char* name, const TensorView& view) { add(name, view, false); }
-
-    // May also be on the host when q is on a device.
-    void side_input(const char* name, const TensorView& view) {
-        if (view.device.type == DeviceType::cpu)
-            check_and_store(name, view, false);
-        else
-            add(name, view, false);
-    }
-
-    // Outputs must be writable and no two of their elements may share memory.
-    void output(const char* name, const TensorView& view) {
-        if (view.readonly) fail_value(name, "expected a writable array, got a read-only one");
-        add(name, view, true);
-    }
-
-    void check_overlaps() const {
-        for (int i = 0; i < count_; ++i) {
-            if (!entries_[i].written) continue;
-            for (int j = 0; j < count_; ++j) {
-                if (j == i || (entries_[j].written && j < i)) continue;
-                if (!extents_meet(entries_[i].extent, entries_[j].extent)) continue;
-                if (may_share_memory(*entries_[i].view, *entries_[j].view))
-                    fail_overlap(entries_[i].name, entries_[j].name);
-            }
-        }
-    }
-
-private:
-    struct Entry {
-        const char* name;
-        const TensorView* view;
-        ByteExtent extent;
-        bool written;
-    };
-
-    void add(const char* name, const TensorView& view, bool written) {
-        if (!(view.device == device_)) fail_device(name, view.device, device_);
-        check_and_store(name, view, written);
-    }
-
-    void check_and_store(const char* name, const TensorView& view, bool written) {
-        const ViewCheck check = measure(view);
-        if (check.fault != ViewFault::none) fail_view(name, view, check.fault);
-        if (written && overlaps_itself(view)) fail_self_overlap(name, view);
-        entries_[count_++] = {name, &view, check.extent, written};
-    }
-
-    static constexpr int kMaxArrays = 13;
-    Device device_;
-    int count_ = 0;
-    Entry entries_[kMaxArrays];
-};
-
-void check_float(const char* name, const TensorView& view) {
-    if (!is_float(view.dtype)) fail_dtype(name, "a float dtype", view.dtype);
-}
-
-void check_same_dtype(const char* name, const TensorView& view, DType expected) {
-    if (view.dtype != expected) fail_dtype_match(name, expected, view.dtype);
-}
-
-// Bytes of an array that the caller has not made yet.
-void check_byte_count(const char* name, std::initializer_list<Index> shape, DType dtype) {
-    Index bytes = static_cast<Index>(item_size(dtype));
-    for (const Index n : shape)
-        if (n != 0 && multiply_overflows(bytes, n, &bytes))
-            fail_value(name, "the number of bytes of " + shape_string(shape) + " overflows 64 bits");
-}
-
 // ---- optional arrays ------------------------------------------------------------------------------
-ScoreOperand to_score_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
-    if (view.rank > kMaxRank) fail_rank(name, "at most 4 axes", view);
-    const Index target[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
-    Index strides[4] = {0, 0, 0, 0};
-    for (int axis = 0; axis < view.rank; ++axis) {
-        const int to = 4 - view.rank + axis;  // right-aligned, as NumPy broadcasts
-        if (view.shape[axis] == 1) continue;
-        if (view.shape[axis] != target[to])
-            fail_value(name, "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " +
-                                 shape_string(target, 4) + ", got " + shape_string(view));
-        strides[to] = view.strides[axis];
-    }
-    if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0, view.device.type};
-    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3], view.device.type};
-}
-
 // One value per batch entry, integer.
 HeadOperand to_batch_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
     if (!is_integer(view.dtype)) fail_dtype(name, "an integer dtype", view.dtype);
@@ -263,18 +141,67 @@ void set_operands(const AttentionParams& a, AttentionProblem& p, const Axes& axe
 }
 
 // ---- outputs ----------------------------------------------------------------------------------------
-// explain() may name an output before it exists; this place is never read or written, only not null.
 alignas(64) unsigned char not_yet_made[64];
 
+void set_outputs(const AttentionParams& a, AttentionProblem& p, Arrays& arrays, bool for_execution) {
+    if (a.out.given()) {
+        p.out = to_matching_operand("out", a.out, a, {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype,
+                                    "q", a.q);
+        p.out.data = add_output("out", a.out, arrays, for_execution);
+    } else if (for_execution) {
+        fail_value("out", "expected an array for the result, got none");
+    } else {
+        check_byte_count("out", {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype);
+    }
+    if (a.lse.given()) {
+        p.lse = to_score_rows("lse", a.lse, p, a.q.rank, false);
+        p.lse.data = add_output("lse", a.lse, arrays, for_execution);
+    }
+    if (a.weights.given()) {
+        p.weights = to_score_rows("weights", a.weights, p, a.q.rank, true);
+        p.weights.data = add_output("weights", a.weights, arrays, for_execution);
+    }
+}
+
+}  // namespace
+
+// ---- shared with the backward pass --------------------------------------------------------------------
 void* add_output(const char* name, const TensorView& view, Arrays& arrays, bool for_execution) {
     if (!for_execution && view.data == nullptr) return not_yet_made;
     arrays.output(name, view);
     return view.data;
 }
 
-// lse and weights: axes (B, Hq, Sq[, Sk]) less those that q lacks.
-ScoreOperand to_score_output(const char* name, const TensorView& view, const AttentionProblem& p, int q_rank,
-                             bool with_keys) {
+ScoreOperand to_score_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
+    if (view.rank > kMaxRank) fail_rank(name, "at most 4 axes", view);
+    const Index target[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
+    Index strides[4] = {0, 0, 0, 0};
+    for (int axis = 0; axis < view.rank; ++axis) {
+        const int to = 4 - view.rank + axis;  // right-aligned, as NumPy broadcasts
+        if (view.shape[axis] == 1) continue;
+        if (view.shape[axis] != target[to])
+            fail_value(name, "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " +
+                                 shape_string(target, 4) + ", got " + shape_string(view));
+        strides[to] = view.strides[axis];
+    }
+    if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0, view.device.type};
+    return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3], view.device.type};
+}
+
+Operand to_matching_operand(const char* name, const TensorView& view, const AttentionParams& params,
+                            const SizePattern& sizes, DType dtype, const char* like_name,
+                            const TensorView& like) {
+    check_same_dtype(name, view, dtype);
+    const Axes axes = axes_of(params.q.rank, params.layout);
+    if (view.rank != params.q.rank || size_at(view, axes.batch) != sizes.batch ||
+        size_at(view, axes.seq) != sizes.seq || size_at(view, axes.head) != sizes.head ||
+        size_at(view, axes.dim) != sizes.dim)
+        fail_operand(name, params.layout, sizes, like_name, like, view);
+    return to_operand(view, axes);
+}
+
+ScoreOperand to_score_rows(const char* name, const TensorView& view, const AttentionProblem& p, int q_rank,
+                           bool with_keys) {
     check_same_dtype(name, view, p.lse_dtype);
     const Index full[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
     const int first = 4 - q_rank, last = with_keys ? 4 : 3;
@@ -287,33 +214,26 @@ ScoreOperand to_score_output(const char* name, const TensorView& view, const Att
     return {view.data, view.dtype, strides[0], strides[1], strides[2], strides[3], view.device.type};
 }
 
-void set_outputs(const AttentionParams& a, AttentionProblem& p, const Axes& axes, Arrays& arrays,
-                 bool for_execution) {
-    const SizePattern out_shape{p.batch, p.q_size, p.q_heads, p.value_dim};
-    if (a.out.given()) {
-        check_same_dtype("out", a.out, p.dtype);
-        if (a.out.rank != a.q.rank || size_at(a.out, axes.batch) != p.batch ||
-            size_at(a.out, axes.seq) != p.q_size || size_at(a.out, axes.head) != p.q_heads ||
-            size_at(a.out, axes.dim) != p.value_dim)
-            fail_operand("out", a.layout, out_shape, "q", a.q, a.out);
-        p.out = to_operand(a.out, axes);
-        p.out.data = add_output("out", a.out, arrays, for_execution);
-    } else if (for_execution) {
-        fail_value("out", "expected an array for the result, got none");
-    } else {
-        check_byte_count("out", {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype);
-    }
-    if (a.lse.given()) {
-        p.lse = to_score_output("lse", a.lse, p, a.q.rank, false);
-        p.lse.data = add_output("lse", a.lse, arrays, for_execution);
-    }
-    if (a.weights.given()) {
-        p.weights = to_score_output("weights", a.weights, p, a.q.rank, true);
-        p.weights.data = add_output("weights", a.weights, arrays, for_execution);
-    }
-}
+AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
+    if (!a.q.given()) fail_value("q", "expected an array, got none");
+    if (!a.k.given()) fail_value("k", "expected an array, got none");
+    if (!a.v.given()) fail_value("v", "expected an array, got none");
+    if (a.q.rank < 2 || a.q.rank > 4) fail_rank("q", "2, 3 or 4 axes", a.q);
+    if (a.k.rank != a.q.rank) fail_rank_match("k", a.q, a.k);
+    if (a.v.rank != a.q.rank) fail_rank_match("v", a.q, a.v);
+    check_float("q", a.q);
+    check_same_dtype("k", a.k, a.q.dtype);
+    check_same_dtype("v", a.v, a.q.dtype);
 
-}  // namespace
+    AttentionProblem p;
+    p.dtype = a.q.dtype;
+    p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    p.device = a.q.device;
+    set_operands(a, p, axes_of(a.q.rank, a.layout), arrays);
+    set_numbers(a, p);
+    set_optional_inputs(a, p, arrays);
+    return p;
+}
 
 // ---- the problem ------------------------------------------------------------------------------------
 // The lengths are clamped although make_problem checked them: another thread may write to the array
@@ -346,26 +266,9 @@ bool AttentionProblem::ranges_known() const noexcept {
 }
 
 AttentionProblem make_problem(const AttentionParams& a, bool for_execution) {
-    if (!a.q.given()) fail_value("q", "expected an array, got none");
-    if (!a.k.given()) fail_value("k", "expected an array, got none");
-    if (!a.v.given()) fail_value("v", "expected an array, got none");
-    if (a.q.rank < 2 || a.q.rank > 4) fail_rank("q", "2, 3 or 4 axes", a.q);
-    if (a.k.rank != a.q.rank) fail_rank_match("k", a.q, a.k);
-    if (a.v.rank != a.q.rank) fail_rank_match("v", a.q, a.v);
-    check_float("q", a.q);
-    check_same_dtype("k", a.k, a.q.dtype);
-    check_same_dtype("v", a.v, a.q.dtype);
-
-    AttentionProblem p;
-    p.dtype = a.q.dtype;
-    p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
-    p.device = a.q.device;
-    const Axes axes = axes_of(a.q.rank, a.layout);
-    Arrays arrays(p.device);
-    set_operands(a, p, axes, arrays);
-    set_numbers(a, p);
-    set_optional_inputs(a, p, arrays);
-    set_outputs(a, p, axes, arrays, for_execution);
+    Arrays arrays(a.q.device);
+    AttentionProblem p = read_inputs(a, arrays);
+    set_outputs(a, p, arrays, for_execution);
     arrays.check_overlaps();
     return p;
 }

@@ -96,19 +96,56 @@ void flash_run(const AttentionProblem& p, const Target&, const Workspace& worksp
     }
 }
 
+template <TableFn table>
+KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool with_text) {
+    const TileShape& tile = table().of(p.forward.dtype).prefill;
+    const BackwardPlan plan = plan_backward(p, tile, threads);
+    KernelPlan result;
+    result.shared_bytes = plan.shared_bytes;
+    result.per_thread_bytes = plan.per_thread_bytes;
+    result.work_items = plan.items > plan.bias_items ? plan.items : plan.bias_items;
+    if (with_text) {
+        result.algorithm = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) +
+                           ", block " + std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
+        if (plan.split) result.algorithm += ", key chunks " + std::to_string(plan.chunks);
+    }
+    return result;
+}
+
+template <TableFn table>
+void backward_run(const BackwardProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
+    const DtypeKernel& kernel = table().of(p.forward.dtype);
+    const BackwardPlan plan = plan_backward(p, kernel.prefill, executor.threads());
+    const BackwardCall call{p, plan, workspace.shared, executor};
+    const auto for_each = [&](BackwardPhase phase, std::int64_t items) {
+        auto run = [&](std::int64_t item, int slot) {
+            kernel.backward(
+                call, phase, item,
+                workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+        };
+        if (items > 0) executor.for_each(items, run);
+    };
+    for_each(BackwardPhase::prepare, plan.prepare_items);
+    for_each(BackwardPhase::gradients, plan.items);
+    for_each(BackwardPhase::merge, plan.merge_items);
+    for_each(BackwardPhase::heads, plan.head_items);
+    for_each(BackwardPhase::bias, plan.bias_items);
+}
+
 // A kernel that this build does not hold is listed all the same, with the reason.
 template <TableFn table, const char* (*missing)() noexcept>
 constexpr Kernel row(const char* name, std::span<const DType> dtypes, const char* (*not_built)()) {
     if constexpr (kAbsent<table>) {
-        return {name, DeviceType::cpu, dtypes, not_built, nullptr, nullptr, nullptr};
+        return {name, DeviceType::cpu, dtypes, not_built, {}};
     } else {
         return {name,
                 DeviceType::cpu,
                 dtypes,
                 [] { return missing(); },
-                [](const AttentionProblem&) -> const char* { return nullptr; },
-                &flash_plan<table>,
-                &flash_run<table>};
+                {[](const AttentionProblem&) -> const char* { return nullptr; }, &flash_plan<table>,
+                 &flash_run<table>},
+                {[](const BackwardProblem&) -> const char* { return nullptr; }, &backward_plan<table>,
+                 &backward_run<table>}};
     }
 }
 

@@ -37,6 +37,10 @@ struct FmaEngine {
     // One vector of units from the `scalars` rows that they combine (as numbers, one vector per row).
     static FASTATTN_INLINE V combine(const V (&rows)[scalars]) { return rows[0]; }
 
+    // The same with numbers that are rounded on the way; and one scalar of a unit.
+    static FASTATTN_INLINE V combine_rounded(const V (&rows)[scalars]) { return rows[0]; }
+    static FASTATTN_INLINE T scalar_of(const Unit* unit, std::int64_t) { return *unit; }
+
     // Loads units [u, u + width) of a row whose scalars lie side by side; or of one of n scalars with the given
     // stride, zeros beyond it.
     template <class S>

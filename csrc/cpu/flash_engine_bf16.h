@@ -48,6 +48,12 @@ struct Bf16DotEngine {
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(rows[0].v), 16);
         return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(rows[1].v)))};
     }
+    static FASTATTN_INLINE V combine_rounded(const V (&rows)[scalars]) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[0].v));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[1].v));
+        return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+    }
+    static FASTATTN_INLINE float scalar_of(const Unit* unit, std::int64_t k) { return weight(unit, k); }
     static FASTATTN_INLINE V load_whole(const bf16_t* row, std::int64_t u) {
         return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + 2 * u))};
     }

@@ -6,12 +6,13 @@
 namespace fastattn::cpu {
 namespace {
 
-// acc[m][n] += sum_{k=first}^{last-1} a[m*a_row + k] . b[k*b_row + n*width ...]
+// acc[m][n] += sum_{k=first}^{last-1} a[m*a_row + k*a_step] . b[k*b_row + n*width ...]
 //   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, any storage type
 //   that Vec loads (packed units, or k and v as they lie in memory)
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::Unit* a, std::int64_t a_row,
-                               const B* b, std::int64_t b_row, std::int64_t first, std::int64_t last) {
+                               const B* b, std::int64_t b_row, std::int64_t first, std::int64_t last,
+                               std::int64_t a_step = 1) {
     using V = typename E::V;
     for (std::int64_t k = first; k < last; ++k) {
         V column[NV];
@@ -19,7 +20,7 @@ FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::U
         for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
-            const V x = V::set1(a[m * a_row + k]);
+            const V x = V::set1(a[m * a_row + k * a_step]);
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = E::mma(x, column[n], acc[m][n]);
         }
@@ -55,7 +56,7 @@ FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
                                      std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
-                                     std::int64_t before, Side& side) {
+                                     std::int64_t before, Side& side, std::int64_t a_step = 1) {
     using V = typename E::V;
     V acc[MR][NV];
 #pragma GCC unroll 8
@@ -64,7 +65,7 @@ FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row,
         for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
     }
     if constexpr (Side::steps > 0) gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
-    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, before, depth);
+    gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, before, depth, a_step);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
@@ -73,9 +74,10 @@ FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row,
 }
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
-                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth) {
+                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
+                                     std::int64_t a_step = 1) {
     NoSide none;
-    gemm_accumulate<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none);
+    gemm_accumulate<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none, a_step);
 }
 
 // Calls f(std::integral_constant<int, n>) for a run-time n in [1, N]: tails as their own code.

@@ -203,16 +203,11 @@ template <class V, int N>
     }
 }
 
-// N vectors of raw products q.k with keys j, j+1, ... become x, by all arguments but the key ranges.
+// N vectors of raw products q.k become softcap(scale * q.k).
 template <class E, int N>
-FASTATTN_INLINE void transform(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j,
-                               typename E::V (&t)[N]) {
+FASTATTN_INLINE void cap_scores(const FlashBlock<E>& x, typename E::V (&t)[N]) {
     using V = typename E::V;
-    using Acc = typename E::Acc;
-    constexpr int w = V::width;
-    const AttentionProblem& p = x.problem;
-    const std::int64_t left = p.kv_size - j;
-    const V zero = V::zero(), scale = V::set1(x.scale), log2e = V::set1(Acc(kLog2E));
+    const V scale = V::set1(x.scale);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) t[n] = t[n] * scale;
     if (x.softcap > 0) {
@@ -220,6 +215,18 @@ FASTATTN_INLINE void transform(const FlashBlock<E>& x, const RowInfo& row, std::
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) t[n] = cap * tanh(t[n] * inverse);
     }
+}
+
+// The capped scores of keys j, j+1, ... become x, by all other arguments but the key ranges.
+template <class E, int N>
+FASTATTN_INLINE void place_scores(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j,
+                                  typename E::V (&t)[N]) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    constexpr int w = V::width;
+    const AttentionProblem& p = x.problem;
+    const std::int64_t left = p.kv_size - j;
+    const V zero = V::zero(), log2e = V::set1(Acc(kLog2E));
     if (x.alibi) {
         const V slope = V::set1(to_finite<Acc>(row.slope));
         const V first = V::set1(Acc(row.position - double(j))) - V::iota();
@@ -277,7 +284,8 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) t[n] = V::load(s + (c + n) * w);
         if (x.elementwise) {
-            transform(x, row, j0 + c * w, t);
+            cap_scores(x, t);
+            place_scores(x, row, j0 + c * w, t);
         } else {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) t[n] = t[n] * V::set1(x.scale_log2e);

@@ -1,6 +1,7 @@
 // The table of an ISA file: the algorithms instantiated for its vectors.
 #pragma once
 
+#include "cpu/flash_backward.h"
 #include "cpu/flash_decode.h"
 #include "cpu/flash_prefill.h"
 #include "cpu/fma_burst.h"
@@ -21,7 +22,8 @@ void flash_forward(const FlashCall& call, std::int64_t item, std::byte* workspac
 
 template <class E, class D, class S>
 constexpr DtypeKernel dtype_kernel() {
-    return {tile_shape<E>(), tile_shape<D>(), &flash_forward<E, D, S>, &flash_merge<D, S>};
+    return {tile_shape<E>(), tile_shape<D>(), &flash_forward<E, D, S>, &flash_merge<D, S>,
+            &flash_backward<E, S>};
 }
 
 // Register tiles of `rows` rows and `vectors` vectors; the FMA burst has as many accumulators as a tile.

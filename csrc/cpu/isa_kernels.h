@@ -9,6 +9,7 @@
 #include <fastattn/attention.h>
 
 #include "core/executor.h"
+#include "cpu/backward_tiling.h"
 #include "cpu/tiling.h"
 
 namespace fastattn::cpu {
@@ -21,11 +22,24 @@ struct FlashCall {
     Executor& executor;
 };
 
+struct BackwardCall {
+    const BackwardProblem& problem;
+    const BackwardPlan& plan;
+    std::byte* shared;
+    Executor& executor;
+};
+
+// One after the other; what each needs of the earlier ones is complete.
+enum class BackwardPhase { prepare, gradients, merge, heads, bias };
+
 struct DtypeKernel {
     TileShape prefill, decode;
     // Items [0, plan.items), then [0, plan.merge_items). workspace: plan.per_thread_bytes, 64-byte aligned.
     void (*forward)(const FlashCall& call, std::int64_t item, std::byte* workspace) = nullptr;
     void (*merge)(const FlashCall& call, std::int64_t item) = nullptr;
+    // Items of a phase: see BackwardPlan. Tiles as in prefill.
+    void (*backward)(const BackwardCall& call, BackwardPhase phase, std::int64_t item,
+                     std::byte* workspace) = nullptr;
 };
 
 struct IsaKernels {

@@ -135,21 +135,18 @@ const char* why_unavailable() { return unavailable(); }
 
 std::span<const Kernel> cuda_kernels() {
     using namespace cuda;
-    static constexpr std::array<Kernel, 2> table{{{.name = "cuda-flash-sm80",
-                                                   .device = DeviceType::cuda,
-                                                   .dtypes = kHalfDtypes,
-                                                   .unavailable = &why_unavailable,
-                                                   .refuses = &FlashSm80::refuses,
-                                                   .plan = &flash_sm80_plan,
-                                                   .run = &flash_sm80_run,
-                                                   .unproven = kUnproven},
-                                                  {.name = "cuda-cublas",
-                                                   .device = DeviceType::cuda,
-                                                   .dtypes = kDtypes,
-                                                   .unavailable = &why_unavailable,
-                                                   .refuses = &refuses,
-                                                   .plan = &cublas_plan,
-                                                   .run = &cublas_run}}};
+    static constexpr std::array<Kernel, 2> table{
+        {{.name = "cuda-flash-sm80",
+          .device = DeviceType::cuda,
+          .dtypes = kHalfDtypes,
+          .unavailable = &why_unavailable,
+          .forward = {.refuses = &FlashSm80::refuses, .plan = &flash_sm80_plan, .run = &flash_sm80_run},
+          .unproven = kUnproven},
+         {.name = "cuda-cublas",
+          .device = DeviceType::cuda,
+          .dtypes = kDtypes,
+          .unavailable = &why_unavailable,
+          .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run}}}};
     return table;
 }
 

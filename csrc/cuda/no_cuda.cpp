@@ -15,9 +15,7 @@ constexpr Kernel absent(const char* name, std::span<const DType> dtypes) {
             .device = DeviceType::cuda,
             .dtypes = dtypes,
             .unavailable = &cuda_unavailable,
-            .refuses = nullptr,
-            .plan = nullptr,
-            .run = nullptr};
+            .forward = {}};
 }
 
 constexpr Kernel kKernels[] = {absent("cuda-flash-sm80", kHalfDtypes), absent("cuda-cublas", kDtypes)};

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastattn import _threadpoolctl
-from fastattn._attention import Explanation, KernelInfo, kernels
+from fastattn._attention import Explanation, Gradients, KernelInfo, kernels
 from fastattn._core import (
     CudaError,
     UnsupportedError,
@@ -18,6 +18,7 @@ from fastattn._core import (
     explain,
     get_num_threads,
     mha,
+    mha_backward,
     set_num_threads,
 )
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CudaError",
     "Explanation",
+    "Gradients",
     "KernelInfo",
     "UnsupportedError",
     "__version__",
@@ -36,6 +38,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "mha",
+    "mha_backward",
     "reference",
     "set_num_threads",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastattn import _core
 
@@ -30,6 +30,34 @@ class KernelInfo(NamedTuple):
     dtypes: tuple[str, ...]
     usable: bool
     reason: str
+
+
+class Gradients(NamedTuple):
+    """What `mha_backward` returns: each gradient in its argument's shape and dtype.
+
+    Attributes
+    ----------
+    dq : array
+        The shape of q: with the default layout (B,Sq,Hq,D).
+    dk : array
+        The shape of k: (B,Sk,Hkv,D); summed over the query heads that share a key head.
+    dv : array
+        The shape of v: (B,Sk,Hkv,Dv); summed likewise.
+    dbias : array or None
+        The shape of bias; summed over the axes that bias broadcasts. None without bias, or with
+        ``need_dbias=False``.
+    dalibi_slopes : array or None
+        (Hq,) or (B,Hq), as alibi_slopes; None without.
+    dsinks : array or None
+        (Hq,); None without sinks.
+    """
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any
+    dalibi_slopes: Any
+    dsinks: Any
 
 
 def kernels() -> list[KernelInfo]:

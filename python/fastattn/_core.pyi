@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeVar, overload
 
-from fastattn._attention import Explanation
+from fastattn._attention import Explanation, Gradients
 
 __version__: str
 
@@ -193,6 +193,33 @@ def explain(
     device: str | None = None,
     kernel: str | None = None,
 ) -> Explanation: ...
+def mha_backward(
+    dout: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    lse: _Array,
+    *,
+    dlse: _Array | None = None,
+    layout: _Layout = "bshd",
+    scale: _Number | None = None,
+    causal: bool = False,
+    window: _Window | None = None,
+    q_offset: SupportsIndex | _Array | None = None,
+    mask: _Array | None = None,
+    bias: _Array | None = None,
+    alibi_slopes: _Array | None = None,
+    softcap: _Number | None = None,
+    sinks: _Array | None = None,
+    q_lens: _Array | None = None,
+    kv_lens: _Array | None = None,
+    dropout: _Number = 0.0,
+    seed: SupportsIndex = 0,
+    need_dbias: bool = True,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> Gradients: ...
 def kernel_rows() -> list[tuple[str, str, tuple[str, ...], bool, str]]: ...
 def cpu_features() -> dict[str, str | None]: ...
 def get_num_threads() -> int: ...

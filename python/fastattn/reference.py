@@ -1,4 +1,4 @@
-"""Attention in plain NumPy, float64 inside: slow, short, and written to be read.
+"""Attention and its gradients in plain NumPy, float64 inside: slow, short, and written to be read.
 
 This is the oracle of the tests and of ``python -m fastattn check``. It follows the definition
 line by line, one batch entry and one head at a time, and materialises the Sq x Sk scores::
@@ -6,16 +6,21 @@ line by line, one batch entry and one head at a time, and materialises the Sq x 
     score[i, j]  = softcap(scale * q[i] . k[j]) - slope * |p_i - j| + bias[i, j]     p_i = i + q_offset
     weight[i, j] = exp(score[i, j]) / (exp(sink) + sum_j' exp(score[i, j']))         over allowed keys only
     out[i]       = sum_j weight[i, j] * v[j]                                         over allowed keys only
+
+`mha_backward` differentiates these lines.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["dropout_keep", "mha", "philox4x32"]
+from fastattn._attention import Gradients
+
+__all__ = ["dropout_keep", "mha", "mha_backward", "philox4x32"]
 
 Array = np.ndarray[Any, Any]
 
@@ -89,77 +94,28 @@ def mha(
     ValueError
         Shapes or values that do not fit. `fastattn.mha` checks more, with better messages.
     """
-    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-    rank = q.ndim
-    qs, ks, vs = (_to_bhsd(name, x, rank, layout) for name, x in (("q", q), ("k", k), ("v", v)))
-    n_batch, n_heads, n_q, head_dim = qs.shape
-    n_kv_heads, n_k, value_dim = vs.shape[1:]
-    if ks.shape != (n_batch, n_kv_heads, n_k, head_dim) or vs.shape[0] != n_batch:
-        raise ValueError(f"q, k, v: shapes {q.shape}, {k.shape}, {v.shape} do not fit together")
-    if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
-        raise ValueError(f"k: expected a number of heads that divides Hq = {n_heads}, got {n_kv_heads}")
-
-    score_shape = (n_batch, n_heads, n_q, n_k)
-    masks = None if mask is None else np.broadcast_to(np.asarray(mask, bool), score_shape)
-    biases = None if bias is None else np.broadcast_to(np.asarray(bias), score_shape)
-    slopes = None if alibi_slopes is None else np.broadcast_to(_f64(alibi_slopes), (n_batch, n_heads))
-    sink_logits = np.full(n_heads, -np.inf) if sinks is None else np.broadcast_to(_f64(sinks), (n_heads,))
-    q_len = _per_batch(q_lens, n_batch, n_q)
-    kv_len = _per_batch(kv_lens, n_batch, n_k)
-    default_offset = [b - a for a, b in zip(q_len, kv_len, strict=True)]
-    offset = default_offset if q_offset is None else _per_batch(q_offset, n_batch)
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    left, right = (None, None) if window is None else window
-
-    out = np.zeros((n_batch, n_heads, n_q, value_dim))
-    lse = np.full((n_batch, n_heads, n_q), -np.inf)
-    weights = np.zeros(score_shape) if return_weights else None
-    i = np.arange(n_q)[:, None]  # (Sq,1)
-    j = np.arange(n_k)[None, :]  # (1,Sk)
+    problem = _Problem(
+        q, k, v, layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens,
+        kv_lens, dropout, seed,
+    )  # fmt: skip
+    out = np.zeros(problem.out_shape)
+    lse = np.full(problem.lse_shape, -np.inf)
+    weights = np.zeros(problem.score_shape) if return_weights else None
 
     # NaN and Inf are data here: they propagate as in the formulas, without a warning.
     with np.errstate(all="ignore"):
-        for b in range(n_batch):
-            for h in range(n_heads):
-                g = h // (n_heads // n_kv_heads)  # the key/value head that this query head shares
+        for b, h, g in problem.heads():
+            pairs = problem.pairs(b, h)
+            weight, row_lse, _ = _softmax(pairs.score, pairs.allowed, problem.sinks[h])
+            exists = problem.exists(b)
+            lse[b, h, exists] = row_lse[exists]
+            if weights is not None:
+                weights[b, h] = weight
+            out[b, h] = _weighted_sum(weight * pairs.keep, _f64(problem.v[b, g]), pairs.allowed)
 
-                allowed = (i < q_len[b]) & (j < kv_len[b])  # (Sq,Sk)
-                if causal:
-                    allowed &= j - i <= _clip(offset[b])
-                if left is not None:
-                    allowed &= j - i >= _clip(offset[b] - int(left))
-                if right is not None:
-                    allowed &= j - i <= _clip(offset[b] + int(right))
-                if masks is not None:
-                    allowed &= masks[b, h]
-                if biases is not None:
-                    allowed &= _f64(biases[b, h]) != -np.inf
-
-                score = scale * (_f64(qs[b, h]) @ _f64(ks[b, g]).T)  # (Sq,Sk)
-                if softcap is not None:
-                    score = softcap * np.tanh(score / softcap)
-                if slopes is not None:
-                    score = score - slopes[b, h] * np.abs(float(offset[b]) + (i - j))
-                if biases is not None:
-                    score = score + _f64(biases[b, h])
-
-                weight, row_lse = _softmax(score, allowed, sink_logits[h])
-                lse[b, h, : q_len[b]] = row_lse[: q_len[b]]
-                if weights is not None:
-                    weights[b, h] = weight
-                if dropout > 0.0:
-                    keep = dropout_keep(n_q, n_k, dropout, seed, b, h)
-                    weight = np.where(keep, weight / (1.0 - dropout), np.where(np.isnan(weight), weight, 0.0))
-                out[b, h] = _weighted_sum(weight, _f64(vs[b, g]), allowed)
-
-    if rank < 4:
-        out, lse = out[0], lse[0]
-        weights = None if weights is None else weights[0]
-    if rank == 2:
-        out, lse = out[0], lse[0]
-        weights = None if weights is None else weights[0]
-    if rank > 2 and layout == "bshd":
-        out = np.ascontiguousarray(out.swapaxes(-3, -2))
+    out = problem.as_given(out)
+    lse = problem.drop_axes(lse)
+    weights = None if weights is None else problem.drop_axes(weights)
     if dtype is not None:
         stats = np.float64 if np.dtype(dtype) == np.float64 else np.float32
         with np.errstate(all="ignore"):
@@ -173,28 +129,305 @@ def mha(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _softmax(score: Array, allowed: Array, sink: float) -> tuple[Array, Array]:
-    """Weights (Sq,Sk) and the logarithm of their denominator (Sq,). Keys not allowed have weight 0."""
+def mha_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any = None,
+    lse: Any = None,
+    *,
+    dlse: Any = None,
+    layout: str = "bshd",
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    need_dbias: bool = True,
+    dtype: Any = None,
+) -> Gradients:
+    """Gradients of ``sum(dout * out) + sum(dlse * lse)``, in float64.
+
+    With w the weights, keep the factor of dropout (0 or 1/(1 - dropout)), s0 the scaled score and c the
+    softcap, over allowed pairs (i, j) only (FlashAttention-2, arXiv:2307.08691, section 3.1.2)::
+
+        dv[j]     = sum_i keep[i,j] * w[i,j] * dout[i]
+        dw[i, j]  = keep[i,j] * dout[i] . v[j]
+        delta[i]  = dout[i] . out[i]                               = sum_j w[i,j] * dw[i,j]
+        ds[i, j]  = w[i,j] * (dw[i,j] - delta[i] + dlse[i])        the gradient of score, and of bias
+        ds0[i, j] = ds[i,j] * (1 - tanh(s0[i,j] / c)**2)           without softcap ds
+        dq[i]     = scale * sum_j ds0[i,j] * k[j]
+        dk[j]     = scale * sum_i ds0[i,j] * q[i]
+        dslope    = -sum_ij ds[i,j] * |p_i - j|
+        dsink     = sum_i exp(sink - lse[i]) * (dlse[i] - delta[i])
+
+    Parameters
+    ----------
+    dout : array
+        Gradient of out, in its shape.
+    q, k, v : array
+        As in `mha`, and so are the arguments not listed here.
+    out, lse : array, optional
+        What `mha` returned. None: computed here, in float64 and unrounded; that is what an error is
+        measured against. Otherwise w is exp(score - lse), with the given lse.
+    dlse : array (B,Hq,Sq), optional
+        Gradient of lse; without the axes that q does not have.
+    need_dbias : bool
+    dtype : dtype, optional
+        None: all gradients are float64 and unrounded. Otherwise dq, dk, dv are rounded to this dtype, the
+        others to the dtype of their argument.
+
+    Returns
+    -------
+    Gradients
+        Each in its argument's shape, None where the argument was not given (dbias: nor asked for). dk and
+        dv are summed over the query heads that share them, the others over the axes that broadcast.
+
+    Raises
+    ------
+    ValueError
+        Shapes or values that do not fit. `fastattn.mha_backward` checks more, with better messages.
+
+    Notes
+    -----
+    Masked pairs contribute nothing, whatever q, k, v and dout hold. A row that may attend nothing has no
+    gradient but that of its sink, which is then its lse.
+    """
+    problem = _Problem(
+        q, k, v, layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens,
+        kv_lens, dropout, seed,
+    )  # fmt: skip
+    douts = problem.as_bhsd("dout", dout)
+    outs = None if out is None else problem.as_bhsd("out", out)
+    lses = None if lse is None else problem.rows("lse", lse)
+    dlses = np.zeros(problem.lse_shape) if dlse is None else problem.rows("dlse", dlse)
+
+    dq, dk, dv = (np.zeros(x.shape) for x in (problem.q, problem.k, problem.v))
+    dbias = np.zeros(problem.score_shape) if bias is not None and need_dbias else None
+    dslopes = np.zeros(problem.lse_shape[:2])
+    dsinks = np.zeros(problem.lse_shape[:2])
+
+    with np.errstate(all="ignore"):
+        for b, h, g in problem.heads():
+            pairs = problem.pairs(b, h)
+            allowed = pairs.allowed
+            q_h, k_h, v_h = _f64(problem.q[b, h]), _f64(problem.k[b, g]), _f64(problem.v[b, g])
+            dout_h = _f64(douts[b, h])
+
+            weight, row_lse, sink_weight = _softmax(pairs.score, allowed, problem.sinks[h])
+            out_h = _weighted_sum(weight * pairs.keep, v_h, allowed) if outs is None else _f64(outs[b, h])
+            if lses is not None:
+                # exp(score - lse), but right where lse is too large to hold the log of a few keys.
+                given = lses[b, h]
+                ratio = np.where(row_lse.astype(given.dtype) == given, 1.0, np.exp(row_lse - given))
+                weight = np.where(allowed, weight * ratio[:, None], 0.0)
+                sink_weight = sink_weight * ratio
+
+            # No sum over no keys: dout of a row that attends nothing is never seen.
+            delta = np.where(allowed.any(axis=1), np.sum(dout_h * out_h, axis=1), 0.0)  # (Sq,)
+            # What every logit of the row gets, its sink too, in proportion to its weight.
+            drow = _f64(dlses[b, h]) - delta
+            dweight = pairs.keep * (dout_h @ v_h.T)  # (Sq,Sk)
+            dscore = np.where(allowed, weight * (dweight + drow[:, None]), 0.0)
+            dscore0 = np.where(allowed, dscore * pairs.cap_slope, 0.0)
+
+            dv[b, g] += _weighted_sum((weight * pairs.keep).T, dout_h, allowed.T)
+            dq[b, h] = problem.scale * _weighted_sum(dscore0, k_h, allowed)
+            dk[b, g] += problem.scale * _weighted_sum(dscore0.T, q_h, allowed.T)
+            if dbias is not None:
+                dbias[b, h] = dscore
+            dslopes[b, h] = -np.sum(dscore * pairs.distance)
+            dsinks[b, h] = np.sum((sink_weight * drow)[problem.exists(b)])
+
+        grads = Gradients(
+            problem.as_given(dq),
+            problem.as_given(dk),
+            problem.as_given(dv),
+            None if dbias is None else _sum_to(dbias, np.shape(bias)),
+            None if alibi_slopes is None else _sum_to(dslopes, np.shape(alibi_slopes)),
+            None if sinks is None else _sum_to(dsinks, np.shape(sinks)),
+        )
+        if dtype is None:
+            return grads
+        dtypes = [dtype] * 3 + [np.asarray(x).dtype for x in (bias, alibi_slopes, sinks)]
+        return Gradients(*(None if x is None else x.astype(t) for x, t in zip(grads, dtypes, strict=True)))
+
+
+class _Pairs(NamedTuple):
+    """What `mha` and `mha_backward` know of the (query, key) pairs of one batch entry and head: (Sq,Sk)."""
+
+    allowed: Array
+    distance: Array  # |p_i - j|
+    score: Array  # of allowed pairs; of the others anything
+    cap_slope: Array  # derivative of softcap at the scaled score; 1 without one
+    keep: Array  # factor of the weight by dropout: 0 or 1/(1 - dropout)
+
+
+class _Problem:
+    """The arguments of `mha`, checked and in one form: q, k, v (B,H,S,D), the rest as the loops need it."""
+
+    def __init__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layout: str,
+        scale: float | None,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        q_offset: Any,
+        mask: Any,
+        bias: Any,
+        alibi_slopes: Any,
+        softcap: float | None,
+        sinks: Any,
+        q_lens: Any,
+        kv_lens: Any,
+        dropout: float,
+        seed: int,
+    ) -> None:
+        q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+        self.rank, self.layout = q.ndim, layout
+        self.q, self.k, self.v = (_to_bhsd(n, x, q.ndim, layout) for n, x in (("q", q), ("k", k), ("v", v)))
+        n_batch, n_heads, n_q, head_dim = self.q.shape
+        n_kv_heads, n_k, value_dim = self.v.shape[1:]
+        if self.k.shape != (n_batch, n_kv_heads, n_k, head_dim) or self.v.shape[0] != n_batch:
+            raise ValueError(f"q, k, v: shapes {q.shape}, {k.shape}, {v.shape} do not fit together")
+        if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+            raise ValueError(f"k: expected a number of heads that divides Hq = {n_heads}, got {n_kv_heads}")
+
+        self.out_shape = (n_batch, n_heads, n_q, value_dim)
+        self.lse_shape = (n_batch, n_heads, n_q)
+        self.score_shape = (n_batch, n_heads, n_q, n_k)
+        self.scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+        self.causal, self.softcap, self.dropout, self.seed = causal, softcap, dropout, seed
+        self.left, self.right = (None, None) if window is None else window
+        self.mask = None if mask is None else np.broadcast_to(np.asarray(mask, bool), self.score_shape)
+        self.bias = None if bias is None else np.broadcast_to(np.asarray(bias), self.score_shape)
+        slopes = None if alibi_slopes is None else np.broadcast_to(_f64(alibi_slopes), (n_batch, n_heads))
+        self.slopes = slopes
+        self.sinks = np.full(n_heads, -np.inf) if sinks is None else np.broadcast_to(_f64(sinks), (n_heads,))
+        self.q_len = _per_batch(q_lens, n_batch, n_q)
+        self.kv_len = _per_batch(kv_lens, n_batch, n_k)
+        default_offset = [b - a for a, b in zip(self.q_len, self.kv_len, strict=True)]
+        self.offset = default_offset if q_offset is None else _per_batch(q_offset, n_batch)
+
+    def heads(self) -> Iterator[tuple[int, int, int]]:
+        """Every batch entry and query head (b, h), with the key/value head g that it shares."""
+        n_batch, n_heads = self.lse_shape[:2]
+        for b in range(n_batch):
+            for h in range(n_heads):
+                yield b, h, h // (n_heads // self.k.shape[1])
+
+    def exists(self, b: int) -> Array:
+        """Which rows are no padding, bool (Sq,)."""
+        return np.arange(self.lse_shape[2]) < self.q_len[b]
+
+    def pairs(self, b: int, h: int) -> _Pairs:
+        n_q, n_k = self.score_shape[2:]
+        i = np.arange(n_q)[:, None]  # (Sq,1)
+        j = np.arange(n_k)[None, :]  # (1,Sk)
+        offset = self.offset[b]
+
+        allowed = (i < self.q_len[b]) & (j < self.kv_len[b])  # (Sq,Sk)
+        if self.causal:
+            allowed &= j - i <= _clip(offset)
+        if self.left is not None:
+            allowed &= j - i >= _clip(offset - int(self.left))
+        if self.right is not None:
+            allowed &= j - i <= _clip(offset + int(self.right))
+        if self.mask is not None:
+            allowed &= self.mask[b, h]
+        if self.bias is not None:
+            allowed &= _f64(self.bias[b, h]) != -np.inf
+
+        g = h // (self.q.shape[1] // self.k.shape[1])
+        score = self.scale * (_f64(self.q[b, h]) @ _f64(self.k[b, g]).T)
+        cap_slope = np.ones(score.shape)
+        if self.softcap is not None:
+            tanh = np.tanh(score / self.softcap)
+            score, cap_slope = self.softcap * tanh, 1.0 - tanh * tanh
+        distance = np.abs(float(offset) + (i - j))
+        if self.slopes is not None:
+            score = score - self.slopes[b, h] * distance
+        if self.bias is not None:
+            score = score + _f64(self.bias[b, h])
+
+        keep = np.ones(score.shape)
+        if self.dropout > 0.0:
+            keep = dropout_keep(n_q, n_k, self.dropout, self.seed, b, h) / (1.0 - self.dropout)
+        return _Pairs(allowed, distance, score, cap_slope, keep)
+
+    def as_bhsd(self, name: str, x: Any) -> Array:
+        """dout or out as (B,Hq,Sq,Dv)."""
+        bhsd = _to_bhsd(name, np.asarray(x), self.rank, self.layout)
+        if bhsd.shape != self.out_shape:
+            raise ValueError(f"{name}: expected (B,Hq,Sq,Dv) = {self.out_shape}, got {bhsd.shape}")
+        return bhsd
+
+    def rows(self, name: str, x: Any) -> Array:
+        """lse or dlse as (B,Hq,Sq)."""
+        x = np.asarray(x)
+        expected = self.lse_shape[4 - self.rank :]
+        if x.shape != expected:
+            raise ValueError(f"{name}: expected {expected}, got {x.shape}")
+        return np.reshape(x, self.lse_shape)
+
+    def as_given(self, x: Array) -> Array:
+        """(B,H,S,D) in the caller's rank and layout."""
+        x = self.drop_axes(x)
+        return np.ascontiguousarray(x.swapaxes(-3, -2)) if self.rank > 2 and self.layout == "bshd" else x
+
+    def drop_axes(self, x: Array) -> Array:
+        """(B,H,...) without the axes that q does not have."""
+        return x if self.rank == 4 else x[0] if self.rank == 3 else x[0, 0]
+
+
+def _softmax(score: Array, allowed: Array, sink: float) -> tuple[Array, Array, Array]:
+    """Weights (Sq,Sk), the logarithm of their denominator (Sq,), and the weight of the sink (Sq,).
+
+    Keys not allowed have weight 0, and so has a sink of -inf; one of +inf has all the weight.
+    """
     score = np.where(allowed, score, -np.inf)
     # Any finite shift gives the same weights; the largest logit keeps exp from overflowing.
     shift = np.max(score, axis=1, initial=-np.inf)
     shift = np.maximum(shift, sink) if np.isfinite(sink) else shift
     shift = np.where(np.isfinite(shift), shift, 0.0)
     exps = np.exp(score - shift[:, None])
-    denominator = exps.sum(axis=1) + np.exp(sink - shift)
+    sink_exp = np.exp(sink - shift)
+    denominator = exps.sum(axis=1) + sink_exp
     # A row that may attend nothing has weights 0; one whose every allowed score is -inf is 0/0.
     weight = np.where(allowed, exps / denominator[:, None], 0.0)
-    return weight, shift + np.log(denominator)
+    sink_weight = np.full(shift.shape, float(sink > 0)) if np.isinf(sink) else sink_exp / denominator
+    return weight, shift + np.log(denominator), sink_weight
 
 
 def _weighted_sum(weight: Array, value: Array, allowed: Array) -> Array:
-    """weight @ value (Sq,Dv) over the allowed keys only: 0 * NaN of a masked key must not enter."""
-    finite = np.isfinite(value)
-    out = weight @ np.where(finite, value, 0.0)
-    for key in np.flatnonzero(~finite.all(axis=1)):
-        terms = weight[:, key, None] * value[None, key, :]  # (Sq,Dv)
-        out += np.where(allowed[:, key, None] & ~finite[None, key, :], terms, 0.0)
-    return out
+    """weight @ value over the allowed pairs only: 0 * NaN of a masked pair must not enter.
+
+    weight and allowed (M,N), value (N,F); weight is 0 where not allowed.
+    """
+    finite = np.isfinite(value).all(axis=1)
+    out = weight[:, finite] @ value[finite]
+    for n in np.flatnonzero(~finite):
+        out += np.where(allowed[:, n, None], weight[:, n, None] * value[n], 0.0)
+    return np.asarray(out)
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums x over the axes along which an array of this shape was broadcast to it."""
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    ones = tuple(n for n, size in enumerate(shape) if size == 1)
+    return np.asarray(x.sum(axis=ones, keepdims=True))
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], seed: int) -> tuple[Array, Array, Array, Array]:

@@ -3,7 +3,8 @@
 //   out[b,i,h,:] = sum_j softmax_j(score[b,h,i,j]) * v[b,j,h/G,:],   G = q_heads / kv_heads
 //   score = mask(bias + alibi + softcap(scale * q.k))
 //
-// Use: fill AttentionParams, make_problem() checks everything once, attention_forward() computes.
+// Use: fill AttentionParams, make_problem() checks everything once, attention_forward() computes; for gradients
+// BackwardParams, make_backward_problem(), attention_backward().
 #pragma once
 
 #include <cstddef>
@@ -48,23 +49,23 @@ struct Cancelled : Error {  // RunOptions::poll asked to stop; outputs are incom
 enum class Layout : std::uint8_t { bshd, bhsd };
 
 struct AttentionParams {
-    TensorView q, k, v;       // rank 4, 3 (no batch) or 2 (no batch, no heads); axes as in layout
-    TensorView out;           // q's rank and layout, last axis Dv
-    TensorView lse;           // optional (B,Hq,Sq): f64 for f64, else f32
-    TensorView weights;       // optional (B,Hq,Sq,Sk): lse's dtype
+    TensorView q, k, v;  // rank 4, 3 (no batch) or 2 (no batch, no heads); axes as in layout
+    TensorView out;  // q's rank and layout, last axis Dv
+    TensorView lse;  // optional (B,Hq,Sq): f64 for f64, else f32
+    TensorView weights;  // optional (B,Hq,Sq,Sk): lse's dtype
     Layout layout = Layout::bshd;
-    std::optional<double> scale;                    // default 1/sqrt(D)
+    std::optional<double> scale;  // default 1/sqrt(D)
     bool causal = false;
-    std::optional<std::int64_t> window_left;        // keys from p - left on
-    std::optional<std::int64_t> window_right;       // keys up to p + right
-    std::optional<std::int64_t> q_offset;           // position of query row 0; default kv_len - q_len
-    TensorView q_offsets;     // the same per batch entry, integer (B,); at most one of the two
-    TensorView mask;          // bool, broadcastable to (B,Hq,Sq,Sk); true: may attend
-    TensorView bias;          // q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk)
+    std::optional<std::int64_t> window_left;  // keys from p - left on
+    std::optional<std::int64_t> window_right;  // keys up to p + right
+    std::optional<std::int64_t> q_offset;  // position of query row 0; default kv_len - q_len
+    TensorView q_offsets;  // the same per batch entry, integer (B,); at most one of the two
+    TensorView mask;  // bool, broadcastable to (B,Hq,Sq,Sk); true: may attend
+    TensorView bias;  // q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk)
     TensorView alibi_slopes;  // any float dtype, (Hq,) or (B,Hq)
-    TensorView sinks;         // any float dtype, (Hq,)
-    TensorView q_lens;        // integer (B,)
-    TensorView kv_lens;       // integer (B,)
+    TensorView sinks;  // any float dtype, (Hq,)
+    TensorView q_lens;  // integer (B,)
+    TensorView kv_lens;  // integer (B,)
     std::optional<double> softcap;
     double dropout = 0.0;
     std::uint64_t seed = 0;
@@ -96,21 +97,21 @@ struct KeyRange {
 };
 
 struct AttentionProblem {
-    DType dtype = DType::f32;      // of q, k, v, out
+    DType dtype = DType::f32;  // of q, k, v, out
     DType lse_dtype = DType::f32;  // of lse and weights
     Device device{};
     std::int64_t batch = 0, q_heads = 0, kv_heads = 0, group = 1;
-    std::int64_t q_size = 0, kv_size = 0;         // Sq, Sk
-    std::int64_t head_dim = 0, value_dim = 0;     // D, Dv
+    std::int64_t q_size = 0, kv_size = 0;  // Sq, Sk
+    std::int64_t head_dim = 0, value_dim = 0;  // D, Dv
     Operand q, k, v, out;
-    ScoreOperand lse;              // key stride unused
+    ScoreOperand lse;  // key stride unused
     ScoreOperand weights, mask, bias;
     HeadOperand alibi_slopes, sinks;
-    HeadOperand q_lens, kv_lens, q_offsets;       // head stride unused
+    HeadOperand q_lens, kv_lens, q_offsets;  // head stride unused
     bool has_q_lens = false, has_kv_lens = false, has_q_offset = false;
-    std::int64_t q_offset = 0;     // used when has_q_offset and q_offsets.data == nullptr
+    std::int64_t q_offset = 0;  // used when has_q_offset and q_offsets.data == nullptr
     double scale = 1.0;
-    double softcap = 0.0;          // 0: none
+    double softcap = 0.0;  // 0: none
     bool causal = false;
     std::int64_t window_left = -1, window_right = -1;  // -1: unbounded
     double dropout = 0.0;
@@ -132,11 +133,39 @@ struct AttentionProblem {
 // Throws TypeError or ValueError. With for_execution == false (explain) out.data may be null.
 AttentionProblem make_problem(const AttentionParams& params, bool for_execution = true);
 
+// ---- the backward pass --------------------------------------------------------------------------
+// Gradients from out and lse of the forward, with P recomputed (Dao et al., FlashAttention, algorithm 4), over the
+// keys that a row may attend; r = keep / (1 - dropout):
+//
+//   P = exp(score - lse)   dv = sum_i r P dout   dP = r (dout . v)   delta = dout . out
+//   dS = P (dP - delta + dlse)   dbias = dS   dalibi = -sum dS |p - j|   dsink = sum_i exp(sink - lse) (dlse - delta)
+//   dq = scale sum_j dS' k   dk = scale sum_i dS' q     dS' = dS (1 - (s/c)^2) under a softcap c, else dS
+struct BackwardParams {
+    AttentionParams forward;  // the forward's arguments; its out and lse are read, weights must not be given
+    TensorView dout;  // out's shape and dtype
+    TensorView dlse;  // optional: lse's shape and dtype
+    TensorView dq, dk, dv;  // results: shape and dtype of q, k, v
+    TensorView dbias;  // optional result: bias' shape and dtype; summed over the axes that bias broadcasts
+    TensorView dalibi_slopes;  // optional result: shape and dtype of alibi_slopes
+    TensorView dsinks;  // optional result: shape and dtype of sinks
+};
+
+struct BackwardProblem {
+    AttentionProblem forward;
+    Operand dout, dq, dk, dv;
+    ScoreOperand dlse;  // data == nullptr: zeros
+    ScoreOperand dbias;  // data == nullptr: not asked for, or empty. Stride 0: summed over that axis
+    ScoreOperand dalibi, dsinks;  // the same; query and key strides unused
+};
+
+// As make_problem(). With for_execution == false the results' data may be null.
+BackwardProblem make_backward_problem(const BackwardParams& params, bool for_execution = true);
+
 // ---- running ------------------------------------------------------------------------------------
 struct RunOptions {
-    std::string_view kernel{};   // empty: FASTATTN_KERNEL, else the first kernel that supports it
-    std::string_view device{};   // empty: FASTATTN_DEVICE, else where the arrays are
-    int num_threads = 0;         // 0: get_num_threads()
+    std::string_view kernel{};  // empty: FASTATTN_KERNEL, else the first kernel that supports it
+    std::string_view device{};  // empty: FASTATTN_DEVICE, else where the arrays are
+    int num_threads = 0;  // 0: get_num_threads()
     // Arrays on a CUDA device: the cudaStream_t in which they are ready and the call is queued; null: the legacy
     // default stream. The call then returns before the result is there.
     void* stream = nullptr;
@@ -146,6 +175,7 @@ struct RunOptions {
 };
 
 void attention_forward(const AttentionProblem& problem, const RunOptions& options = {});
+void attention_backward(const BackwardProblem& problem, const RunOptions& options = {});
 
 struct Refusal {
     std::string kernel, reason;
