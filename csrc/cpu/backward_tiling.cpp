@@ -29,7 +29,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
         std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(p.q_size, 1), row_unit));
     plan.key_blocks = ceil_div(p.kv_size, plan.key_block);
     plan.row_blocks = ceil_div(p.q_size, plan.row_block);
-    plan.chunk_blocks = std::max<std::int64_t>(2, ceil_div(plan.key_blocks, kMostChunks));
+    plan.chunk_blocks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, kMostChunks));
     plan.chunks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, plan.chunk_blocks));
     plan.q_units = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.v_units = round_up(ceil_div(p.value_dim, tile.scalars), tile.width);

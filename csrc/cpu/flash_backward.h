@@ -195,10 +195,11 @@ private:
         } else if (lse == -kInf<double>) {
             // Nothing attended, or only scores of -inf: no weights.
         } else {
-            const double t = lse * kLog2E, whole = std::rint(t);
+            const double t = lse * kLog2E, whole = ::rint(t);
             state.shift = to_finite<Acc>(whole);
-            state.factor = std::isfinite(t) ? Acc(::exp2(double(state.shift) - t)) : Acc(1);
-            if (!std::isfinite(t)) state.shift = Acc(t);
+            const bool finite = t - t == 0;
+            state.factor = finite ? Acc(::exp2(double(state.shift) - t)) : Acc(1);
+            if (!finite) state.shift = Acc(t);
         }
         return state;
     }
