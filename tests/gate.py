@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,27 +148,38 @@ def describe(kernel: str | None, q: Any, k: Any, v: Any, kwargs: dict[str, Any])
 
 
 # The same inputs go to every kernel: the oracle is computed once.
-_cache: OrderedDict[bytes, Oracle] = OrderedDict()
+_cache: OrderedDict[bytes, Any] = OrderedDict()
+
+
+def cached(key: bytes, compute: Callable[[], Any]) -> Any:
+    """compute(), a named tuple with arrays, or what it gave for this key before."""
+    if key not in _cache:
+        _cache[key] = compute()
+        while len(_cache) > 3000 or sum(_nbytes(x) for x in _cache.values()) > 4e8:
+            _cache.popitem(last=False)
+            if len(_cache) == 1:
+                break
+    return _cache[key]
+
+
+def _nbytes(x: Any) -> int:
+    return sum(map(_nbytes, x)) if isinstance(x, tuple) else getattr(x, "nbytes", 0)
 
 
 def oracle(q: Any, k: Any, v: Any, *, out: Any = None, **kwargs: Any) -> Oracle:
-    key = _digest((q, k, v), kwargs)
-    if key not in _cache:
+    def compute() -> Oracle:
         ref, lse, weights = reference.mha(q, k, v, return_lse=True, return_weights=True, **kwargs)
         errors = [0.0]
         weight_errors = [0.0]
-        for order in ("blas", "reversed", "sequential") if q.dtype.itemsize > 2 else ("blas",):
+        for order in orders(q.dtype):
             book, book_weights = textbook(q, k, v, order=order, **kwargs)
             errors.append(_finite_error(book, ref))
             weight_errors.append(_finite_error(book_weights, weights))
         values = np.abs(v.astype(np.float64))
         max_v = float(np.max(values[np.isfinite(values)], initial=0.0))
-        _cache[key] = Oracle(ref, lse, weights, max(errors), max(weight_errors), max_v)
-        while len(_cache) > 3000 or sum(x.weights.nbytes for x in _cache.values()) > 4e8:
-            _cache.popitem(last=False)
-            if len(_cache) == 1:
-                break
-    return _cache[key]
+        return Oracle(ref, lse, weights, max(errors), max(weight_errors), max_v)
+
+    return cached(digest((q, k, v), kwargs), compute)
 
 
 def _finite_error(got: np.ndarray, ref: np.ndarray) -> float:
@@ -175,28 +187,63 @@ def _finite_error(got: np.ndarray, ref: np.ndarray) -> float:
     return float(np.max(error[np.isfinite(error)], initial=0.0))
 
 
-def _digest(arrays: tuple[np.ndarray, ...], kwargs: dict[str, Any]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(arrays: tuple[np.ndarray, ...], kwargs: dict[str, Any]) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
     for name, x in [*enumerate(arrays), *sorted(kwargs.items())]:
-        digest.update(repr(name).encode())
+        state.update(repr(name).encode())
         if isinstance(x, np.ndarray):
-            digest.update(f"{x.dtype}{x.shape}".encode())
-            digest.update(x.tobytes())
+            state.update(f"{x.dtype}{x.shape}".encode())
+            state.update(x.tobytes())
         else:
-            digest.update(repr(x).encode())
-    return digest.digest()
+            state.update(repr(x).encode())
+    return state.digest()
 
 
 # ---- textbook -------------------------------------------------------------------------------------
+class Pieces(NamedTuple):
+    """What forward and backward have in common, in 4-D arrays of the dtype that products accumulate in."""
+
+    q: np.ndarray  # (B,Hq,S,F) all three, k and v repeated for the query heads; non-finite values are 0
+    k: np.ndarray
+    v: np.ndarray
+    scale: Any
+    allowed: np.ndarray  # (B,Hq,Sq,Sk)
+    distance: np.ndarray  # (B,1,Sq,Sk), |p - j|
+    cap_slope: np.ndarray  # derivative of softcap
+    score: np.ndarray  # -inf where not allowed
+    lse: np.ndarray  # (B,Hq,Sq,1)
+    weight: np.ndarray  # before dropout, not rounded
+    sink_weight: np.ndarray  # (B,Hq,Sq,1)
+    keep: np.ndarray  # factor of dropout
+
+
+def orders(dtype: Any) -> tuple[str, ...]:
+    """The orders of summation of which the worst counts."""
+    return ("blas", "reversed", "sequential") if np.dtype(dtype).itemsize > 2 else ("blas",)
 
 
 def textbook(
+    q: Any, k: Any, v: Any, *, order: str = "blas", layout: str = "bshd", **kwargs: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unfused attention in q's dtype: (out, weights before dropout). Scaled scores, weights and result
+    are rounded to the dtype once each; products accumulate in f32 (f64 for f64)."""
+    dtype, rank = q.dtype, q.ndim
+    acc = stats_dtype(dtype)
+    with np.errstate(all="ignore"):
+        x = pieces(q, k, v, order=order, layout=layout, **kwargs)
+        kept = (x.weight * x.keep).astype(dtype).astype(acc)
+        out = product(kept, x.v, order).astype(dtype)
+        weight = x.weight.astype(dtype)
+    return as_given(out, rank, layout), weight[(0,) * (4 - rank)]
+
+
+def pieces(
     q: Any,
     k: Any,
     v: Any,
     *,
-    order: str = "blas",
-    layout: str = "bshd",
+    order: str,
+    layout: str,
     scale: float | None = None,
     causal: bool = False,
     window: Any = None,
@@ -210,12 +257,10 @@ def textbook(
     kv_lens: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unfused attention in q's dtype: (out, weights before dropout). Scaled scores, weights and result
-    are rounded to the dtype once each; products accumulate in f32 (f64 for f64)."""
-    dtype, rank = q.dtype, q.ndim
+) -> Pieces:
+    dtype = q.dtype
     acc = stats_dtype(dtype)
-    q, k, v = (_bhsd(x, layout).astype(acc) for x in (q, k, v))
+    q, k, v = (bhsd(x, layout).astype(acc) for x in (q, k, v))
     B, Hq, Sq, D = q.shape
     Hkv, Sk = k.shape[1:3]
     k, v = (np.repeat(x, Hq // Hkv if Hkv else 1, axis=1) for x in (k, v))
@@ -237,15 +282,18 @@ def textbook(
     if bias is not None:
         bias = np.asarray(bias).astype(acc)
         allowed &= bias != -np.inf
+    distance = np.abs(distance).astype(acc)
 
     with np.errstate(all="ignore"):
         scale = acc.type(1.0 / math.sqrt(D) if scale is None else scale)
-        score = (_product(q, k.swapaxes(2, 3), order) * scale).astype(dtype).astype(acc)
+        score = (product(q, k.swapaxes(2, 3), order) * scale).astype(dtype).astype(acc)
+        cap_slope = np.ones_like(score)
         if softcap is not None:
-            score = acc.type(softcap) * np.tanh(score / acc.type(softcap))
+            tanh = np.tanh(score / acc.type(softcap))
+            score, cap_slope = acc.type(softcap) * tanh, 1 - tanh * tanh
         if alibi_slopes is not None:
             slopes = np.broadcast_to(np.asarray(alibi_slopes).astype(acc), (B, Hq))[:, :, None, None]
-            score = score - slopes * np.abs(distance).astype(acc)
+            score = score - slopes * distance
         if bias is not None:
             score = score + bias
         score = np.where(allowed, score, acc.type(-np.inf))
@@ -256,24 +304,19 @@ def textbook(
         top = np.where(np.isfinite(top), top, acc.type(0))
         exps = np.exp(score - top)
         ones = np.ones((B, Hq, Sk, 1), acc)
-        weight = np.where(allowed, exps / (_product(exps, ones, order) + np.exp(sink - top)), acc.type(0))
-        kept = weight
-        if dropout:
-            keep = [
-                [reference.dropout_keep(Sq, Sk, dropout, seed, b, h) for h in range(Hq)] for b in range(B)
-            ]
-            kept = np.where(np.reshape(keep, weight.shape), weight / acc.type(1 - dropout), acc.type(0))
-        kept = kept.astype(dtype).astype(acc)
-        out = _product(kept, np.where(np.isfinite(v), v, acc.type(0)), order).astype(dtype)
-    weight = weight.astype(dtype)
-    if rank < 4:
-        out, weight = out[0], weight[0]
-    if rank == 2:
-        out, weight = out[0], weight[0]
-    return (out.swapaxes(-3, -2) if rank > 2 and layout == "bshd" else out), weight
+        denominator = product(exps, ones, order) + np.exp(sink - top)
+        weight = np.where(allowed, exps / denominator, acc.type(0))
+        lse = top + np.log(denominator)
+        sink_weight = np.where((i < ql) & (sink > -np.inf), np.exp(sink - top) / denominator, acc.type(0))
+    keep = np.ones((B, Hq, Sq, Sk), acc)
+    if dropout:
+        kept = [[reference.dropout_keep(Sq, Sk, dropout, seed, b, h) for h in range(Hq)] for b in range(B)]
+        keep = np.where(np.reshape(kept, keep.shape), 1 / acc.type(1 - dropout), acc.type(0))
+    q, k, v = (np.where(np.isfinite(x), x, acc.type(0)) for x in (q, k, v))
+    return Pieces(q, k, v, scale, allowed, distance, cap_slope, score, lse, weight, sink_weight, keep)
 
 
-def _product(a: np.ndarray, b: np.ndarray, order: str) -> np.ndarray:
+def product(a: np.ndarray, b: np.ndarray, order: str) -> np.ndarray:
     """a (...,m,n) @ b (...,n,p), summed over n in one of several orders."""
     if order == "blas":
         return a @ b
@@ -285,7 +328,13 @@ def _product(a: np.ndarray, b: np.ndarray, order: str) -> np.ndarray:
     return total
 
 
-def _bhsd(x: np.ndarray, layout: str) -> np.ndarray:
+def as_given(x: np.ndarray, rank: int, layout: str) -> np.ndarray:
+    """(B,H,S,F) in the caller's rank and layout."""
+    x = x[(0,) * (4 - rank)]
+    return x.swapaxes(-3, -2) if rank > 2 and layout == "bshd" else x
+
+
+def bhsd(x: np.ndarray, layout: str) -> np.ndarray:
     if x.ndim == 2:
         return x[None, None]
     x = x.swapaxes(-3, -2) if layout == "bshd" else x

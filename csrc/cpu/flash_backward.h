@@ -174,8 +174,14 @@ private:
         return (b * p_.q_heads + h) * p_.q_size + i;
     }
 
+    RowInfo row_of(std::int64_t h, std::int64_t i) const {
+        RowInfo row = row_info(p_, x_.batch, h / p_.group, i * p_.group + h % p_.group);
+        find_features(x_, row);
+        return row;
+    }
+
     // ---- rows, before the blocks --------------------------------------------------------------------------
-    State find_state(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    State find_state(std::int64_t b, std::int64_t h, std::int64_t i) {
         const S* dout = row_pointer<const S>(b_.dout, b, i, h);
         const S* out = row_pointer<const S>(p_.out, b, i, h);
         V sum = V::zero();
@@ -186,58 +192,63 @@ private:
         }
         State state{};
         state.delta = V::reduce_add(sum);
+        if (!(state.delta - state.delta == 0) && !attends_any(x_, row_of(h, i))) state.delta = 0;
         if (b_.dlse.data != nullptr)
             state.delta -= Acc(load_real(b_.dlse.data, b_.dlse.dtype, score_offset(b_.dlse, b, h, i, 0)));
         const double lse = load_real(p_.lse.data, p_.lse.dtype, score_offset(p_.lse, b, h, i, 0));
-        constexpr double most = double(std::numeric_limits<Acc>::max());
-        if (lse == most || lse == -most) {
-            find_weights(h, i, state);
-        } else if (lse == -kInf<double>) {
-            // Nothing attended, or only scores of -inf: no weights.
-        } else {
-            const double t = lse * kLog2E, whole = ::rint(t);
-            state.shift = to_finite<Acc>(whole);
-            const bool finite = t - t == 0;
-            state.factor = finite ? Acc(::exp2(double(state.shift) - t)) : Acc(1);
-            if (!finite) state.shift = Acc(t);
-        }
+        if (lse == -kInf<double>) return state;  // nothing attended, or only scores of -inf: no weights
+        const double t = lse * kLog2E, whole = ::rint(t);
+        state.shift = to_finite<Acc>(whole);
+        const bool finite = t - t == 0;  // in powers of two too
+
+        state.factor = finite ? Acc(::exp2(double(state.shift) - t)) : Acc(1);
+        if (!finite) state.shift = Acc(t);
+        if (lse - lse == 0 && magnitude(t) > kCoarse) refine_weights(h, i, lse, state);
         return state;
     }
 
-    // lse is the largest number of its type, which is all that it says: the row's largest score and its sum of
-    // weights are found anew.
-    void find_weights(std::int64_t h, std::int64_t i, State& state) const {
-        const std::int64_t kv_head = h / p_.group;
-        RowInfo row = row_info(p_, x_.batch, kv_head, i * p_.group + h % p_.group);
-        find_features(x_, row);
-        const S* q = row_pointer<const S>(p_.q, x_.batch, i, h);
+    static double magnitude(double x) { return x < 0 ? -x : x; }
+
+    // From this size on lse says too little of the sum of the weights, which is up to the number of keys: beside a
+    // bias of -1e9, that some use as a mask, nothing.
+    static constexpr double kCoarse = 1.0 / 1024 / double(std::numeric_limits<Acc>::epsilon());
+
+    // The row's largest score and its sum of weights anew, as the panels compute them; used where they agree with lse
+    // as far as that tells (it may be of more keys than these).
+    void refine_weights(std::int64_t h, std::int64_t i, double lse, State& state) {
+        const RowInfo row = row_of(h, i);
+        const S* k = row_pointer<const S>(p_.k, x_.batch, 0, h / p_.group);
+        pack_row<E>(q_rows_, row_pointer<const S>(p_.q, x_.batch, i, h), p_.q.dim, p_.head_dim);
         double top = -kInf<double>, sum = 0;
-        for (const bool summing : {false, true}) {
-            for (std::int64_t j = row.begin; j < row.end; j += w) {
-                Acc scores[w];
-                for (std::int64_t c = 0; c < w; ++c) {
-                    const std::int64_t key = j + c < row.end ? j + c : row.end - 1;
-                    const S* k = row_pointer<const S>(p_.k, x_.batch, key, kv_head);
-                    V dot = V::zero();
-                    for (std::int64_t d = 0; d < p_.head_dim; d += w) {
-                        const std::int64_t left = p_.head_dim - d;
-                        dot = V::fma(load_strided<V>(q + d * p_.q.dim, p_.q.dim, left),
-                                     load_strided<V>(k + d * p_.k.dim, p_.k.dim, left), dot);
-                    }
-                    scores[c] = V::reduce_add(dot);
+        x_.info[0] = row;
+        for (key_ = row.begin / E::nr * E::nr; key_ < row.end; key_ += E::nr) {
+            const std::int64_t left = p_.kv_size - key_;
+            pack_keys<E>(k_panels_, k + key_ * p_.k.seq, p_.k.seq, p_.k.dim, left < E::nr ? left : E::nr,
+                         p_.head_dim);
+            V acc[1][E::nv];
+#pragma GCC unroll 8
+            for (int n = 0; n < E::nv; ++n) acc[0][n] = V::zero();
+            gemm_tile<E, 1, E::nv>(acc, q_rows_, 0, k_panels_, E::nr, 0, d_units_);
+#pragma GCC unroll 8
+            for (int n = 0; n < E::nv; ++n) acc[0][n].store(x_tile_ + n * w);
+            find_scores(0, x_tile_, cap_tile_, 0);
+            for (int c = 0; c < E::nr; ++c) {
+                const double x = double(x_tile_[c]);
+                if (x == -kInf<double>) continue;
+                if (x > top) {
+                    sum *= ::exp2(top - x);
+                    top = x;
                 }
-                transform_row<E, 1>(x_, row, scores, j, 1);
-                for (std::int64_t c = 0; c < w; ++c) {
-                    const double x = double(scores[c]);
-                    if (summing) {
-                        sum += x == -kInf<double> ? 0.0 : ::exp2(x - top);
-                    } else if (x > top) {
-                        top = x;
-                    }
-                }
+                sum += ::exp2(x - top);
             }
         }
         if (p_.sinks.data != nullptr) sum += ::exp2(read_head(p_.sinks, 0, h) * kLog2E - top);
+        const double found = (top + ::log2(sum)) / kLog2E;
+        const bool agree =
+            magnitude(found - lse) <= 4 * double(std::numeric_limits<Acc>::epsilon()) * magnitude(lse);
+        // At its type's largest number lse says nothing but that.
+        const bool at_limit = magnitude(lse) >= double(std::numeric_limits<Acc>::max());
+        if (!agree && !at_limit) return;
         state.shift = Acc(top);
         state.factor = Acc(1.0 / sum);
     }
@@ -597,7 +608,10 @@ private:
                 const V first = V::set1(Acc(x_.info[r + m].position - double(key_ + c + n * w))) - V::iota();
                 distance = V::fma(ds, V::max(first, zero - first), distance);
             }
-            if (x_.softcap > 0) ds = ds * V::load(cap_tile_ + at);
+            if (x_.softcap > 0) {  // NaN where a masked key is
+                const auto none = V::eq(ds, zero);
+                ds = V::select(none, zero, ds * V::load(cap_tile_ + at));
+            }
         }
     }
 

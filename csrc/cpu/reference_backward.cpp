@@ -32,21 +32,33 @@ public:
         const T *dout = features<T>(b_.dout, b, i, h), *out = features<T>(p_.out, b, i, h);
         for (Index d = 0; d < p_.value_dim; ++d)
             state.delta += to_double(dout[d * b_.dout.dim]) * to_double(out[d * p_.out.dim]);
+        if (!std::isfinite(state.delta)) {  // of a row that may attend nothing it is the sum of nothing
+            bool any = false;
+            row.for_attended_keys(executor_, [&](Index, double) { any = true; });
+            if (!any) state.delta = 0.0;
+        }
         if (b_.dlse.data != nullptr)
             state.delta -= load_real(b_.dlse.data, b_.dlse.dtype, score_index(b_.dlse, b, h, i, 0));
         state.top = load_real(p_.lse.data, p_.lse.dtype, score_index(p_.lse, b, h, i, 0));
         state.share = 1.0;
-        // Where lse is the largest number of its type, that is all it says; the weights are found anew.
-        const double most = p_.lse.dtype == DType::f64 ? std::numeric_limits<double>::max()
-                                                       : double(std::numeric_limits<float>::max());
-        if (std::abs(state.top) != most) return;
+        // From some size on lse says too little of the sum of the weights; beside a bias of -1e9 nothing. It is found
+        // anew, and used where it agrees with lse as far as that tells (it may be of more keys than these).
+        const bool wide = p_.lse.dtype == DType::f64;
+        const double epsilon =
+            wide ? std::numeric_limits<double>::epsilon() : double(std::numeric_limits<float>::epsilon());
+        const double most =
+            wide ? std::numeric_limits<double>::max() : double(std::numeric_limits<float>::max());
+        const double size = std::abs(state.top);
+        if (!(size * epsilon * 1024 > 1.0) || size > most) return;
         double max = row.sink, sum = 0.0;
         row.for_attended_keys(executor_,
                               [&](Index j, double bias) { max = std::max(max, row.score(j, bias)); });
         row.for_attended_keys(executor_,
                               [&](Index j, double bias) { sum += row.weight(row.score(j, bias), max); });
+        sum += row.sink_weight(max);
+        if (std::abs(max + std::log(sum) - state.top) > 4 * epsilon * size && size < most) return;
         state.top = max;
-        state.share = 1.0 / (sum + row.sink_weight(max));
+        state.share = 1.0 / sum;
     }
 
     // One pair that the row may attend.

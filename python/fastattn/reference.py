@@ -417,7 +417,7 @@ def _weighted_sum(weight: Array, value: Array, allowed: Array) -> Array:
     weight and allowed (M,N), value (N,F); weight is 0 where not allowed.
     """
     finite = np.isfinite(value).all(axis=1)
-    out = weight[:, finite] @ value[finite]
+    out = np.where(finite, weight, 0.0) @ np.where(finite[:, None], value, 0.0)
     for n in np.flatnonzero(~finite):
         out += np.where(allowed[:, n, None], weight[:, n, None] * value[n], 0.0)
     return np.asarray(out)
