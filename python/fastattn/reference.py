@@ -178,7 +178,7 @@ def mha_backward(
         As in `mha`, and so are the arguments not listed here.
     out, lse : array, optional
         What `mha` returned. None: computed here, in float64 and unrounded; that is what an error is
-        measured against. Otherwise w is exp(score - lse), with the given lse.
+        measured against. Otherwise w is exp(score - lse), with the given lse, which may be of more keys.
     dlse : array (B,Hq,Sq), optional
         Gradient of lse; without the axes that q does not have.
     need_dbias : bool
@@ -226,9 +226,7 @@ def mha_backward(
             weight, row_lse, sink_weight = _softmax(pairs.score, allowed, problem.sinks[h])
             out_h = _weighted_sum(weight * pairs.keep, v_h, allowed) if outs is None else _f64(outs[b, h])
             if lses is not None:
-                # exp(score - lse), but right where lse is too large to hold the log of a few keys.
-                given = lses[b, h]
-                ratio = np.where(row_lse.astype(given.dtype) == given, 1.0, np.exp(row_lse - given))
+                ratio = _lse_ratio(row_lse, lses[b, h])
                 weight = np.where(allowed, weight * ratio[:, None], 0.0)
                 sink_weight = sink_weight * ratio
 
@@ -377,6 +375,7 @@ class _Problem:
     def rows(self, name: str, x: Any) -> Array:
         """lse or dlse as (B,Hq,Sq)."""
         x = np.asarray(x)
+        x = x if x.dtype == np.float32 else _f64(x)
         expected = self.lse_shape[4 - self.rank :]
         if x.shape != expected:
             raise ValueError(f"{name}: expected {expected}, got {x.shape}")
@@ -411,12 +410,23 @@ def _softmax(score: Array, allowed: Array, sink: float) -> tuple[Array, Array, A
     return weight, shift + np.log(denominator), sink_weight
 
 
+def _lse_ratio(own: Array, given: Array) -> Array:
+    """exp(own - given) (Sq,): what exp(score - given) is to the weight.
+
+    1 where given is so large that the log of a few keys is lost in its rounding, and agrees as far as that
+    tells: beside a bias of -1e9, say, it knows nothing of the number of keys.
+    """
+    info, size = np.finfo(given.dtype), np.abs(given)
+    coarse = (info.eps * size > 1 / 1024) & (np.abs(own - given) <= 4 * info.eps * size)
+    return np.where((own == given) | coarse | (size == info.max), 1.0, np.exp(own - given))
+
+
 def _weighted_sum(weight: Array, value: Array, allowed: Array) -> Array:
     """weight @ value over the allowed pairs only: 0 * NaN of a masked pair must not enter.
 
     weight and allowed (M,N), value (N,F); weight is 0 where not allowed.
     """
-    finite = np.isfinite(value).all(axis=1)
+    finite = np.asarray(np.isfinite(value).all(axis=1))
     out = np.where(finite, weight, 0.0) @ np.where(finite[:, None], value, 0.0)
     for n in np.flatnonzero(~finite):
         out += np.where(allowed[:, n, None], weight[:, n, None] * value[n], 0.0)
