@@ -14,4 +14,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::per
     register_runtime(m);
     register_attention(m);
     register_limits(m);
+    register_jax(m);
 }

@@ -8,5 +8,6 @@ namespace fastattn::bindings {
 void register_attention(py::module_& m);
 void register_runtime(py::module_& m);
 void register_limits(py::module_& m);
+void register_jax(py::module_& m);
 
 }  // namespace fastattn::bindings

@@ -25,7 +25,9 @@ from fastattn._core import (
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from fastattn import jax as jax
     from fastattn import reference as reference
+    from fastattn import torch as torch
 
 __all__ = [
     "CudaError",
@@ -45,14 +47,16 @@ __all__ = [
 
 _threadpoolctl.register()
 
+_ON_DEMAND = ("jax", "reference", "torch")  # modules, imported when first used
+
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "reference":  # imported when first used
+    if name in _ON_DEMAND:
         import importlib
 
-        return importlib.import_module("fastattn.reference")
+        return importlib.import_module(f"fastattn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ON_DEMAND})

@@ -1,0 +1,390 @@
+"""fastattn for JAX: `mha` as an operation of XLA on the CPU, with gradients.
+
+Under ``jax.jit`` the compiled program calls fastattn's C++ directly, on XLA's own buffers: nothing is copied
+and Python does not run. Gradients, ``jax.vmap``, ``jax.checkpoint`` and ``jax.eval_shape`` work.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    import jax
+except ModuleNotFoundError as error:
+    if error.name != "jax":
+        raise
+    message = "fastattn.jax needs JAX, which is not installed: pip install 'fastattn[jax]'"
+    raise ModuleNotFoundError(message, name="jax") from None
+import jax.ffi
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from fastattn import _core
+
+__all__ = ["mha"]
+
+_SIDE = frozenset({"bias", "alibi_slopes", "sinks"})  # side arguments that have gradients
+_FORWARD, _BACKWARD = "fastattn_mha", "fastattn_mha_backward"
+
+
+def _register() -> None:
+    targets = _core.xla_ffi_targets()
+    for name, handler in ((_FORWARD, targets["mha"]), (_BACKWARD, targets["mha_backward"])):
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        # There the handler only says, in our words, that it cannot compute.
+        for platform in ("CUDA", "ROCM"):
+            jax.ffi.register_ffi_target(name, targets["not_here"], platform=platform)
+
+
+_register()
+
+_Struct: Any = jax.ShapeDtypeStruct
+_Arrays = dict[str, Any]  # by the name of the argument; absent ones are not there
+_Types = tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape, dtype
+
+
+class _Settings(NamedTuple):
+    """What is known when a function is traced, checked and converted; part of the compiled program."""
+
+    layout: str
+    scale: float | None
+    causal: bool
+    window: tuple[int | None, int | None]
+    softcap: float | None
+    dropout: float
+    kernel: str | None
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the call of the handler; what is None is absent."""
+        left, right = self.window
+        given = {
+            "layout": self.layout,
+            "scale": None if self.scale is None else np.float64(self.scale),
+            "causal": np.bool_(self.causal),
+            "window_left": None if left is None else np.int64(left),
+            "window_right": None if right is None else np.int64(right),
+            "softcap": None if self.softcap is None else np.float64(self.softcap),
+            "dropout": np.float64(self.dropout),
+            "kernel": self.kernel,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def mha(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    layout: str = "bshd",
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
+    dropout: float = 0.0,
+    seed: Any = 0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    kernel: str | None = None,
+) -> Any:
+    """`fastattn.mha` for JAX, differentiable once in q, k, v, bias, alibi_slopes and sinks.
+
+    Gradients also flow through ``lse``, not through ``weights``. A gradient of bias, alibi_slopes or sinks is
+    computed only where it is asked for. Arrays, traced or not, are JAX's or NumPy's; all other arguments must
+    be known when the function is traced, and become part of the compiled program.
+
+    Parameters
+    ----------
+    q, k, v : array of float64, float32, float16 or bfloat16
+        (B,Sq,Hq,D), (B,Sk,Hkv,D), (B,Sk,Hkv,Dv); ``layout="bhsd"``, three axes and two as in `fastattn.mha`.
+        Hq is a multiple of Hkv. float64 needs ``jax_enable_x64``.
+    layout, scale, causal, window, softcap, dropout, kernel
+        As in `fastattn.mha`.
+    q_offset : int or integer array () or (B,), optional
+        Position of query row 0; an int of at most 32 bits without ``jax_enable_x64``. No value causes another
+        compilation.
+    mask : bool array, broadcastable to (B,Hq,Sq,Sk), optional
+    bias : array of q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk), optional
+    alibi_slopes : float array (Hq,) or (B,Hq), optional
+    sinks : float array (Hq,), optional
+    q_lens, kv_lens : integer array (B,), optional
+    seed : int, integer array (), uint32 array (2,) or a key of `jax.random`
+        For the dropout. Two words are the high and the low 32 bits, so ``jax.random.key(7)`` (threefry) gives
+        the same mask as 7. No value causes another compilation.
+    return_lse, return_weights : bool
+        As in `fastattn.mha`.
+
+    Returns
+    -------
+    out : Array
+        q's shape with the last axis Dv, q's dtype.
+    lse : Array (B,Hq,Sq), if asked for
+    weights : Array (B,Hq,Sq,Sk), if asked for
+        Both float64 for float64, else float32, without the axes that q lacks.
+
+    Raises
+    ------
+    TypeError, ValueError, fastattn.UnsupportedError
+        When the function is traced: as `fastattn.mha` for the same arguments; a setting that is traced.
+    jax.errors.JaxRuntimeError, ValueError
+        Whichever JAX makes of an error when the program runs: lengths out of range, a negative seed, no
+        memory, another platform than the CPU.
+    """
+    given = {
+        "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "q_lens": q_lens, "kv_lens": kv_lens,
+    }  # fmt: skip
+    arrays = {name: _as_array(name, x) for name, x in given.items() if x is not None or name in "qkv"}
+    if q_offset is not None:
+        arrays["q_offset"] = _offset(q_offset)
+    settings = {
+        "layout": layout, "scale": scale, "causal": causal, "window": window, "softcap": softcap,
+        "dropout": dropout, "return_lse": return_lse, "return_weights": return_weights, "kernel": kernel,
+    }  # fmt: skip
+    for name, value in settings.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"{name}: expected a value that is known when the function is traced, got a traced "
+                f"{value.aval}; see static_argnames of jax.jit"
+            )
+    _check(tuple((name, x.shape, x.dtype) for name, x in arrays.items()), settings)
+    words = _seed(seed)
+    if dropout > 0:
+        arrays["seed"] = words
+    known = _Settings(
+        layout=layout,
+        scale=None if scale is None else float(scale),
+        causal=bool(causal),
+        window=(None, None) if window is None else (_side(window[0]), _side(window[1])),
+        softcap=None if softcap is None else float(softcap),
+        dropout=float(dropout),
+        kernel=kernel,
+    )
+    names = ("out", *("lse",) * bool(return_lse), *("weights",) * bool(return_weights))
+    results = _mha(known, names, arrays)
+    return results if len(results) > 1 else results[0]
+
+
+# ---- arguments --------------------------------------------------------------------------------------
+def _as_array(name: str, x: Any) -> Any:
+    # By what it has: jax 0.8 also has arrays of a type without a public name.
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}")
+    return jnp.asarray(x)
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _offset(x: Any) -> Any:
+    """q_offset as an array, so that another value is not another program."""
+    if not _is_int(x):
+        x = _as_array("q_offset", x)
+        if not jnp.issubdtype(x.dtype, np.integer):
+            raise TypeError(f"q_offset: expected an int or an integer array () or (B,), got {x.dtype}")
+        return x
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    bits = 8 * dtype.itemsize
+    if not -(2 ** (bits - 1)) <= x < 2 ** (bits - 1):
+        more = "" if bits == 64 else ", or of 64 with jax_enable_x64"
+        raise ValueError(f"q_offset: expected an int of at most {bits} bits{more}, got {x}")
+    return np.array(x, dtype)
+
+
+def _seed(x: Any) -> Any:
+    """The seed as the handler takes it: an integer array () or uint32 (2,), the high word first."""
+    if _is_int(x):
+        if not 0 <= x < 2**64:
+            raise ValueError(f"seed: expected 0 <= seed < 2**64, got {x}")
+        return np.array([int(x) >> 32, int(x) & 0xFFFFFFFF], np.uint32)
+    x = _as_array("seed", x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if (x.shape == () and jnp.issubdtype(x.dtype, np.integer)) or (x.shape == (2,) and x.dtype == np.uint32):
+        return x
+    raise (ValueError if jnp.issubdtype(x.dtype, np.integer) else TypeError)(
+        f"seed: expected an int, an integer array (), or uint32 of shape (2,), got {x.dtype}{x.shape}"
+    )
+
+
+def _side(x: Any) -> int | None:
+    return None if x is None else min(int(x), 2**63 - 1)
+
+
+def _check(arrays: _Types, settings: dict[str, Any]) -> None:
+    """The checks of `fastattn.mha`, by itself; remembered, since most calls are like the one before."""
+    window = settings["window"]
+    settings = {**settings, "window": tuple(window) if isinstance(window, list) else window}
+    try:
+        hash(tuple(settings.values()))
+    except TypeError:
+        _check_now(arrays, **settings)
+    else:
+        _check_once(arrays, **settings)
+
+
+def _check_now(arrays: _Types, **settings: Any) -> None:
+    # Arrays of one element, broadcast: nothing is allocated, nothing computed.
+    like: dict[str, Any] = {
+        name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape, dtype in arrays
+    }
+    _core.explain(like.pop("q"), like.pop("k"), like.pop("v"), device="cpu", **like, **settings)
+
+
+_check_once = lru_cache(maxsize=4096, typed=True)(_check_now)
+
+
+# ---- the operation ----------------------------------------------------------------------------------
+@partial(jax.jit, static_argnums=(0, 1))
+def _mha(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> tuple[Any, ...]:
+    """Gives q, k, v, mask and bias four axes, and takes from the results those that q lacks."""
+    rank = arrays["q"].ndim
+    # Axes that q, k, v lack, in their own numbering and in that of (B,Hq,Sq,Sk).
+    missing: tuple[int, ...] = () if rank == 4 else (0,) if rank == 3 else (0, 2)
+    if rank == 2 and settings.layout == "bhsd":
+        missing = (0, 1)
+    full = {name: jnp.expand_dims(x, missing) if name in "qkv" else x for name, x in arrays.items()}
+    for name in {"mask", "bias"} & full.keys():
+        x = full[name]
+        full[name] = jnp.expand_dims(x, tuple(range(4 - x.ndim)))
+    results = _attention(settings, names, full)
+    without = {"out": missing}
+    return tuple(
+        jnp.squeeze(x, without.get(name, tuple(range(4 - rank))))
+        for name, x in zip(names, results, strict=True)
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> tuple[Any, ...]:
+    results = _call(_FORWARD, settings, names, arrays)
+    return tuple(results[name] for name in names)
+
+
+def _attention_fwd(settings: _Settings, names: tuple[str, ...], primals: Any) -> Any:
+    arrays = {name: primal.value for name, primal in primals.items()}
+    # A pytree without arrays: which keys it has is known when the backward pass is traced.
+    wanted = {name: None for name in _SIDE & primals.keys() if primals[name].perturbed}
+    results = _call(_FORWARD, settings, tuple(dict.fromkeys((*names, "lse"))), arrays)
+    return tuple(results[name] for name in names), (arrays, results["out"], results["lse"], wanted)
+
+
+def _attention_bwd(settings: _Settings, names: tuple[str, ...], residuals: Any, cotangents: Any) -> Any:
+    arrays, out, lse, wanted = residuals
+    given = {
+        "d" + name: x
+        for name, x in zip(names, cotangents, strict=True)
+        if not isinstance(x, jax.custom_derivatives.SymbolicZero)
+    }
+    if "dweights" in given:
+        raise ValueError("return_weights: the weights have no gradient; compute them by jax.numpy for that")
+    operands = {**arrays, "out": out, "lse": lse, "dout": jnp.zeros_like(out), **given}
+    side = tuple("d" + name for name in sorted(wanted))
+    gradients = _call(_BACKWARD, settings, ("dq", "dk", "dv", *side), operands)
+    # Zeros that nobody reads where no gradient is wanted: jax 0.6 to 0.8 want one pytree always.
+    for name in _SIDE & arrays.keys() - wanted.keys():
+        gradients["d" + name] = jnp.zeros_like(arrays[name])
+    return ({name: gradients.get("d" + name) for name in arrays},)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+# ---- the call of the handler ------------------------------------------------------------------------
+def _result_types(settings: _Settings, names: tuple[str, ...], operands: _Arrays) -> _Arrays:
+    """Shape and dtype of each result; q, k, v have four axes."""
+    q, k, v = operands["q"], operands["k"], operands["v"]
+    seq, head = (1, 2) if settings.layout == "bshd" else (2, 1)
+    rows = (q.shape[0], q.shape[head], q.shape[seq])
+    stats = np.float64 if q.dtype == np.float64 else np.float32
+    types = {
+        "out": _Struct((*q.shape[:-1], v.shape[-1]), q.dtype),
+        "lse": _Struct(rows, stats),
+        "weights": _Struct((*rows, k.shape[seq]), stats),
+    }
+    types |= {"d" + name: _Struct(x.shape, x.dtype) for name, x in operands.items()}
+    return {name: types[name] for name in names}
+
+
+def _call(target: str, settings: _Settings, names: tuple[str, ...], operands: _Arrays) -> _Arrays:
+    @custom_vmap
+    def call(operands: _Arrays) -> _Arrays:
+        types = _result_types(settings, names, operands)
+        function = jax.ffi.ffi_call(target, tuple(types.values()), vmap_method="sequential")
+        attributes = {"operands": " ".join(operands), "results": " ".join(names), **settings.attributes()}
+        return dict(zip(names, function(*operands.values(), **attributes), strict=True))
+
+    @call.def_vmap
+    def batched_call(size: int, batched: Any, operands: _Arrays) -> tuple[_Arrays, dict[str, bool]]:
+        mapped = {name for name, is_mapped in batched[0].items() if is_mapped}
+        one = {name: _Struct(x.shape[name in mapped :], x.dtype) for name, x in operands.items()}
+        if _can_fold(settings, names, mapped, one):
+            results = call(_fold(size, names, mapped, operands, one["q"].shape[0]))
+            types = _result_types(settings, names, one)
+            results = {name: x.reshape(size, *types[name].shape) for name, x in results.items()}
+        else:
+            shared = {name: x for name, x in operands.items() if name not in mapped}
+            results = jax.lax.map(
+                lambda entry: call({name: {**shared, **entry}[name] for name in operands}),
+                {name: operands[name] for name in operands if name in mapped},
+            )
+        return results, dict.fromkeys(names, True)
+
+    @jax.custom_jvp
+    def underived_call(operands: _Arrays) -> Any:
+        return call(operands)
+
+    @underived_call.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "fastattn.jax.mha: there are first derivatives only, by jax.grad or jax.vjp"
+        )
+
+    results: _Arrays = underived_call(operands)
+    return results
+
+
+# ---- jax.vmap ---------------------------------------------------------------------------------------
+# The mapped axis joins the batch axis of one call where that computes what one call for each entry would;
+# elsewhere there is one call after the other.
+def _can_fold(settings: _Settings, names: tuple[str, ...], mapped: set[str], one: _Arrays) -> bool:
+    batch = one["q"].shape[0]
+    if settings.dropout > 0:  # the mask depends on the place in the batch
+        return False
+    if "sinks" in mapped or "dsinks" in names:  # sinks have no batch axis
+        return False
+    # A gradient that is summed over the batch, but not over the mapped axis.
+    summed = {"dbias": "bias" in one and one["bias"].shape[0] != batch}
+    summed["dalibi_slopes"] = "alibi_slopes" in one and one["alibi_slopes"].ndim == 1 and batch != 1
+    return not any(summed.get(name) for name in names)
+
+
+def _fold(size: int, names: tuple[str, ...], mapped: set[str], operands: _Arrays, batch: int) -> _Arrays:
+    def fold(name: str, x: Any) -> Any:
+        shape = x.shape[name in mapped :]  # of one entry
+        per_entry = name in mapped or "d" + name in names
+        if name == "sinks" or (name == "q_offset" and shape == () and not per_entry):
+            return x
+        if name == "alibi_slopes" and len(shape) == 1:
+            if not per_entry:
+                return x
+            shape = (1, *shape)
+        elif name in ("mask", "bias") and shape[0] == 1 and not per_entry:
+            return x
+        elif name == "q_offset" and shape == ():
+            shape = (1,)
+        x = x.reshape(size if name in mapped else 1, *shape)
+        x = jnp.broadcast_to(x, (size, batch, *shape[1:]))
+        return x.reshape(size * batch, *shape[1:])
+
+    return {name: fold(name, x) for name, x in operands.items()}
