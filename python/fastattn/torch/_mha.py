@@ -1,0 +1,188 @@
+"""`fastattn.mha` for tensors."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.torch._ops import call
+
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+def mha(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str = "bshd",
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    device: str | None = None,
+    kernel: str | None = None,
+) -> Any:
+    """`fastattn.mha` for tensors, differentiable once in q, k, v, bias, alibi_slopes and sinks.
+
+    Gradients also flow through ``lse``, not through ``weights``. Under ``torch.autocast`` q, k and v are
+    cast to its dtype, unless they are float64.
+
+    Parameters
+    ----------
+    q, k, v : Tensor of float64, float32, float16 or bfloat16
+        (B, Sq, Hq, D), (B, Sk, Hkv, D), (B, Sk, Hkv, Dv); ``layout="bhsd"``, three axes and two as in
+        `fastattn.mha`. Hq is a multiple of Hkv. Any strides; none is copied.
+    layout, scale, causal, window, softcap, dropout, device, kernel
+        As in `fastattn.mha`.
+    q_offset : int or integer Tensor () or (B,), optional
+    mask : bool Tensor, broadcastable to (B, Hq, Sq, Sk), optional
+    bias : Tensor of q's or lse's dtype, broadcastable to (B, Hq, Sq, Sk), optional
+        Its gradient is computed only where it requires one.
+    alibi_slopes : float Tensor (Hq,) or (B, Hq), optional
+    sinks : float Tensor (Hq,), optional
+    q_lens, kv_lens : integer Tensor (B,), optional
+    seed : int or integer Tensor ()
+        A tensor makes a compiled function draw anew without being compiled anew.
+    return_lse, return_weights : bool
+
+    Returns
+    -------
+    out : Tensor
+        q's dtype, device and layout, contiguous; its last axis is Dv.
+    lse : Tensor (B, Hq, Sq), only with ``return_lse``
+        float64 for float64, else float32.
+    weights : Tensor (B, Hq, Sq, Sk), only with ``return_weights``
+        As lse, before dropout; it does not require grad. With either of the two the result is a tuple.
+
+    Raises
+    ------
+    TypeError
+        Not a tensor, a dtype that is not supported, dtypes that differ; nested and sparse tensors.
+    ValueError, fastattn.UnsupportedError, fastattn.CudaError, MemoryError
+        As `fastattn.mha`.
+    RuntimeError
+        In the backward pass: a second derivative was asked for.
+    NotImplementedError
+        Forward-mode differentiation.
+
+    Notes
+    -----
+    The operators are ``torch.ops.fastattn.mha`` and ``torch.ops.fastattn.mha_backward``: ``torch.compile``
+    traces them without a break, ``torch.vmap`` calls them once per entry. The backward pass computes the
+    weights again from lse [1]_.
+
+    References
+    ----------
+    .. [1] Dao et al.: FlashAttention, NeurIPS 2022, algorithm 4.
+
+    Examples
+    --------
+    >>> import torch, fastattn.torch
+    >>> q = torch.randn(1, 128, 8, 64, requires_grad=True)
+    >>> fastattn.torch.mha(q, q, q, causal=True).sum().backward()
+    >>> q.grad.shape
+    torch.Size([1, 128, 8, 64])
+    """
+    q, k, v = checked(TypeError, q=q, k=k, v=v)
+    offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    seed_number, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (integer("seed", seed), None)
+    if seed_tensor is not None and (seed_tensor.dim() or seed_tensor.is_floating_point()):
+        got = f"{seed_tensor.dtype} {tuple(seed_tensor.shape)}"
+        raise TypeError(f"seed: expected an int or an integer tensor of shape (), got {got}")
+    if not 0 <= seed_number < 2**64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    for name, side in (
+        ("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("q_lens", q_lens),
+        ("kv_lens", kv_lens), ("q_offset", offsets), ("seed", seed_tensor),
+    ):  # fmt: skip
+        if side is not None:
+            check_side(TypeError, name, side, q)
+    left, right = (None, None) if window is None else _pair(window)
+    out, lse, weights = call(
+        q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, offsets, seed_tensor,
+        layout, number("scale", scale), causal, left, right,
+        None if offset is None else integer("q_offset", offset),
+        number("softcap", softcap), number("dropout", dropout),
+        # The operator's integers have 64 bits and a sign.
+        seed_number if seed_number < 2**63 else seed_number - 2**64,
+        device, kernel, return_weights,
+    )  # fmt: skip
+    if not (return_lse or return_weights):
+        return out
+    return (out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
+
+
+def checked(wrong: type[Exception], **tensors: Any) -> list[Tensor]:
+    """The tensors, cast by autocast. `wrong` is raised for dtypes or devices that differ."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "a nested one; pad it and mask the padding" if x.is_nested else x.layout
+            raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {x.dtype}")
+    results = list(tensors.values())
+    first = results[0]
+    kind = first.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        # PyTorch's own operators leave float64 as it is, too.
+        results = [x if x.dtype == torch.float64 else x.to(dtype) for x in results]
+        first = results[0]
+    for name, x in zip(tensors, results, strict=True):
+        if x.dtype != first.dtype or x.device != first.device:
+            expected = f"{first.dtype} on {first.device}, as the first one"
+            raise wrong(f"{name}: expected {expected}, got {x.dtype} on {x.device}")
+    return results
+
+
+def check_side(wrong: type[Exception], name: str, x: Any, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    # A number of the host goes with any device, as in PyTorch.
+    if x.device != q.device and (x.dim() or not x.is_cpu):
+        raise wrong(f"{name}: expected a tensor on {q.device}, as the first one, got {x.device}")
+
+
+def _pair(window: Any) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), got {window!r}")
+    left, right = (None if side is None else integer("window", side) for side in window)
+    return left, right
+
+
+def integer(name: str, x: Any) -> int:
+    if isinstance(x, int):  # index() would compile its value in
+        return x
+    try:
+        return index(x)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {x!r}") from None
+
+
+def number(name: str, x: Any) -> float | None:
+    """A float, which alone the dispatcher takes."""
+    if x is None or type(x) is float:
+        return x
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {x!r}") from None
