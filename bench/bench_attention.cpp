@@ -1,12 +1,13 @@
-// Times attention_forward over shapes from the command line, through the public API alone.
+// Times the forward or the backward over shapes from the command line, through the public API alone.
 //
 //   bench_attention                                        the default list
 //   bench_attention --sq 512,1024 --dtype f32,bf16 --q_heads 12
 //                                                          every combination of the lists
+//   bench_attention --backward true --sq 1024              the gradients alone, after the forward
 // Flags of Google Benchmark (--benchmark_filter=..., --benchmark_format=json, ...) work as well. Counters:
-// GFLOP/s, GB/s of K and V, and the fraction of the FMA peak and, up to 8 query rows, of the read bandwidth
-// that were measured in this process. With --device cuda arrays are in the GPU's memory, times are those between
-// two events, and there are no such fractions.
+// GFLOP/s, GB/s of K and V, and the fraction of the FMA peak and, for a forward of up to 8 query rows, of the
+// read bandwidth that were measured in this process. With --device cuda arrays are in the GPU's memory, times
+// are those between two events, and there are no such fractions.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -41,6 +42,7 @@ struct Shape {
                  dv = 0;  // 0: as q_heads, sq, d
     DType dtype = DType::f32;
     bool causal = false;
+    bool backward = false;  // the gradients alone; the forward has run before
     int threads = 0;  // 0: fastattn's default
     std::string kernel;  // empty: fastattn's choice
     fastattn::Device device{};
@@ -61,7 +63,8 @@ std::string title(const Shape& s) {
     t << "B" << s.batch << "_H" << s.q_heads << "/" << s.kv_heads << "_S" << s.sq << "x" << s.sk << "_D"
       << s.d;
     if (s.dv != s.d) t << "x" << s.dv;
-    t << "/" << fastattn::dtype_name(s.dtype) << (s.causal ? "/causal" : "");
+    t << "/" << fastattn::dtype_name(s.dtype) << (s.causal ? "/causal" : "")
+      << (s.backward ? "/backward" : "");
     if (!s.kernel.empty()) t << "/" << s.kernel;
     if (on_gpu(s)) {
         t << "/cuda:" << s.device.index;
@@ -143,6 +146,36 @@ double wall_seconds(const Call& call) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// What the gradients need beside the forward's arrays; out and lse are computed here.
+struct Backward {
+    Backward(const Shape& s, fastattn::AttentionParams forward, const fastattn::RunOptions& options)
+        : dout(s.batch, s.sq, s.q_heads, s.dv, s, 5),
+          dq(s.batch, s.sq, s.q_heads, s.d, s, 6),
+          dk(s.batch, s.sk, s.kv_heads, s.d, s, 7),
+          dv(s.batch, s.sk, s.kv_heads, s.dv, s, 8),
+          lse(s.batch, s.q_heads, s.sq, 1, lse_shape(s), 9) {
+        lse.view.rank = 3;
+        forward.lse = lse.view;
+        fastattn::attention_forward(fastattn::make_problem(forward), options);
+        fastattn::BackwardParams params;
+        params.forward = forward;
+        params.dout = dout.view;
+        params.dq = dq.view;
+        params.dk = dk.view;
+        params.dv = dv.view;
+        problem = fastattn::make_backward_problem(params);
+    }
+    const Array dout;
+    Array dq, dk, dv, lse;
+    fastattn::BackwardProblem problem;
+
+private:
+    static Shape lse_shape(Shape s) {
+        if (s.dtype != DType::f64) s.dtype = DType::f32;
+        return s;
+    }
+};
+
 void run(benchmark::State& state, const Shape& s) {
     try {
         if (on_gpu(s)) bench::cuda::use_device(s.device.index);
@@ -161,7 +194,17 @@ void run(benchmark::State& state, const Shape& s) {
         options.num_threads = s.threads;
         const fastattn::Explanation plan = fastattn::explain(problem, options);
 
-        const auto call = [&] { fastattn::attention_forward(problem, options); };
+        std::optional<Backward> gradients;
+        if (s.backward) {
+            options.kernel = plan.kernel;  // the one that the label and the peak are of
+            gradients.emplace(s, params, options);
+        }
+        const auto call = [&] {
+            if (gradients)
+                fastattn::attention_backward(gradients->problem, options);
+            else
+                fastattn::attention_forward(problem, options);
+        };
         double total = 0.0;
         if (on_gpu(s)) call();  // loads kernels, chooses algorithms, fills the pool
         for (auto _ : state) {
@@ -172,12 +215,15 @@ void run(benchmark::State& state, const Shape& s) {
         const double calls_per_second = static_cast<double>(state.iterations()) / total;
         const auto kv_bytes = static_cast<std::size_t>(s.batch * s.kv_heads * s.sk * (s.d + s.dv)) *
                               fastattn::item_size(s.dtype);
-        const double flops = plan.flops * calls_per_second;
+        // Per pair D + Dv; with gradients 3 D + 2 Dv: the scores again, dP, and what enters dq, dk and dv.
+        const double products =
+            s.backward ? static_cast<double>(3 * s.d + 2 * s.dv) / static_cast<double>(s.d + s.dv) : 1.0;
+        const double flops = products * plan.flops * calls_per_second;
         const double bytes = static_cast<double>(kv_bytes) * calls_per_second;
         state.counters["GFLOP/s"] = flops / 1e9;
         state.counters["GB/s"] = bytes / 1e9;
         if (!on_gpu(s)) state.counters["of_peak"] = flops / fma_peak(plan.kernel, s.dtype, s.threads);
-        if (!on_gpu(s) && s.sq <= 8 && kv_bytes >= 1 << 20)
+        if (!on_gpu(s) && !s.backward && s.sq <= 8 && kv_bytes >= 1 << 20)
             state.counters["of_bandwidth"] = bytes / read_bandwidth(kv_bytes, s.threads);
         state.SetLabel(plan.kernel);
     } catch (const std::exception& error) {
@@ -191,7 +237,7 @@ std::vector<Shape> default_list() {
     const auto add = [&](const char* name, std::int64_t batch, std::int64_t q_heads, std::int64_t kv_heads,
                          std::int64_t sq, std::int64_t sk, std::int64_t d, DType dtype = DType::f32,
                          bool causal = false) {
-        list.push_back({name, batch, q_heads, kv_heads, sq, sk, d, d, dtype, causal, 0, {}, {}});
+        list.push_back({name, batch, q_heads, kv_heads, sq, sk, d, d, dtype, causal, false, 0, {}, {}});
     };
     add("bert", 4, 12, 12, 512, 512, 64);
     add("vit", 8, 12, 12, 197, 197, 64);
@@ -203,6 +249,12 @@ std::vector<Shape> default_list() {
         for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
             add("decode", 1, 32, 8, 1, keys, 128, dtype);
     add("tiny", 1, 1, 1, 8, 8, 16);
+    const std::size_t forward = list.size();
+    add("bert", 4, 12, 12, 512, 512, 64);
+    add("gpt2", 1, 12, 12, 1024, 1024, 64, DType::f32, true);
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+        add("llama", 1, 32, 8, 2048, 2048, 128, dtype, true);
+    for (std::size_t i = forward; i < list.size(); ++i) list[i].backward = true;
     return list;
 }
 
@@ -251,18 +303,19 @@ fastattn::Device device_of(const std::string& text) {
     fail("--device: expected cpu, cuda or cuda:N, got '" + text + "'");
 }
 
-bool truth(const std::string& text) {
+bool truth(const std::string& flag, const std::string& text) {
     if (text == "true" || text == "1") return true;
     if (text == "false" || text == "0") return false;
-    fail("--causal: expected true or false, got '" + text + "'");
+    fail(flag + ": expected true or false, got '" + text + "'");
 }
 
 constexpr const char* kUsage =
     "bench_attention [--batch N] [--q_heads N] [--kv_heads N] [--sq N] [--sk N] [--d N] [--dv N]\n"
-    "                [--dtype f64|f32|f16|bf16] [--causal true|false] [--threads N] [--kernel NAME|all]\n"
-    "                [--device cpu|cuda|cuda:N] [--benchmark_...]\n"
+    "                [--dtype f64|f32|f16|bf16] [--causal true|false] [--backward true|false]\n"
+    "                [--threads N] [--kernel NAME|all] [--device cpu|cuda|cuda:N] [--benchmark_...]\n"
     "Each takes a comma-separated list; every combination is timed. Without any, a default list.\n"
-    "Defaults: batch 1, q_heads 8, kv_heads as q_heads, sq 512, sk as sq, d 64, dv as d, f32, not causal.\n"
+    "Defaults: batch 1, q_heads 8, kv_heads as q_heads, sq 512, sk as sq, d 64, dv as d, f32, not causal, "
+    "forward.\n"
     "--threads, --kernel and --device alone apply to the default list. Kernels: see fastattn::kernels().\n";
 
 using Setter = std::function<void(Shape&, const std::string&)>;
@@ -280,7 +333,8 @@ const std::map<std::string, Setter>& setters() {
         {"--d", size(&Shape::d, "--d")},
         {"--dv", size(&Shape::dv, "--dv")},
         {"--dtype", [](Shape& s, const std::string& text) { s.dtype = dtype_of(text); }},
-        {"--causal", [](Shape& s, const std::string& text) { s.causal = truth(text); }},
+        {"--causal", [](Shape& s, const std::string& text) { s.causal = truth("--causal", text); }},
+        {"--backward", [](Shape& s, const std::string& text) { s.backward = truth("--backward", text); }},
         {"--threads",
          [](Shape& s, const std::string& text) { s.threads = static_cast<int>(number("--threads", text)); }},
         {"--kernel", [](Shape& s, const std::string& text) { s.kernel = text; }},

@@ -62,10 +62,12 @@ def named(name: str) -> Case:
     return case
 
 
-def routes() -> list[Case]:
+def routes(backward: bool = False) -> list[Case]:
     """One case of each kind of problem, shrunk."""
     found: dict[object, Case] = {}
     for case in CASES:
+        if (case.kind == "backward") != backward:
+            continue
         key = replace(
             case,
             **dict.fromkeys(("name", "title", "family", "plain"), ""),

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_tools import named, routes, shrunk
+from bench_tools import named, routes, same_threads, shrunk  # noqa: F401
 
 import fastattn
 from fastattn import reference
 from fastattn._cli import case_list, cases, dense, timing
-from fastattn._cli.peers import Inputs
-from fastattn._cli.sample import Sample
+from fastattn._cli.peers import FastAttn, Inputs
+from fastattn._cli.sample import Sample, sample_of
 
 pytest.importorskip("ml_dtypes")
+pytestmark = pytest.mark.usefixtures("same_threads")
 FEATURES = [
     *("llama-mask-f32", "llama-bias-f32", "llama-alibi-f32", "llama-sinks-f32", "llama-softcap-f32"),
     *("llama-window-f32", "bert-mask", "bert-bias", "bert-alibi", "bert-sinks"),
@@ -59,7 +60,8 @@ def test_the_cases_count_what_explain_counts(case: cases.Case) -> None:
     q = np.broadcast_to(zero, (case.batch, case.q_size, case.q_heads, case.head_dim))
     k = np.broadcast_to(zero, (case.batch, case.kv_size, case.kv_heads, case.head_dim))
     v = np.broadcast_to(zero, (case.batch, case.kv_size, case.kv_heads, case.v_dim))
-    assert case.flops == fastattn.explain(q, k, v, **case.options()).flops
+    products = 2.5 if case.kind == "backward" else 1.0  # five instead of two; all of them have Dv = D
+    assert case.flops == products * fastattn.explain(q, k, v, **case.options()).flops
     assert case.kv_bytes == k.nbytes + v.nbytes
 
 
@@ -69,13 +71,51 @@ def test_fastattn_computes_every_case(case: cases.Case) -> None:
     assert [x.dtype.name for x in (inputs.q, inputs.k, inputs.v)] == [case.dtype] * 3
     out = fastattn.mha(inputs.q, inputs.k, inputs.v, **inputs.options)
     sample = Sample(inputs)
-    assert sample.error(np.asarray(out)) < timing.SAME_COMPUTATION[case.dtype] * sample.max_v
+    assert sample.error(np.asarray(out)) < timing.SAME_COMPUTATION[case.dtype] * sample.size
     sides = sum(getattr(x, "nbytes", 0) for x in inputs.options.values())
     assert case.bytes + sides == fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options).bytes
     # All pairs, counted one by one.
     plain = {name: x for name, x in inputs.options.items() if name in ("causal", "window")}
     assert case.pairs == dense.allowed(replace(case, feature=None), plain).sum()
     assert case.dense_flops >= case.flops
+
+
+@pytest.mark.parametrize("case", routes(backward=True), ids=lambda case: case.name)
+def test_fastattn_computes_the_gradients_of_every_backward_case(case: cases.Case) -> None:
+    inputs = Inputs.of(case)
+    assert inputs.dout is not None
+    runner = FastAttn(1)._maker(inputs)
+    gradients = runner.run()
+    sample = sample_of(inputs)
+    assert sample.error(runner.to_numpy(gradients)) < timing.SAME_COMPUTATION[case.dtype]
+    out, lse = fastattn.mha(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.options)
+    arrays = (inputs.q, inputs.k, inputs.v, out, lse, inputs.dout, *gradients[:3])
+    assert inputs.dout.dtype == out.dtype
+    assert inputs.dout.shape == out.shape
+    assert case.bytes == sum(x.nbytes for x in arrays)
+    assert case.dense_flops >= case.flops
+
+
+def test_a_backward_case_counts_every_product() -> None:
+    wide = replace(named("d64-1k-backward-f32"), value_dim=80)
+    for case in (wide, replace(wide, causal=True)):
+        assert case.flops == 2 * (3 * 64 + 2 * 80) * 12 * case.pairs
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize("case", routes(backward=True), ids=lambda case: case.name)
+def test_a_wrong_gradient_is_noticed(case: cases.Case, wrong: int) -> None:
+    inputs = Inputs.of(case)
+    runner = FastAttn(1)._maker(inputs)
+    gradients = list(runner.to_numpy(runner.run()))
+    sample, honest = sample_of(inputs), gradients[wrong]
+    spoilt = honest.copy()
+    spoilt[-1, -1, -1, 0] = np.nan
+    # Scaled wrongly, another order of heads or rows, a number missing, another shape.
+    others = (1.1 * honest.astype(float), np.roll(honest, 1, axis=1), spoilt, honest[..., :-1])
+    for gradient in (*others, np.roll(honest, 1, axis=2)) if honest.shape[2] > 1 else others:
+        gradients[wrong] = gradient
+        assert sample.error(tuple(gradients)) > timing.SAME_COMPUTATION[case.dtype]
 
 
 @pytest.mark.parametrize("name", [*FEATURES, "mistral-16k-f32", "llama-chunk-f32"])
@@ -95,7 +135,7 @@ def test_a_result_without_the_feature_is_noticed(name: str) -> None:
     case = replace(case, batch=min(2, case.batch), q_heads=2, kv_heads=1, head_dim=32)
     inputs = Inputs.of(case)
     sample = Sample(inputs)
-    limit = timing.SAME_COMPUTATION[case.dtype] * sample.max_v
+    limit = timing.SAME_COMPUTATION[case.dtype] * sample.size
 
     def error(**options: Any) -> float:
         return sample.error(np.asarray(fastattn.mha(inputs.q, inputs.k, inputs.v, **options)))
@@ -112,6 +152,16 @@ def test_the_sample_notices_a_wrong_shape() -> None:
     inputs = Inputs.of(shrunk(named("bert")))
     out = np.asarray(fastattn.mha(inputs.q, inputs.k, inputs.v))
     assert Sample(inputs).error(out[..., :-1]) == np.inf
+
+
+def test_the_sample_notices_nan_in_any_row() -> None:
+    inputs = Inputs.of(shrunk(named("bert")))
+    out = np.asarray(fastattn.mha(inputs.q, inputs.k, inputs.v))
+    sample = Sample(inputs)
+    for index, _ in sample.parts:
+        spoilt = out.copy()
+        spoilt[index][0, -1, 0, 0] = np.nan
+        assert sample.error(spoilt) == np.inf
 
 
 def test_large_arrays_repeat_without_equal_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +188,7 @@ def test_patterns_choose_cases_in_the_order_of_the_list() -> None:
 
 def test_the_quick_cases_are_few_and_have_their_plain_cases() -> None:
     quick = cases.select(case_list.QUICK, case_list.CASES)
-    assert 8 <= len(quick) <= 12
+    assert 8 <= len(quick) <= 13
     names = {case.name for case in quick}
     assert all(case.plain in names for case in quick if case.plain is not None)
-    assert {case.kind for case in quick} == {"prefill", "decode", "latency"}
+    assert {case.kind for case in quick} == {"prefill", "backward", "decode", "latency"}

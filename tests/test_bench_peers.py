@@ -16,6 +16,8 @@ pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("same_threads")
 # Refused by the library itself, and only once it runs.
 RAISES = {"jax": "F16_F16_F32"}
+BACKWARD = ["bert-backward", "gpt2-backward"]
+BACKWARD += [f"llama-backward-{short}" for short in ("f32", "bf16", "f16")]
 
 
 def peer_of(name: str) -> peers.Implementation:
@@ -57,6 +59,34 @@ def test_each_peer_computes_the_same_attention(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["torch", "jax", "numpy"])
+def test_each_peer_computes_the_same_gradients(name: str) -> None:
+    peer = peer_of(name)
+    computed: set[str] = set()
+    for case in map(shrunk, map(named, BACKWARD)):
+        try:
+            (make,) = peer.candidates(case)
+        except peers.NotApplicable:
+            continue
+        inputs = peers.Inputs.of(case)
+        want = reference.mha_backward(inputs.dout, inputs.q, inputs.k, inputs.v, **inputs.options)
+        try:
+            runner = make(inputs)
+        except Exception as error:
+            if case.dtype == "float16" and RAISES.get(name, "nothing") in str(error):
+                continue
+            raise
+        for _ in range(2):  # nothing of the first call may spoil the second
+            gradients = runner.to_numpy(runner.run())
+        for x, gradient in zip(gradients, want, strict=False):
+            assert x.shape == gradient.shape
+            error = np.abs(x.astype(np.float64) - gradient).max()
+            assert error < timing.SAME_COMPUTATION[case.dtype] * np.abs(gradient).max(), case
+        assert case.flops <= runner.flops <= case.dense_flops
+        computed.add(case.name)
+    assert computed >= set(BACKWARD[: 3 if name == "numpy" else 4])
+
+
 @pytest.mark.parametrize(
     ("name", "case", "reason"),
     [
@@ -65,6 +95,7 @@ def test_each_peer_computes_the_same_attention(name: str) -> None:
         ("onnxruntime", "llama-bf16", "bfloat16"),
         ("onnxruntime", "bert-f64", "float64"),
         ("onnxruntime", "bert-sinks", "GroupQueryAttention"),
+        ("onnxruntime", "bert-backward", "no gradients"),
         ("jax", "bert-f64", "float64"),
         ("jax", "llama-softcap-bf16", "softcap"),
         ("jax", "llama-sinks-f32", "sinks"),
@@ -72,6 +103,7 @@ def test_each_peer_computes_the_same_attention(name: str) -> None:
         ("jax", "mistral-16k-f32", "scores would take 34 GB"),
         ("numpy", "llama-f16", "plain loops"),
         ("numpy", "llama-8k-f32", "scores would take 9 GB"),
+        ("numpy", "llama-backward-f16", "plain loops"),
     ],
 )
 def test_peers_say_why_they_are_left_out(name: str, case: str, reason: str) -> None:

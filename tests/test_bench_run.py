@@ -41,6 +41,7 @@ SMALL = [
         softcap=50.0,
         plain="small",
     ),
+    Case("small-backward", "small gradients", "four", "backward", 1, 4, 2, 96, 96, 32, causal=True),
 ]
 
 
@@ -96,7 +97,7 @@ def test_a_run_writes_a_complete_json_and_two_pictures(
         assert f"\n{case['name']}: " in text.out
     assert "geometric mean" in text.out
     assert "FMA peak" in text.out
-    assert "5 cases, 2 implementations, threads: 1: about " in text.err
+    assert "6 cases, 2 implementations, threads: 1: about " in text.err
 
 
 def check_limits(run: dict[str, Any]) -> None:
@@ -108,6 +109,7 @@ def check_limits(run: dict[str, Any]) -> None:
     assert all(x["gbytes"] > 0.1 for x in run["limits"]["read_bandwidth"])
     kinds = {case["name"]: case["limit"]["kind"] for case in run["cases"]}
     assert (kinds["small"], kinds["small-decode"], kinds["tiny"]) == ("flops", "bandwidth", None)
+    assert kinds["small-backward"] == "flops"
     for case in run["cases"]:
         timed = case["kind"] != "latency"
         assert len(case["peak_gflops_per_round"]) == (2 if timed else 0)
@@ -115,7 +117,7 @@ def check_limits(run: dict[str, Any]) -> None:
         for entry in case["results"]:
             assert (entry["fraction_of_limit"] is not None) == timed
             assert (entry["fraction_of_best_limit"] is not None) == timed
-        if case["kind"] == "prefill":
+        if case["kind"] in ("prefill", "backward"):
             assert case["limit"]["gflops"] == peaks[case["kernel"], case["dtype"]]
 
 
@@ -285,6 +287,26 @@ def test_bench_stops_when_fastattn_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fastattn, "mha", lambda *a, **kw: 1.1 * honest(*a, **kw))
     with pytest.raises(RuntimeError, match="wrong result"):
         main([*TINY, "--peers", "none"])
+
+
+@pytest.mark.usefixtures("small_cases")
+def test_bench_stops_when_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = fastattn.mha_backward
+
+    def wrong(*arrays: Any, **options: Any) -> fastattn.Gradients:
+        gradients = honest(*arrays, **options)
+        return gradients._replace(dk=1.1 * gradients.dk)
+
+    monkeypatch.setattr(fastattn, "mha_backward", wrong)
+    with pytest.raises(RuntimeError, match="wrong result"):
+        main(["bench", "--cases", "small-backward", "--rounds", "1", "--peers", "none"])
+
+
+@pytest.mark.usefixtures("small_cases")
+def test_a_forced_kernel_computes_the_gradients_too() -> None:
+    (run,) = bench.run(cases="small-backward", rounds=1, peer_names="none", kernel="cpu-scalar")["runs"]
+    (case,) = run["cases"]
+    assert case["kernel"] == case["results"][0]["implementation"] == "cpu-scalar"
 
 
 def test_the_report_of_a_run_where_a_peer_is_faster() -> None:

@@ -14,7 +14,7 @@ from inputs import PARTIAL
 import fastattn
 from fastattn import _core, reference
 from fastattn.__main__ import main
-from fastattn._cli import check, gate, output, problems
+from fastattn._cli import check, gate, gate_backward, output, problems
 
 
 @pytest.fixture
@@ -73,6 +73,8 @@ def test_check_passes_and_covers_every_usable_kernel(capsys: pytest.CaptureFixtu
         checked = [line for line in lines if line.startswith(kernel.name + " ") and f"/{taken} " in line]
         assert len(checked) == (len(kernel.dtypes) if kernel.usable else 0)
         assert all(f"{taken}/{taken} ok" in line for line in checked)
+        if kernel.device == "cpu":  # the gradients too
+            assert all(line.split()[4:6] == [f"{taken}/{taken}", "ok"] for line in checked)
     assert lines[-1] == "all passed"
 
 
@@ -103,6 +105,73 @@ def test_check_fails_on_a_broken_kernel(
     assert len(failed) == 3
     assert all(line.startswith(f"FAILED {broken} float32: ") and message in line for line in failed)
     assert lines[-1].startswith("1 of ")
+
+
+@pytest.mark.parametrize("name", fastattn.Gradients._fields)
+def test_check_fails_on_a_wrong_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_it = "window, softcap, sinks" if name == "dsinks" else "bias, alibi, negative scale"
+    monkeypatch.setattr(problems, "PROBLEMS", {with_it: problems.PROBLEMS[with_it]})
+    monkeypatch.setattr(check, "_seconds", lambda *_: 1.0)
+    only = [kernel for kernel in fastattn.kernels() if kernel.name == "cpu-scalar"]
+    monkeypatch.setattr(fastattn, "kernels", lambda: only)
+    honest = fastattn.mha_backward
+
+    def mha_backward(dout: Any, *args: Any, **kwargs: Any) -> Any:
+        gradients = honest(dout, *args, **kwargs)
+        if dout.dtype != np.float32:
+            return gradients
+        return gradients._replace(**{name: 1.001 * getattr(gradients, name)})
+
+    monkeypatch.setattr(fastattn, "mha_backward", mha_backward)
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAILED")]
+    assert failed.startswith(f"FAILED cpu-scalar float32: {with_it}: error of {name} ")
+    (cells,) = [row for row in map(str.split, lines) if row[:2] == ["cpu-scalar", "float32"]]
+    assert cells[2:6] == ["1/1", "ok", "0/1", "FAILED"]
+    assert lines[-1].startswith("1 of ")
+
+
+@pytest.mark.usefixtures("few_problems")
+def test_check_goes_on_after_gradients_that_raise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = fastattn.mha_backward
+
+    def mha_backward(*args: Any, kernel: str, **kwargs: Any) -> Any:
+        if kernel == "cpu-scalar":
+            raise MemoryError("no room")
+        return honest(*args, kernel=kernel, **kwargs)
+
+    monkeypatch.setattr(fastattn, "mha_backward", mha_backward)
+    assert main(["check"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED cpu-scalar float32: gradients of plain: MemoryError: no room" in text
+    assert "FAILED cpu-reference" not in text
+
+
+@pytest.mark.usefixtures("few_problems")
+@pytest.mark.parametrize("refuses", [1, 3])
+def test_check_counts_the_gradients_that_a_kernel_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refuses: int
+) -> None:
+    """Without any it has no backward pass, which is no failure."""
+    honest, names = fastattn.mha_backward, list(problems.PROBLEMS)[:refuses]
+    refused = [problems.make(name, "float32")[0] for name in names]
+
+    def mha_backward(dout: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["kernel"] == "cpu-scalar" and any(np.array_equal(q, x) for x in refused):
+            raise fastattn.UnsupportedError("too odd")
+        return honest(dout, q, *args, **kwargs)
+
+    monkeypatch.setattr(fastattn, "mha_backward", mha_backward)
+    assert main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (cells,) = [row for row in map(str.split, lines) if row[:3] == ["cpu-scalar", "float32", "3/3"]]
+    assert cells[4:6] == ["2/2", "ok"] if refuses == 1 else cells[4] == "-"
+    assert ("cpu-scalar float32 refuses gradients of plain: too odd" in lines) == (refuses == 1)
 
 
 @pytest.mark.usefixtures("few_problems")
@@ -167,12 +236,38 @@ def test_the_gate_lets_a_rounded_reference_through_and_little_more(name: str, dt
     assert gate.worst(want.out + 1.01 * want.out_limit, want.out, want.out_limit)[1] > 1.0
 
 
+@pytest.mark.parametrize("name", list(problems.PROBLEMS))
+@pytest.mark.parametrize("dtype_name", ["float64", "float32", "float16", "bfloat16"])
+def test_the_gate_lets_rounded_gradients_through_and_little_more(name: str, dtype_name: str) -> None:
+    if dtype_name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    q, k, v, kwargs = problems.make(name, dtype_name)
+    want = gate_backward.expected(problems.dout(q, v), q, k, v, **kwargs)
+    rounded = fastattn.Gradients(*(None if x is None else x.astype(q.dtype) for x in want.gradients))
+    assert gate_backward.worst(rounded, want)[0] <= 1.0
+    for field, gradient, limit in zip(rounded._fields, want.gradients, want.limits, strict=True):
+        if gradient is None:
+            continue
+        assert 0.0 < limit < 0.2 * float(np.abs(gradient).max()), field
+        wrong = gradient.copy()
+        wrong.flat[-1] += 1.01 * limit
+        of_gate, _, worst = gate_backward.worst(want.gradients._replace(**{field: wrong}), want)
+        assert of_gate > 1.0
+        assert worst == field
+
+
 def test_the_textbook_is_the_same_attention_as_the_reference() -> None:
     for name in problems.PROBLEMS:
         q, k, v, kwargs = problems.make(name, "float64")
         np.testing.assert_allclose(
             gate.textbook(q, k, v, **kwargs), reference.mha(q, k, v, **kwargs), atol=1e-13, err_msg=name
         )
+        dout = problems.dout(q, v)
+        gradients, _ = gate_backward.textbook(dout, q, k, v, **kwargs)
+        for got, want in zip(gradients, reference.mha_backward(dout, q, k, v, **kwargs), strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                np.testing.assert_allclose(got, want, atol=1e-12 * np.abs(want).max(), err_msg=name)
 
 
 # ---- parts ------------------------------------------------------------------------------------------

@@ -169,7 +169,9 @@ def _set_limits(result: dict[str, Any], limits: Limits) -> None:
     flops = limits.flops.get((result["kernel"], result["dtype"])) if result["kind"] != "latency" else None
     bandwidth = limits.bandwidth.get(result["kv_bytes"]) if decode else None
     result["limit"] = {
-        "kind": {"prefill": "flops", "decode": "bandwidth", "latency": None}[result["kind"]],
+        "kind": {"prefill": "flops", "backward": "flops", "decode": "bandwidth", "latency": None}[
+            result["kind"]
+        ],
         "gflops": flops / 1e9 if flops else None,
         "gbytes": bandwidth / 1e9 if bandwidth else None,
     }

@@ -72,6 +72,23 @@ def _decode() -> list[Case]:
     return [case for case in cases if case.kv_bytes <= MOST_KV_BYTES]
 
 
+def _training() -> list[Case]:
+    """Gradients alone: the forward has run before the clock starts."""
+    family, kind = "training", "backward"
+    d64 = Case("d64-1k-backward", "12 heads of 64, backward", family, kind, 1, 12, 12, 1024, 1024, 64)
+    d128 = replace(d64, name="d128-1k-backward", title="8 heads of 128, backward", head_dim=128)
+    d128 = replace(d128, q_heads=8, kv_heads=8)
+    llama = Case(
+        *("llama-backward", "Llama-3-8B backward", family, kind, 1, 32, 8, 2048, 2048, 128), causal=True
+    )
+    return [
+        Case("bert-backward", "BERT-base backward", family, kind, 4, 12, 12, 512, 512, 64),
+        Case("gpt2-backward", "GPT-2 backward", family, kind, 1, 12, 12, 1024, 1024, 64, causal=True),
+        *(_in_dtype(case, short, dtype) for case in (d64, d128) for short, dtype in DTYPES[:2]),
+        *(_in_dtype(llama, short, dtype) for short, dtype in DTYPES),
+    ]
+
+
 def _features(plain: Case, prefix: str, suffix: str) -> list[Case]:
     """What each feature costs beside the plain case, one at a time."""
     window = (1023, None) if plain.causal else (64, 64)
@@ -105,7 +122,7 @@ def _cases() -> list[Case]:
     cases += _features(by_name["bert"], "bert", "")
     for short, _ in DTYPES:
         cases += _features(by_name[f"llama-{short}"], "llama", f"-{short}")
-    return cases
+    return [*cases, *_training()]
 
 
 CASES = _cases()
@@ -113,5 +130,6 @@ QUICK = ",".join(
     (
         *("bert", "vit", "gpt2", "llama-f32", "llama-bf16", "gemma2-1k-f32"),
         *("decode-4k-f32", "decode-32k-f32", "decode-32k-bf16", "bert-mask", "tiny"),
+        *("bert-backward", "llama-backward-f32"),
     )
 )

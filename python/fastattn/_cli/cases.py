@@ -23,7 +23,8 @@ class Case:
     """One problem: q (B,Sq,Hq,D), k (B,Sk,Hkv,D) and v (B,Sk,Hkv,Dv), all of one dtype.
 
     `kind` says what limits it: "prefill" is arithmetic, "decode" is reading K and V, and "latency" is the
-    cost of the call itself. `family` is a heading. `causal` and `window` are those of `fastattn.mha`, aligned
+    cost of the call itself. "backward" is the gradients of such a problem, arithmetic again; the forward
+    is not part of it. `family` is a heading. `causal` and `window` are those of `fastattn.mha`, aligned
     bottom-right. `feature` is an argument that needs an array: "mask", "bias", "alibi" or "sinks";
     `plain` is the name of the same case without its feature, softcap or window.
     """
@@ -64,15 +65,19 @@ class Case:
         return int(np.maximum(0, last - first + 1).sum())
 
     @property
+    def pair_flops(self) -> float:
+        """2 * (D + Dv); backward 2 * (3 * D + 2 * Dv): scores again, dP, and what enters dq, dk and dv."""
+        of_dim, of_v_dim = (3, 2) if self.kind == "backward" else (1, 1)
+        return 2.0 * (of_dim * self.head_dim + of_v_dim * self.v_dim)
+
+    @property
     def flops(self) -> float:
-        """2 * (D + Dv) for every pair."""
-        return 2.0 * (self.head_dim + self.v_dim) * self.batch * self.q_heads * self.pairs
+        return self.pair_flops * self.batch * self.q_heads * self.pairs
 
     @property
     def dense_flops(self) -> float:
         """The same where the pairs that may not attend are computed too."""
-        pairs = self.q_size * self.kv_size
-        return 2.0 * (self.head_dim + self.v_dim) * self.batch * self.q_heads * pairs
+        return self.pair_flops * self.batch * self.q_heads * self.q_size * self.kv_size
 
     @property
     def score_bytes(self) -> int:
@@ -87,9 +92,11 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Inputs and output, each once; not the arrays of a feature."""
+        """Inputs and outputs, each once; not the arrays of a feature."""
         rows = self.batch * self.q_heads * self.q_size
-        return self.kv_bytes + rows * (self.head_dim + self.v_dim) * ITEM_SIZE[self.dtype]
+        forward = self.kv_bytes + rows * (self.head_dim + self.v_dim) * ITEM_SIZE[self.dtype]
+        # Each array has its gradient; lse is float32, or float64.
+        return 2 * forward + rows * max(4, ITEM_SIZE[self.dtype]) if self.kind == "backward" else forward
 
     @property
     def shape(self) -> str:
@@ -111,6 +118,11 @@ class Case:
             q *= q.dtype.type(4)
         k = _draw(rng, (*rows[1], self.head_dim), self.dtype)
         return q, k, _draw(rng, (*rows[1], self.v_dim), self.dtype)
+
+    def dout(self, seed: int = 2) -> Array:
+        """The gradient of the result, standard normal."""
+        shape = (self.batch, self.q_size, self.q_heads, self.v_dim)
+        return _draw(np.random.default_rng(seed), shape, self.dtype)
 
     def options(self, seed: int = 1) -> dict[str, Any]:
         """The keyword arguments of `fastattn.mha`, with the arrays of the feature.

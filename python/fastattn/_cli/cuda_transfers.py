@@ -81,7 +81,7 @@ def bench_case(case: Case, rounds: int, gpu: Gpu, kernel: str | None) -> dict[st
             # Ours must be able to do it; another's refusal is only noted.
             (errors if name == "fastattn" else skipped)[name] = refusal(reason, [])
             continue
-        if not error <= SAME_COMPUTATION[case.dtype] * sample.max_v:
+        if not error <= SAME_COMPUTATION[case.dtype] * sample.size:
             errors[name] = f"wrong result, off by {error:.3g}"
             continue
         number = calls_for(seconds, BURST_SECONDS, MOST_CALLS)

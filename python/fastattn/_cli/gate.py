@@ -32,8 +32,8 @@ def expected(q: Array, k: Array, v: Array, **kwargs: Any) -> Expected:
     out, lse = reference.mha(q, k, v, return_lse=True, **kwargs)
     # In the wide dtypes the textbook's own error depends on the order of its sums: the worst of two.
     orders = (False, True) if q.dtype.itemsize > 2 else (False,)
-    errors = [_largest(textbook(q, k, v, backwards=order, **kwargs) - out) for order in orders]
-    floor = FLOOR[q.dtype.name] * max(1.0, _largest(v.astype(np.float64)))
+    errors = [largest(textbook(q, k, v, backwards=order, **kwargs) - out) for order in orders]
+    floor = FLOOR[q.dtype.name] * max(1.0, largest(v.astype(np.float64)))
     size = np.abs(lse)
     lse_limit = {
         "float64": np.full_like(lse, 1e-12),
@@ -55,12 +55,35 @@ def worst(got: Array, ref: Array, limit: Any) -> tuple[float, float]:
     return float(np.max(error, initial=0.0)), float(np.max(error / limit, initial=0.0))
 
 
-def textbook(
+class Pieces(NamedTuple):
+    """What the textbook's forward and backward share: heads first, in the dtype of accumulation."""
+
+    q: Array  # (B,Hq,Sq,D)
+    k: Array  # (B,Hq,Sk,D), repeated for each query head of the group; 0 for NaN and Inf, which are masked
+    v: Array  # (B,Hq,Sk,Dv), likewise
+    scale: Any
+    allowed: Array  # (B,Hq,Sq,Sk), as the following
+    distance: Array  # |p - j|
+    cap_slope: Array  # derivative of softcap
+    keep: Array  # factor of the weight by dropout
+    weight: Array  # not rounded, before dropout
+    sink_weight: Array  # (B,Hq,Sq,1)
+
+
+def textbook(q: Array, k: Array, v: Array, *, backwards: bool = False, **kwargs: Any) -> Array:
+    """Unfused attention in q's dtype (B,Sq,Hq,Dv), as float64; `backwards` sums from the other end."""
+    x = pieces(q, k, v, backwards=backwards, **kwargs)
+    with np.errstate(all="ignore"):
+        out = product(rounded(x.weight * x.keep, q.dtype), x.v, backwards).astype(q.dtype)
+    return np.asarray(out.swapaxes(1, 2).astype(np.float64))
+
+
+def pieces(
     q: Array,
     k: Array,
     v: Array,
     *,
-    backwards: bool = False,
+    backwards: bool,
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -72,14 +95,13 @@ def textbook(
     kv_lens: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
-) -> Array:
-    """Unfused attention in q's dtype (B,Sq,Hq,Dv), as float64; `backwards` sums from the other end."""
+) -> Pieces:
     dtype = q.dtype
     acc = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     batch, n_q, heads, dim = q.shape
     n_k, kv_heads = k.shape[1:3]
     qs, ks, vs = (x.swapaxes(1, 2).astype(acc) for x in (q, k, v))  # (B,H,S,D)
-    ks, vs = (np.repeat(x, heads // kv_heads, axis=1) for x in (ks, vs))
+    ks, vs = (np.repeat(np.where(np.isfinite(x), x, 0), heads // kv_heads, axis=1) for x in (ks, vs))
     lens = np.full(batch, n_k) if kv_lens is None else np.asarray(kv_lens)
     lens = lens.reshape(batch, 1, 1, 1)
     distance = np.arange(n_q)[:, None] + (lens - n_q) - np.arange(n_k)  # p - j, (B,1,Sq,Sk)
@@ -91,14 +113,17 @@ def textbook(
         allowed = allowed & (left is None or distance <= left) & (right is None or distance >= -right)
     if mask is not None:
         allowed = allowed & mask
+    distance = np.abs(distance).astype(acc)
 
     with np.errstate(all="ignore"):
         factor = acc.type(1.0 / math.sqrt(dim) if scale is None else scale)
-        score = (_product(qs, ks.swapaxes(2, 3), backwards) * factor).astype(dtype).astype(acc)
+        score = rounded(product(qs, ks.swapaxes(2, 3), backwards) * factor, dtype)
+        cap_slope = np.ones_like(score)
         if softcap is not None:
-            score = acc.type(softcap) * np.tanh(score / acc.type(softcap))
+            tanh = np.tanh(score / acc.type(softcap))
+            score, cap_slope = acc.type(softcap) * tanh, 1 - tanh * tanh
         if alibi_slopes is not None:
-            score = score - np.asarray(alibi_slopes, acc)[:, None, None] * np.abs(distance).astype(acc)
+            score = score - np.asarray(alibi_slopes, acc)[:, None, None] * distance
         if bias is not None:
             score = score + np.asarray(bias).astype(acc)
         score = np.where(allowed, score, acc.type(-np.inf))
@@ -107,22 +132,27 @@ def textbook(
         top = np.maximum(score.max(axis=-1, keepdims=True), sink)
         top = np.where(np.isfinite(top), top, acc.type(0))
         exps = np.exp(score - top)
-        total = _product(exps, np.ones((batch, heads, n_k, 1), acc), backwards) + np.exp(sink - top)
+        total = product(exps, np.ones((batch, heads, n_k, 1), acc), backwards) + np.exp(sink - top)
         weight = np.where(allowed, exps / total, acc.type(0))
-        if dropout:
-            pairs = np.ndindex(batch, heads)
-            keep = np.stack([reference.dropout_keep(n_q, n_k, dropout, seed, b, h) for b, h in pairs])
-            weight = np.where(keep.reshape(weight.shape), weight / acc.type(1 - dropout), acc.type(0))
-        weight = weight.astype(dtype).astype(acc)
-        out = _product(weight, np.where(np.isfinite(vs), vs, acc.type(0)), backwards).astype(dtype)
-    return np.asarray(out.swapaxes(1, 2).astype(np.float64))
+        sink_weight = np.exp(sink - top) / total
+    keep = np.ones_like(weight)
+    if dropout:
+        pairs = np.ndindex(batch, heads)
+        kept = np.stack([reference.dropout_keep(n_q, n_k, dropout, seed, b, h) for b, h in pairs])
+        keep = kept.reshape(weight.shape) / acc.type(1 - dropout)
+    return Pieces(qs, ks, vs, factor, allowed, distance, cap_slope, keep, weight, sink_weight)
 
 
-def _product(a: Array, b: Array, backwards: bool) -> Array:
+def rounded(x: Array, dtype: Any) -> Array:
+    """To the dtype and back."""
+    return x.astype(dtype).astype(x.dtype)
+
+
+def product(a: Array, b: Array, backwards: bool) -> Array:
     if backwards:
         return np.asarray(np.ascontiguousarray(a[..., ::-1]) @ np.ascontiguousarray(b[..., ::-1, :]))
     return np.asarray(a @ b)
 
 
-def _largest(x: Array) -> float:
+def largest(x: Array) -> float:
     return float(np.max(np.abs(x[np.isfinite(x)]), initial=0.0))

@@ -1,4 +1,4 @@
-"""JAX: jax.nn.dot_product_attention, compiled."""
+"""JAX: jax.nn.dot_product_attention and its gradients, compiled."""
 
 from __future__ import annotations
 
@@ -63,4 +63,18 @@ class Jax:
         def run() -> Any:
             return compiled(*arrays, sides).block_until_ready()
 
-        return Runner(run, np.asarray, "jax.nn.dot_product_attention", case.dense_flops)
+        if inputs.dout is None:
+            return Runner(run, np.asarray, "jax.nn.dot_product_attention", case.dense_flops)
+
+        # The forward runs here, and what it saves for the gradients is an argument of the timed function.
+        _, pull_back = jax.vjp(lambda q, k, v: compiled(q, k, v, sides), *arrays)
+        dout = jax.numpy.asarray(inputs.dout)
+        compiled_backward = jax.jit(lambda pull_back, dout: pull_back(dout))
+
+        def run_backward() -> Any:
+            return jax.block_until_ready(compiled_backward(pull_back, dout))
+
+        def to_numpy(gradients: Any) -> Any:
+            return tuple(map(np.asarray, gradients))
+
+        return Runner(run_backward, to_numpy, "gradient of jax.nn.dot_product_attention", case.dense_flops)

@@ -38,20 +38,17 @@ class NumPy:
 
     def _maker(self, inputs: Inputs) -> Runner:
         case, q = inputs.case, inputs.q
-        group = case.q_heads // case.kv_heads
-        batch, heads, dim = case.batch, case.kv_heads, case.head_dim
-        # Query heads of a group fold into rows, so that K and V are used as they are: (B,Hkv,G*Sq,D).
-        parts = q.reshape(batch, case.q_size, heads, group, dim).transpose(0, 2, 3, 1, 4)
-        qn = np.ascontiguousarray(parts).reshape(batch, heads, group * case.q_size, dim)
+        qn = _by_group(case, q)
         kn, vn = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (inputs.k, inputs.v))  # (B,Hkv,Sk,D)
-        scale = q.dtype.type(1.0 / math.sqrt(dim))
+        scale = q.dtype.type(1.0 / math.sqrt(case.head_dim))
         added = self._added(inputs)
         softcap = None if case.softcap is None else q.dtype.type(case.softcap)
         sinks = inputs.options.get("sinks")
         if sinks is not None:  # one per row
-            sinks = np.repeat(sinks.astype(q.dtype), case.q_size).reshape(1, heads, group * case.q_size, 1)
+            sinks = np.repeat(sinks.astype(q.dtype), case.q_size).reshape(1, case.kv_heads, -1, 1)
 
-        def run() -> Any:
+        def weigh() -> tuple[Array, Array]:
+            """exp(score - top) and its sum."""
             score = (qn * scale) @ kn.swapaxes(2, 3)  # (B,Hkv,G*Sq,Sk)
             if softcap is not None:
                 score /= softcap
@@ -65,15 +62,37 @@ class NumPy:
             total = score.sum(axis=-1, keepdims=True)
             if sinks is not None:
                 total += np.exp(sinks - top)
+            return score, total
+
+        def run() -> Any:
+            score, total = weigh()
             out = score @ vn
             out /= total
             return out
 
-        def to_numpy(out: Array) -> Array:
-            rows = out.reshape(batch, heads, group, case.q_size, case.v_dim)
-            return rows.transpose(0, 3, 1, 2, 4).reshape(*q.shape[:3], case.v_dim)
+        if inputs.dout is None:
+            return Runner(run, lambda out: _by_head(case, out), "matmul, exp, matmul", case.dense_flops)
 
-        return Runner(run, to_numpy, "matmul, exp, matmul", case.dense_flops)
+        # What a textbook's forward leaves for the gradients.
+        weight, total = weigh()
+        weight /= total
+        dn, out = _by_group(case, inputs.dout), weight @ vn
+
+        def run_backward() -> Any:
+            dv = weight.swapaxes(2, 3) @ dn
+            dscore = dn @ vn.swapaxes(2, 3)
+            dscore -= (dn * out).sum(axis=-1, keepdims=True)
+            dscore *= weight
+            dq, dk = dscore @ kn, dscore.swapaxes(2, 3) @ qn
+            dq *= scale
+            dk *= scale
+            return dq, dk, dv
+
+        def to_numpy(gradients: Any) -> Any:
+            dq, dk, dv = gradients
+            return _by_head(case, dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+        return Runner(run_backward, to_numpy, "four matmuls, weights kept", case.dense_flops)
 
     def _added(self, inputs: Inputs) -> Array | None:
         """Mask and bias as one array in the order of the scores."""
@@ -86,3 +105,16 @@ class NumPy:
         if heads == 1:
             return np.tile(added, (1, 1, group, 1))
         return added.reshape(batch, case.kv_heads, group * rows, keys)
+
+
+def _by_group(case: Case, x: Array) -> Array:
+    """(B,Sq,Hq,D) as (B,Hkv,G*Sq,D): query heads of a group fold into rows, K and V are used as they are."""
+    group = case.q_heads // case.kv_heads
+    parts = x.reshape(case.batch, case.q_size, case.kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
+    return np.ascontiguousarray(parts).reshape(case.batch, case.kv_heads, group * case.q_size, -1)
+
+
+def _by_head(case: Case, x: Array) -> Array:
+    """(B,Hkv,G*Sq,D) as (B,Sq,Hq,D)."""
+    rows = x.reshape(case.batch, case.kv_heads, -1, case.q_size, x.shape[-1])
+    return rows.transpose(0, 3, 1, 2, 4).reshape(case.batch, case.q_size, case.q_heads, -1)

@@ -24,6 +24,8 @@ class OnnxRuntime:
         self.threads = threads
 
     def candidates(self, case: Case) -> list[Maker]:
+        if case.kind == "backward":
+            raise NotApplicable("it computes no gradients")
         if case.dtype not in ("float32", "float16"):
             raise NotApplicable(f"no CPU attention in {case.dtype}")
         makers: list[Maker] = []

@@ -1,4 +1,4 @@
-"""PyTorch: scaled_dot_product_attention."""
+"""PyTorch: scaled_dot_product_attention, and its gradients by autograd."""
 
 from __future__ import annotations
 
@@ -35,16 +35,32 @@ class Torch:
         is_causal = dense.square_causal(case) and case.window is None and case.feature is None
         mask = None if is_causal else self._mask(inputs)
 
+        def attend() -> Any:
+            return attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
         def run() -> Any:
             with torch.inference_mode():
-                return attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+                return attend()
 
         def to_numpy(out: Any) -> Array:
             out = out.transpose(1, 2)
             return np.asarray((out if out.dtype == torch.float64 else out.float()).numpy())
 
         flops = case.flops if is_causal else case.dense_flops
-        return Runner(run, to_numpy, "scaled_dot_product_attention", flops)
+        if inputs.dout is None:
+            return Runner(run, to_numpy, "scaled_dot_product_attention", flops)
+
+        # The graph is built before the clock starts, and kept from call to call.
+        arrays = tuple(x.requires_grad_() for x in (q, k, v))
+        out, dout = attend(), self._tensor(inputs.dout).transpose(1, 2).contiguous()
+
+        def run_backward() -> Any:
+            return torch.autograd.grad(out, arrays, dout, retain_graph=True)
+
+        def all_to_numpy(gradients: Any) -> Any:
+            return tuple(map(to_numpy, gradients))
+
+        return Runner(run_backward, all_to_numpy, "gradient of scaled_dot_product_attention", flops)
 
     def _mask(self, inputs: Inputs) -> Any:
         """What its user passes as attn_mask: of booleans where these suffice."""

@@ -26,17 +26,22 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """One case's arrays: q, k, v in layout bshd, and the other arguments of `fastattn.mha`."""
+    """One case's arrays: q, k, v in layout bshd, and the other arguments of `fastattn.mha`.
+
+    `dout`, the gradient of the result, is there where the case is a backward pass.
+    """
 
     case: Case
     q: Array
     k: Array
     v: Array
     options: dict[str, Any]
+    dout: Array | None = None
 
     @classmethod
     def of(cls, case: Case) -> Inputs:
-        return cls(case, *case.arrays(), case.options())
+        dout = case.dout() if case.kind == "backward" else None
+        return cls(case, *case.arrays(), case.options(), dout)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Runner:
     """One call of one implementation on one case."""
 
     run: Callable[[], Any]  # returns when the result is there
-    to_numpy: Callable[[Any], Array]  # the result as (B,Sq,Hq,Dv), any float dtype
+    # The result as (B,Sq,Hq,Dv); of a backward pass dq, dk and dv, as q, k and v. Any float dtype.
+    to_numpy: Callable[[Any], Any]
     implementation: str
     flops: float  # that it computes: hidden pairs count where it does not leave them out
 
@@ -78,6 +84,8 @@ class FastAttn:
         return [self._maker]
 
     def _maker(self, inputs: Inputs) -> Runner:
+        if inputs.dout is not None:
+            return self._backward(inputs, inputs.dout)
         q, k, v, options = inputs.q, inputs.k, inputs.v, inputs.options
         plan = fastattn.explain(q, k, v, kernel=self.kernel, **options)
 
@@ -85,6 +93,21 @@ class FastAttn:
             return fastattn.mha(q, k, v, kernel=self.kernel, **options)
 
         return Runner(run, np.asarray, plan.kernel, inputs.case.flops)
+
+    def _backward(self, inputs: Inputs, dout: Array) -> Runner:
+        """out and lse are there before the clock starts."""
+        q, k, v, options = inputs.q, inputs.k, inputs.v, inputs.options
+        # Named, because the plan of the forward is all that explain tells.
+        kernel = fastattn.explain(q, k, v, device="cpu", kernel=self.kernel, **options).kernel
+        out, lse = fastattn.mha(q, k, v, kernel=kernel, return_lse=True, **options)
+
+        def run() -> Any:
+            return fastattn.mha_backward(dout, q, k, v, out, lse, kernel=kernel, **options)
+
+        def to_numpy(gradients: Any) -> Any:
+            return gradients.dq, gradients.dk, gradients.dv
+
+        return Runner(run, to_numpy, kernel, inputs.case.flops)
 
 
 def _from_module(module: str, name: str) -> Callable[[int], Implementation]:

@@ -85,3 +85,9 @@ PROBLEMS: dict[str, Callable[[np.random.Generator, Any], Problem]] = {
 def make(name: str, dtype: str) -> Problem:
     """The problem of this name in this dtype, always with the same numbers."""
     return PROBLEMS[name](np.random.default_rng(sorted(PROBLEMS).index(name)), numpy_dtype(dtype))
+
+
+def dout(q: Array, v: Array) -> Array:
+    """A gradient of the result, always with the same numbers."""
+    shape = (*q.shape[:3], v.shape[3])
+    return np.random.default_rng(1000).standard_normal(shape).astype(q.dtype)

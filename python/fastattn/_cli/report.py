@@ -9,6 +9,7 @@ from fastattn._cli import machine
 from fastattn._cli.output import table, three_digits, time_text
 
 HEADER = ("", "time", "speed", "of limit", "of best limit", "time / ours", "cost")
+BACKWARD_NOTE = "backward: the gradients alone, after the forward; five products for each pair instead of two"
 
 
 def report(document: dict[str, Any]) -> str:
@@ -40,6 +41,7 @@ def _run(run: dict[str, Any], versions: dict[str, str]) -> list[str]:
         "",
         "of limit: beside the peak of the same round, median; of best limit: beside the best peak of the run",
         "cost: time per computed score, in units of the plain case's (fastattn's from the same rounds)",
+        *([BACKWARD_NOTE] if any(case["kind"] == "backward" for case in run["cases"]) else []),
         *("", next(text), next(text)),
     ]
     for case in run["cases"]:

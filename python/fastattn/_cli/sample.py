@@ -1,4 +1,4 @@
-"""The float64 reference on a few rows of a case."""
+"""The float64 reference on a part of a case."""
 
 from __future__ import annotations
 
@@ -35,15 +35,44 @@ class Sample:
                     options = _part(inputs.options, *index)
                     options["q_offset"] = start + case.kv_size - case.q_size
                     self.parts.append((index, reference.mha(q[index], k[kv], v[kv], **options)))
-        self.max_v = float(np.abs(v[:, :, :1].astype(np.float32)).max())
+        self.size = float(np.abs(v[:, :, :1].astype(np.float32)).max())  # an error is measured in it
 
     def error(self, out: Array) -> float:
         """The largest difference, infinite for another shape."""
         return max(_error(out[index], part) for index, part in self.parts)
 
 
+class BackwardSample:
+    """dq, dk and dv of the last key/value head of the last entry of the batch.
+
+    With its group of query heads and all rows, for dk and dv are sums over them.
+    """
+
+    size = 1.0
+
+    def __init__(self, inputs: Inputs, dout: Array) -> None:
+        case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+        last = slice(case.batch - 1, case.batch)
+        rows = (last, slice(None), slice(case.q_heads - case.q_heads // case.kv_heads, case.q_heads))
+        keys = (last, slice(None), slice(case.kv_heads - 1, case.kv_heads))
+        options = _part(inputs.options, *rows)
+        self.want = reference.mha_backward(dout[rows], q[rows], k[keys], v[keys], **options)[:3]
+        self.indices = rows, keys, keys
+
+    def error(self, gradients: tuple[Array, Array, Array]) -> float:
+        """The largest difference in units of its gradient's largest number, infinite for another shape."""
+        parts = zip(gradients, self.indices, self.want, strict=True)
+        return max(_error(x[index], want) / float(np.abs(want).max()) for x, index, want in parts)
+
+
+def sample_of(inputs: Inputs) -> Sample | BackwardSample:
+    return Sample(inputs) if inputs.dout is None else BackwardSample(inputs, inputs.dout)
+
+
 def _error(out: Array, want: Array) -> float:
-    return float(np.abs(out.astype(np.float64) - want).max()) if out.shape == want.shape else np.inf
+    """Infinite for another shape, and where a number is missing: max() may pass over NaN."""
+    error = float(np.abs(out.astype(np.float64) - want).max()) if out.shape == want.shape else np.inf
+    return np.inf if np.isnan(error) else error
 
 
 def _part(options: dict[str, Any], batch: slice, rows: slice, heads: slice) -> dict[str, Any]:

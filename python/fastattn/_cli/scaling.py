@@ -99,7 +99,7 @@ def _point(
         (make,) = implementation.candidates(case)
         runner = make(inputs)
         error = sample.error(runner.to_numpy(runner.run()))
-        if not error <= timing.SAME_COMPUTATION[case.dtype] * sample.max_v:
+        if not error <= timing.SAME_COMPUTATION[case.dtype] * sample.size:
             raise RuntimeError(f"{implementation.name}: wrong result, off by {error:.3g}")
         calls = max(1, int(timing.MIN_SECONDS / timing.burst(runner, 1)))
         runners.append((implementation.name, runner, calls))

@@ -14,7 +14,7 @@ from fastattn._cli import peers
 from fastattn._cli.cases import Case
 from fastattn._cli.limits import Limits
 from fastattn._cli.output import Progress
-from fastattn._cli.sample import Sample
+from fastattn._cli.sample import BackwardSample, Sample, sample_of
 
 MIN_SECONDS = 0.02  # of one timed burst: short calls are repeated
 # Before a burst: threads of the one before may still be at work, OpenBLAS's and XLA's for more than 0.1 s.
@@ -26,7 +26,7 @@ LONG_ROUND_SECONDS = 10.0
 ROUNDS_OF_LONG_CASE = 3
 NUMPY_FLOPS = 5e9  # per second, before it has been timed
 # A peer may be less exact than fastattn's own gate asks for; these only tell another computation from
-# rounding: max|out - reference| / max|v|.
+# rounding: max|out - reference| / max|v|, or of each gradient in units of its largest number.
 SAME_COMPUTATION = {"float64": 1e-9, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -77,7 +77,7 @@ def bench_case(
 ) -> dict[str, Any]:
     """The case's entry in the document, but for what is only known at the end of the run."""
     inputs = peers.Inputs.of(case)
-    sample = Sample(inputs)
+    sample = sample_of(inputs)
     timed: list[Timed] = []
     skipped: dict[str, str] = {}
     for implementation in implementations:
@@ -131,7 +131,10 @@ def bench_case(
 
 
 def _prepare(
-    implementation: peers.Implementation, inputs: peers.Inputs, sample: Sample, speeds: Speeds
+    implementation: peers.Implementation,
+    inputs: peers.Inputs,
+    sample: Sample | BackwardSample,
+    speeds: Speeds,
 ) -> Timed:
     """The fastest of its candidates whose result is right."""
     best: Timed | None = None
@@ -154,7 +157,13 @@ def _prepare(
     return best
 
 
-def _try(name: str, make: peers.Maker, inputs: peers.Inputs, sample: Sample, speeds: Speeds) -> Timed:
+def _try(
+    name: str,
+    make: peers.Maker,
+    inputs: peers.Inputs,
+    sample: Sample | BackwardSample,
+    speeds: Speeds,
+) -> Timed:
     """One candidate, checked, and timed once; the first call of a session or a compiler is no measure."""
     runner, case = make(inputs), inputs.case
     if name != "fastattn":
@@ -163,7 +172,7 @@ def _try(name: str, make: peers.Maker, inputs: peers.Inputs, sample: Sample, spe
     result = runner.run()
     seconds = time.perf_counter() - start
     error = sample.error(runner.to_numpy(result))
-    if not error <= SAME_COMPUTATION[case.dtype] * sample.max_v:
+    if not error <= SAME_COMPUTATION[case.dtype] * sample.size:
         raise RuntimeError(f"wrong result, off by {error:.3g}")
     if seconds < LONG_CALL_SECONDS / 20:
         seconds = min(burst(runner, 2), burst(runner, 2))
