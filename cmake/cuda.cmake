@@ -248,7 +248,7 @@ function(fastattn_add_cuda_room target kind build)
   endif()
   if(kind STREQUAL "emulated")
     list(REMOVE_ITEM sources ${room}/runtime_cudart.cpp ${room}/cublas_loader.cpp)
-    set(device_sources ${room}/launch.cu ${room}/tensor/flash_sm80.cu)
+    set(device_sources ${room}/launch.cu ${room}/launch_backward.cu ${room}/tensor/flash_sm80.cu)
     list(APPEND sources ${emulator}/simt.cpp ${emulator}/runtime.cpp ${emulator}/cublas.cpp ${device_sources})
     set_source_files_properties(${device_sources} PROPERTIES LANGUAGE CXX)  # CMake says `-x c++` by itself
   endif()
@@ -263,7 +263,8 @@ function(fastattn_add_cuda_room target kind build)
   elseif(kind STREQUAL "cuda")
     # SYSTEM: NVIDIA's headers are not ours to keep free of warnings.
     target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-    fastattn_add_device_objects(${target}_device "${CMAKE_CUDA_ARCHITECTURES}" ${room}/launch.cu)
+    fastattn_add_device_objects(${target}_device "${CMAKE_CUDA_ARCHITECTURES}" ${room}/launch.cu
+      ${room}/launch_backward.cu)
     # Tensor cores as of Ampere. Code for sm_80 runs on 8.6 and 8.9 as it is; the kernel refuses what is older, and traps there.
     set(tensor ${CMAKE_CUDA_ARCHITECTURES})
     list(FILTER tensor EXCLUDE REGEX "^7[0-9]")

@@ -16,7 +16,8 @@ if [ $# -gt 0 ]; then
   exit
 fi
 # Two runs: -k would also choose among the tests of the second.
-run tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors,concurrency}.py -k cuda
+run tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors,concurrency}.py \
+  tests/test_backward_{grid,features,nan_rules,strides,kinds}.py -k "cuda and not memory"
 shopt -s nullglob
 own=(tests/test_cuda_*.py)
 [ "${#own[@]}" = 0 ] || run "${own[@]}"

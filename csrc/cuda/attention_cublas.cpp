@@ -5,95 +5,9 @@
 #include "cuda/errors.h"
 #include "cuda/launch.h"
 #include "cuda/operands.h"
+#include "cuda/products.h"
 
 namespace fastattn::cuda {
-namespace {
-
-cublas::DataType type_of(DType dtype) noexcept {
-    switch (dtype) {
-        case DType::f64: return cublas::kF64;
-        case DType::f16: return cublas::kF16;
-        case DType::bf16: return cublas::kBf16;
-        default: return cublas::kF32;
-    }
-}
-
-cublas::ComputeType compute_of(DType dtype, bool tf32) noexcept {
-    if (dtype == DType::f64) return cublas::kCompute64F;
-    return dtype == DType::f32 && tf32 ? cublas::kCompute32FFastTf32 : cublas::kCompute32F;
-}
-
-// ---- the matrices of a chunk --------------------------------------------------------------------------
-// Batch axes: batch entry, kv head, query head of the group (when it is not folded into the rows).
-void set_batch(Gemm& gemm, const AttentionProblem& p, const Chunk& c, Fold fold) noexcept {
-    gemm.count = {c.batches, c.kv_heads, fold == Fold::none ? p.group : 1};
-}
-
-// Rows of one matrix of q, out or the scores.
-Index matrix_rows(const AttentionProblem& p, const Chunk& c, Fold fold) noexcept {
-    return fold == Fold::none ? c.rows : c.rows * p.group;
-}
-
-// q or out: columns of `dims` elements, one for each row.
-GemmOperand query_matrix(const AttentionProblem& p, const Chunk& c, Fold fold, const Operand& x,
-                         Index dims) noexcept {
-    GemmOperand matrix;
-    matrix.data = element(x, p.dtype, c.batch, c.row, c.kv_head * p.group);
-    matrix.type = type_of(p.dtype);
-    matrix.ld = std::max(fold == Fold::inner ? x.head : x.seq, dims);  // of a single row it says nothing
-    matrix.stride = {x.batch, x.head * p.group, x.head};
-    return matrix;
-}
-
-// k or v: columns of `dims` elements, one for each key.
-GemmOperand key_matrix(const AttentionProblem& p, const Chunk& c, const Operand& x, Index dims) noexcept {
-    GemmOperand matrix;
-    matrix.data = element(x, p.dtype, c.batch, c.key, c.kv_head);
-    matrix.type = type_of(p.dtype);
-    matrix.ld = std::max(x.seq, dims);
-    matrix.stride = {x.batch, x.head, 0};
-    return matrix;
-}
-
-// The scores, as f32 or f64, or what is written over them.
-GemmOperand score_matrix(const AttentionProblem& p, const Chunk& c, void* scores, Index ld,
-                         cublas::DataType type) noexcept {
-    const Index head = c.rows * ld, pair = head * p.group;
-    return {scores, type, ld, {pair * c.kv_heads, pair, head}};
-}
-
-}  // namespace
-
-Gemm scores_product(const AttentionProblem& p, const Chunk& c, Fold fold, void* scores, Index ld, bool tf32) {
-    Gemm gemm;
-    gemm.transpose_a = true;  // S^T (keys, rows) = k q^T, column-major
-    gemm.compute = compute_of(p.dtype, tf32);
-    gemm.m = c.keys;
-    gemm.n = matrix_rows(p, c, fold);
-    gemm.k = p.head_dim;
-    set_batch(gemm, p, c, fold);
-    gemm.a = key_matrix(p, c, p.k, p.head_dim);
-    gemm.b = query_matrix(p, c, fold, p.q, p.head_dim);
-    gemm.c = score_matrix(p, c, scores, ld, p.dtype == DType::f64 ? cublas::kF64 : cublas::kF32);
-    return gemm;
-}
-
-Gemm values_product(const AttentionProblem& p, const Chunk& c, Fold fold, void* scores, Index ld, bool tf32) {
-    Gemm gemm;  // out^T (Dv, rows) = v^T P^T, column-major
-    gemm.compute = compute_of(p.dtype, tf32);
-    gemm.factor = weight_unit(p.dtype, p.dropout);
-    gemm.m = p.value_dim;
-    gemm.n = matrix_rows(p, c, fold);
-    gemm.k = c.keys;
-    set_batch(gemm, p, c, fold);
-    gemm.a = key_matrix(p, c, p.v, p.value_dim);
-    // A row of weights begins where its scores did, so in elements of the smaller type it is longer.
-    const Index weight_ld = ld * static_cast<Index>(score_size(p.dtype) / item_size(p.dtype));
-    gemm.b = score_matrix(p, c, scores, weight_ld, type_of(p.dtype));
-    gemm.c = query_matrix(p, c, fold, p.out, p.value_dim);
-    return gemm;
-}
-
 namespace {
 
 // Scratch of a region, within one block of the device.

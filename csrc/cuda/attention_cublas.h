@@ -31,11 +31,4 @@ private:
     const bool tf32_;
 };
 
-// The products of a chunk: pure functions. S starts at `scores` with rows `ld` apart; k and v are read from the chunk's
-// first key on.
-Gemm scores_product(const AttentionProblem& p, const Chunk& chunk, Fold fold, void* scores, std::int64_t ld,
-                    bool tf32);
-Gemm values_product(const AttentionProblem& p, const Chunk& chunk, Fold fold, void* scores, std::int64_t ld,
-                    bool tf32);
-
 }  // namespace fastattn::cuda

@@ -118,15 +118,18 @@ bool Chunks::next(Chunk& chunk) noexcept {
     return true;
 }
 
-Fold fold_of(const AttentionProblem& p, const Operand& q, const Operand& out, const Chunk& chunk) noexcept {
-    const Index group = p.group;
+Fold fold_of(Index group, const Chunk& chunk, std::initializer_list<QueryRows> arrays) noexcept {
     if (group == 1) return Fold::outer;  // one head: its rows are the matrix
-    const auto heads_apart = [&](const Operand& x, Index dims) { return x.head >= dims; };
-    const bool positions_follow = q.seq == group * q.head && out.seq == group * out.head;
-    if ((chunk.rows == 1 || positions_follow) && heads_apart(q, p.head_dim) && heads_apart(out, p.value_dim))
+    const auto all = [&](auto holds) {
+        return std::all_of(arrays.begin(), arrays.end(),
+                           [&](const QueryRows& x) { return holds(x.array, x.dims); });
+    };
+    if (all([&](const Operand& x, Index dims) {
+            return x.head >= dims && (chunk.rows == 1 || x.seq == group * x.head);
+        }))
         return Fold::inner;
-    const bool rows_apart = q.seq >= p.head_dim && out.seq >= p.value_dim;
-    if (rows_apart && q.head == chunk.rows * q.seq && out.head == chunk.rows * out.seq) return Fold::outer;
+    if (all([&](const Operand& x, Index dims) { return x.seq >= dims && x.head == chunk.rows * x.seq; }))
+        return Fold::outer;
     return Fold::none;
 }
 

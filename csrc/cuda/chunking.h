@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <initializer_list>
 
 #include <fastattn/attention.h>
 
@@ -61,7 +62,17 @@ enum class Fold {
     inner,  // row i * G + g: neighbours in memory are heads of a position
     outer,  // row g * rows + i: neighbours in memory are positions of a head
 };
-Fold fold_of(const AttentionProblem& p, const Operand& q, const Operand& out, const Chunk& chunk) noexcept;
+// An array with a row for each query and head, of `dims` elements.
+struct QueryRows {
+    const Operand& array;
+    Index dims;
+};
+// One way for all of `arrays`, whose rows are those of the same scores.
+Fold fold_of(Index group, const Chunk& chunk, std::initializer_list<QueryRows> arrays) noexcept;
+inline Fold fold_of(const AttentionProblem& p, const Operand& q, const Operand& out,
+                    const Chunk& chunk) noexcept {
+    return fold_of(p.group, chunk, {{q, p.head_dim}, {out, p.value_dim}});
+}
 
 // Whether cuBLAS can read (or write) an array of `rows` rows of `dims` elements where it lies: neighbours in the last axis, rows
 // apart, and for 16-bit types 16-byte steps, without which it has no fast kernels.

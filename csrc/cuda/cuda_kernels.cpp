@@ -9,6 +9,8 @@
 #include "core/scalar_access.h"
 #include "cuda/attention_cublas.h"
 #include "cuda/attention_flash.h"
+#include "cuda/backward_cublas.h"
+#include "cuda/backward_staging.h"
 #include "cuda/errors.h"
 #include "cuda/staging.h"
 
@@ -54,6 +56,24 @@ private:
     std::size_t kept_ = 0;
 };
 
+std::string in_units(Index units) {
+    return ", arrays staged in " + std::to_string(units) + " unit" + (units == 1 ? "" : "s");
+}
+
+// Of side arrays that are still on the host; refused while the stream is captured.
+std::size_t bytes_of_sides(const AttentionProblem& p, Stream stream) {
+    const std::size_t bytes = side_bytes(p, true);
+    if (bytes == 0) return 0;
+    bool capturing = false;
+    throw_on_error(runtime::is_capturing(stream, &capturing), "asking whether the stream is captured");
+    if (capturing)
+        throw UnsupportedError(
+            "device: a call that is captured into a CUDA graph needs all of its arrays on the device, and a "
+            "side "
+            "array (mask, bias, alibi_slopes, sinks, q_lens, kv_lens or q_offset) is on the host");
+    return bytes;
+}
+
 KernelPlan plan_with(const DeviceKernel& kernel, const AttentionProblem& asked, int threads, bool describe) {
     KernelPlan plan;
     if (is_empty(asked)) {
@@ -69,10 +89,7 @@ KernelPlan plan_with(const DeviceKernel& kernel, const AttentionProblem& asked, 
     plan.work_items = staged ? threads : 1;  // of the host: the threads copy
     if (describe) {
         plan.algorithm = kernel.describe(p, staged);
-        const Index units = staged ? Units(p).count() : 0;
-        if (staged)
-            plan.algorithm +=
-                ", arrays staged in " + std::to_string(units) + " unit" + (units == 1 ? "" : "s");
+        if (staged) plan.algorithm += in_units(Units(p).count());
     }
     return plan;
 }
@@ -89,23 +106,56 @@ void run_with(const DeviceKernel& kernel, const DeviceContext& device, const Att
                           executor);
     }
     AttentionProblem on_device = p;
-    const std::size_t sides = side_bytes(p, true);
-    if (sides > 0) {
-        bool capturing = false;
-        throw_on_error(runtime::is_capturing(target.stream, &capturing),
-                       "asking whether the stream is captured");
-        if (capturing)
-            throw UnsupportedError(
-                "device: a call that is captured into a CUDA graph needs all of its arrays on the device, "
-                "and a side "
-                "array (mask, bias, alibi_slopes, sinks, q_lens, kv_lens or q_offset) is on the host");
-    }
+    const std::size_t sides = bytes_of_sides(p, target.stream);
     const std::size_t bytes = kernel.workspace_bytes(p, p, whole(p));
     const DeviceMemory memory(device, sides + bytes, target.stream, "the device's workspace");
     upload_sides(p, true, memory.data(), on_device, target.stream, executor);
     kernel.queue(p, on_device, whole(p), memory.data() + sides, target.stream);
 }
 
+// ---- the backward pass ------------------------------------------------------------------------------------------
+BackwardProblem with_forward(const BackwardProblem& b, const AttentionProblem& forward) noexcept {
+    BackwardProblem changed = b;
+    changed.forward = forward;
+    return changed;
+}
+
+// Sizes of zero are nothing special: what has elements is zero, or the gradient of a sink without keys.
+KernelPlan cublas_backward_plan(const BackwardProblem& asked, Device device, int threads, bool describe) {
+    const CublasBackward kernel(context(device.index), environment().tf32);
+    const Frozen frozen(asked.forward);
+    const BackwardProblem b = with_forward(asked, frozen.problem());
+    const bool staged = b.forward.device.type == DeviceType::cpu;
+    KernelPlan plan;
+    plan.device_bytes =
+        staged ? staged_backward_bytes(b, kernel)
+               : side_bytes(b.forward, true) + sums_bytes(b) + kernel.workspace_bytes(b, b, whole(b.forward));
+    plan.work_items = staged ? threads : 1;  // of the host: the threads copy
+    if (describe) plan.algorithm = kernel.describe(b) + (staged ? in_units(BackwardUnits(b).count()) : "");
+    return plan;
+}
+
+void cublas_backward_run(const BackwardProblem& asked, const Target& target, const Workspace&,
+                         Executor& executor) {
+    const DeviceContext& device = context(target.device.index);
+    const CublasBackward kernel(device, environment().tf32);
+    const Frozen frozen(asked.forward);
+    const BackwardProblem b = with_forward(asked, frozen.problem());
+    const AttentionProblem& p = b.forward;
+    const CurrentDevice current(device.index);
+    if (p.device.type == DeviceType::cpu) return run_staged_backward(b, device, kernel, executor);
+    BackwardProblem on_device = b;
+    const std::size_t sides = bytes_of_sides(p, target.stream), sums = sums_bytes(b);
+    const std::size_t bytes = kernel.workspace_bytes(b, b, whole(p));
+    const DeviceMemory memory(device, sides + sums + bytes, target.stream, "the device's workspace");
+    upload_sides(p, true, memory.data(), on_device.forward, target.stream, executor);
+    std::byte* const block = memory.data() + sides;
+    kernel.queue_start(on_device, block, target.stream);
+    kernel.queue(b, on_device, whole(p), block + sums, block, target.stream);
+    kernel.queue_finish(on_device, block, target.stream);
+}
+
+// ---- the table ----------------------------------------------------------------------------------------------------
 KernelPlan cublas_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
     return plan_with(CublasAttention(context(device.index), environment().tf32), p, threads, describe);
 }
@@ -146,7 +196,10 @@ std::span<const Kernel> cuda_kernels() {
           .device = DeviceType::cuda,
           .dtypes = kDtypes,
           .unavailable = &why_unavailable,
-          .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run}}}};
+          .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run},
+          .backward = {.refuses = &CublasBackward::refuses,
+                       .plan = &cublas_backward_plan,
+                       .run = &cublas_backward_run}}}};
     return table;
 }
 

@@ -70,6 +70,7 @@ Index strided_calls(const Gemm& merged) noexcept { return merged.count[0] * merg
 GemmKey key_of(const Gemm& g, bool pointer_arrays) noexcept {
     GemmKey key;
     key.transpose_a = g.transpose_a;
+    key.transpose_b = g.transpose_b;
     key.pointer_arrays = pointer_arrays;
     key.compute = g.compute;
     key.type = {g.a.type, g.b.type, g.c.type};
@@ -89,6 +90,7 @@ std::size_t GemmPlans::Hash::operator()(const GemmKey& key) const noexcept {
         hash ^= hash >> 29;
     };
     mix(key.transpose_a);
+    mix(key.transpose_b);
     mix(key.pointer_arrays);
     mix(key.compute);
     mix(key.batch);
@@ -138,11 +140,15 @@ private:
         in_double = key.compute == cublas::kCompute64F;
         check(table_.MatmulDescCreate(&descriptor, key.compute, in_double ? cublas::kF64 : cublas::kF32),
               "describing a product");
-        const std::int32_t op = key.transpose_a ? cublas::kTranspose : cublas::kNone;
-        check(table_.MatmulDescSetAttribute(descriptor, cublas::kTransposeA, &op, sizeof op),
-              "describing a product");
+        const auto transpose = [&](cublas::DescriptorAttribute operand, bool transposed) {
+            const std::int32_t op = transposed ? cublas::kTranspose : cublas::kNone;
+            check(table_.MatmulDescSetAttribute(descriptor, operand, &op, sizeof op), "describing a product");
+        };
+        transpose(cublas::kTransposeA, key.transpose_a);
+        if (key.transpose_b) transpose(cublas::kTransposeB, true);
         const auto [m, n, k] = key.size;
-        const Index rows[] = {key.transpose_a ? k : m, k, m}, columns[] = {key.transpose_a ? m : k, n, n};
+        const Index rows[] = {key.transpose_a ? k : m, key.transpose_b ? n : k, m},
+                    columns[] = {key.transpose_a ? m : k, key.transpose_b ? k : n, n};
         for (int x = 0; x < 3; ++x) {
             check(table_.MatrixLayoutCreate(&layout[x], key.type[x], static_cast<std::uint64_t>(rows[x]),
                                             static_cast<std::uint64_t>(columns[x]), key.ld[x]),
@@ -209,12 +215,12 @@ std::shared_ptr<const GemmPlan> GemmPlans::find(const GemmKey& key) {
     return plan;
 }
 
-cublas::Status GemmPlans::call(const GemmPlan& plan, const Place& place, double factor, const void* a,
+cublas::Status GemmPlans::call(const GemmPlan& plan, const Place& place, const Gemm& gemm, const void* a,
                                const void* b, void* c) const {
-    const float single = static_cast<float>(factor), zero = 0.0f;
-    const double zero_double = 0.0;
-    const void* alpha = plan.in_double ? static_cast<const void*>(&factor) : &single;
-    const void* beta = plan.in_double ? static_cast<const void*>(&zero_double) : &zero;
+    const double kept_double = gemm.accumulate ? 1.0 : 0.0;
+    const float single = static_cast<float>(gemm.factor), kept = static_cast<float>(kept_double);
+    const void* alpha = plan.in_double ? static_cast<const void*>(&gemm.factor) : &single;
+    const void* beta = plan.in_double ? static_cast<const void*>(&kept_double) : &kept;
     return table_.Matmul(handle_, plan.descriptor, alpha, a, plan.layout[0], b, plan.layout[1], beta, c,
                          plan.layout[2], c, plan.layout[2], &plan.algorithm, place.workspace,
                          plan.workspace_bytes, place.stream);
@@ -235,8 +241,7 @@ bool GemmPlans::run_by_pointers(const Gemm& g, const Place& place) {
     launch_pointers(args, place.stream);
     throw_on_error(runtime::last_error(), "launching fill_pointers");
     const Index n = g.entries();
-    const Status status =
-        call(*plan, place, g.factor, place.pointers, place.pointers + n, place.pointers + 2 * n);
+    const Status status = call(*plan, place, g, place.pointers, place.pointers + n, place.pointers + 2 * n);
     if (status == cublas::kNotSupported ||
         status == cublas::kInvalidValue) {  // the heuristic promised too much
         plan->supported = false;
@@ -264,7 +269,7 @@ void GemmPlans::run(const Gemm& gemm, const Place& place) {
                 const auto at = [&](const GemmOperand& x) {
                     return advance(x, i * x.stride[0] + j * x.stride[1] + first * x.stride[last]);
                 };
-                throw_on_status(table_, call(*plan, place, g.factor, at(g.a), at(g.b), at(g.c)), "a product");
+                throw_on_status(table_, call(*plan, place, g, at(g.a), at(g.b), at(g.c)), "a product");
             }
         }
     }

@@ -22,9 +22,9 @@ struct GemmOperand {
     std::array<std::int64_t, kBatchAxes> stride{};
 };
 
-// c (m, n) = factor * op(a) b for every index of the batch axes; op(a) is (m, k), b is (k, n).
+// c (m, n) = factor * op(a) op(b), or c += that, for every index of the batch axes; op(a) is (m, k), op(b) is (k, n).
 struct Gemm {
-    bool transpose_a = false;
+    bool transpose_a = false, transpose_b = false, accumulate = false;
     cublas::ComputeType compute = cublas::kCompute32F;
     double factor = 1.0;
     std::int64_t m = 0, n = 0, k = 0;
@@ -46,7 +46,7 @@ inline constexpr std::int64_t kBatchAtMost = 32768;
 std::int64_t strided_calls(const Gemm& merged) noexcept;
 // What an algorithm is chosen by.
 struct GemmKey {
-    bool transpose_a = false, pointer_arrays = false;
+    bool transpose_a = false, transpose_b = false, pointer_arrays = false;
     cublas::ComputeType compute = cublas::kCompute32F;
     std::array<cublas::DataType, 3> type{};
     std::array<std::uint32_t, 3> alignment{};  // bytes, of every matrix
@@ -82,8 +82,8 @@ private:
     };
     std::shared_ptr<const GemmPlan> find(const GemmKey& key);
     bool run_by_pointers(const Gemm& merged, const Place& place);  // false: not supported
-    cublas::Status call(const GemmPlan& plan, const Place& place, double factor, const void* a, const void* b,
-                        void* c) const;
+    cublas::Status call(const GemmPlan& plan, const Place& place, const Gemm& gemm, const void* a,
+                        const void* b, void* c) const;
 
     const cublas::Table& table_;
     const cublas::Handle handle_;

@@ -1,4 +1,4 @@
-// The one file that nvcc compiles: instances of the SIMT kernels and their launches. The tests compile it as C++ for
+// Instances of the forward's SIMT kernels and of those that all share, and their launches. The tests compile it as C++ for
 // the emulated GPU.
 #include "cuda/launch.h"
 
@@ -9,8 +9,6 @@
 
 namespace fastattn::cuda {
 namespace {
-
-constexpr Index kWarpKeys = 1024;  // rows up to this are a warp's work, longer ones a block's
 
 Index blocks_for(Index items, Index per_block) { return (items + per_block - 1) / per_block; }
 
@@ -25,18 +23,6 @@ void softmax_of(const SoftmaxArgs& a, Stream stream) {
         FASTATTN_LAUNCH((softmax_rows<T, Acc, threads, true>), blocks, kSoftmaxBlock, stream, a);
     } else {
         FASTATTN_LAUNCH((softmax_rows<T, Acc, threads, false>), blocks, kSoftmaxBlock, stream, a);
-    }
-}
-
-// Calls f with null pointers that carry the storage type and the accumulator.
-template <class F>
-void with_types(DType dtype, F f) {
-    switch (dtype) {
-        case DType::f64: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-        case DType::f32: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
-        case DType::f16: return f(static_cast<F16*>(nullptr), static_cast<float*>(nullptr));
-        case DType::bf16: return f(static_cast<BF16*>(nullptr), static_cast<float*>(nullptr));
-        default: return;
     }
 }
 

@@ -4,8 +4,25 @@
 
 #include "cuda/chunking.h"
 #include "cuda/context.h"
+#include "cuda/simt/arguments.h"
 
 namespace fastattn::cuda {
+
+// The address of an element.
+void* element(const Operand& x, DType dtype, Index b, Index s, Index h) noexcept;
+
+// ---- the queries (q, dout, ..) or keys (k, v) of a region -------------------------------------------------------
+// A compact array for them, of `dims` features.
+Operand take_queries(const AttentionProblem& p, const Chunk& region, DType dtype, Index dims,
+                     Carver& carver) noexcept;
+Operand take_keys(const AttentionProblem& p, const Chunk& region, DType dtype, Index dims,
+                  Carver& carver) noexcept;
+// What copies them, all in the problem's dtype.
+CopyArgs copy_of_queries(const AttentionProblem& p, const Chunk& region, const Operand& source,
+                         const Operand& target, Index dims) noexcept;
+CopyArgs copy_of_keys(const AttentionProblem& p, const Chunk& region, const Operand& source,
+                      const Operand& target, Index dims) noexcept;
+void queue_copy(const CopyArgs& args, Stream stream);
 
 class RegionOperands {
 public:
@@ -19,17 +36,10 @@ public:
     void queue_copies_out(Stream stream) const;
 
 private:
-    void copy_queries(const Operand& source, const Operand& target, Index dims, Stream stream) const;
-    void copy_keys(const Operand& source, const Operand& target, Index dims, bool only_valid,
-                   Stream stream) const;
-
     const AttentionProblem& device_;
     AttentionProblem prepared_;
     Chunk region_;
     bool q_, k_, v_, out_;  // copied
 };
-
-// The address of an element.
-void* element(const Operand& x, DType dtype, Index b, Index s, Index h) noexcept;
 
 }  // namespace fastattn::cuda

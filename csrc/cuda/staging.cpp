@@ -1,116 +1,18 @@
 #include "cuda/staging.h"
 
-#include <chrono>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cuda/errors.h"
-#include "cuda/host_copy.h"
+#include "cuda/lane.h"
+#include "cuda/unit_arrays.h"
 
 namespace fastattn::cuda {
 namespace {
 
 Index item_of(DType dtype) noexcept { return static_cast<Index>(item_size(dtype)); }
-
-void* shifted(void* data, Index bytes) noexcept {
-    return reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(data) -
-                                   static_cast<std::uintptr_t>(bytes));
-}
-
-// The same for every head and entry, and not too large to be on the device whole: uploaded once for all units.
-bool is_shared(const AttentionProblem& p, const ScoreOperand& x) noexcept {
-    constexpr double most = 8.0 * kUnitBytes;
-    const double elements = (x.query == 0 ? 1.0 : static_cast<double>(p.q_size)) *
-                            (x.key == 0 ? 1.0 : static_cast<double>(p.kv_size));
-    return x.data != nullptr && x.batch == 0 && x.head == 0 &&
-           elements * static_cast<double>(item_size(x.dtype)) <= most;
-}
-
-// ---- arrays over (batch, head, query, key) in a unit --------------------------------------------------------
-// Sizes of what is stored for the keys of the unit: broadcast axes once.
-std::array<Index, 4> stored_size(const AttentionProblem& p, const ScoreOperand& x,
-                                 const Chunk& unit) noexcept {
-    return {x.batch == 0 ? 1 : unit.batches, x.head == 0 ? 1 : unit.kv_heads * p.group,
-            x.query == 0 ? 1 : unit.rows, x.key == 0 ? 1 : unit.keys};
-}
-
-// The same unit with all keys, or one where an array has no key axis.
-Chunk with_keys(const Chunk& unit, Index keys) noexcept {
-    Chunk changed = unit;
-    changed.key = 0;
-    changed.keys = keys;
-    return changed;
-}
-
-std::size_t stored_bytes(const AttentionProblem& p, const ScoreOperand& x, const Chunk& unit) noexcept {
-    if (x.data == nullptr) return 0;
-    const auto n = stored_size(p, x, unit);
-    return static_cast<std::size_t>(n[0] * n[1] * n[2] * n[3]) * item_size(x.dtype);
-}
-
-// The array, compact at `data`, in the whole problem's indices.
-ScoreOperand placed(const AttentionProblem& p, const ScoreOperand& x, const Chunk& unit,
-                    void* data) noexcept {
-    if (x.data == nullptr) return x;
-    const auto n = stored_size(p, x, unit);
-    ScoreOperand to = x;
-    to.key = x.key == 0 ? 0 : 1;
-    to.query = x.query == 0 ? 0 : n[3];
-    to.head = x.head == 0 ? 0 : n[2] * n[3];
-    to.batch = x.batch == 0 ? 0 : n[1] * n[2] * n[3];
-    const Index skipped =
-        unit.batch * to.batch + unit.kv_head * p.group * to.head + unit.row * to.query + unit.key * to.key;
-    to.data = shifted(data, skipped * item_of(x.dtype));
-    return to;
-}
-
-// An output over (batch, head, query[, key]) has all its axes, whatever its strides say.
-ScoreOperand full(const ScoreOperand& x, Index keys) noexcept {
-    ScoreOperand all = x;
-    all.batch = all.head = all.query = 1;
-    all.key = keys > 1 ? 1 : 0;
-    return all;
-}
-
-HostArray host_array(const ScoreOperand& x, const AttentionProblem& p, const Chunk& unit) noexcept {
-    const Index item = item_of(x.dtype);
-    const Index first =
-        unit.batch * x.batch + unit.kv_head * p.group * x.head + unit.row * x.query + unit.key * x.key;
-    return {static_cast<char*>(x.data) + first * item,
-            {x.batch * item, x.head * item, x.query * item, x.key * item}};
-}
-
-// ---- q, k, v and out in a unit --------------------------------------------------------------------------------
-HostArray host_array(const Operand& x, DType dtype, Index batch, Index head, Index row) noexcept {
-    const Index item = item_of(dtype);
-    const Index first = batch * x.batch + head * x.head + row * x.seq;
-    return {static_cast<char*>(x.data) + first * item,
-            {x.batch * item, x.head * item, x.seq * item, x.dim * item}};
-}
-
-void copy_queries(const AttentionProblem& p, const Chunk& unit, const Operand& from, const Operand& to,
-                  Index dims, Executor& executor) {
-    const Index head = unit.kv_head * p.group;
-    copy_host(host_array(from, p.dtype, unit.batch, head, unit.row),
-              host_array(to, p.dtype, unit.batch, head, unit.row),
-              {unit.batches, unit.kv_heads * p.group, unit.rows, dims}, item_of(p.dtype), executor);
-}
-
-void copy_keys(const AttentionProblem& p, const Chunk& unit, const Operand& from, const Operand& to,
-               Index dims, Executor& executor) {
-    copy_host(host_array(from, p.dtype, unit.batch, unit.kv_head, unit.key),
-              host_array(to, p.dtype, unit.batch, unit.kv_head, unit.key),
-              {unit.batches, unit.kv_heads, unit.keys, dims}, item_of(p.dtype), executor);
-}
-
-void copy_scores(const AttentionProblem& p, const Chunk& unit, const ScoreOperand& from,
-                 const ScoreOperand& to, const std::array<Index, 4>& size, Executor& executor) {
-    copy_host(host_array(from, p, unit), host_array(to, p, unit), size, item_of(from.dtype), executor);
-}
 
 void copy_in(const AttentionProblem& p, const Chunk& unit, const AttentionProblem& pinned,
              Executor& executor) {
@@ -300,138 +202,6 @@ void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block,
 // ---- the pipeline -----------------------------------------------------------------------------------------------
 namespace {
 
-constexpr int kSlots = 2;  // units on their way
-
-// Page-locked memory that grows.
-class PinnedBlock {
-public:
-    PinnedBlock() = default;
-    PinnedBlock(const PinnedBlock&) = delete;
-    PinnedBlock& operator=(const PinnedBlock&) = delete;
-    ~PinnedBlock() { release(); }
-
-    void reserve(std::size_t bytes) {
-        if (bytes <= bytes_) return;
-        release();
-        void* data = nullptr;
-        throw_on_error(runtime::allocate_pinned(&data, bytes), "page-locked memory for the transfers", bytes);
-        data_ = static_cast<std::byte*>(data);
-        bytes_ = bytes;
-    }
-    void trim(std::size_t most) noexcept {
-        if (bytes_ > most) release();
-    }
-    std::byte* data() const noexcept { return data_; }
-
-private:
-    void release() noexcept {
-        if (data_ != nullptr) runtime::release_pinned(data_);
-        data_ = nullptr;
-        bytes_ = 0;
-    }
-    std::byte* data_ = nullptr;
-    std::size_t bytes_ = 0;
-};
-
-// Streams, events and page-locked memory of one staged call; making them costs more than many a call, so they are kept.
-class Lane {
-public:
-    Lane() {
-        try {
-            for (Stream* stream : streams())
-                throw_on_error(runtime::create_stream(stream), "making a stream");
-            for (Event* event : events()) throw_on_error(runtime::create_event(event), "making an event");
-        } catch (...) {
-            destroy();
-            throw;
-        }
-    }
-    ~Lane() { destroy(); }
-    Lane(const Lane&) = delete;
-    Lane& operator=(const Lane&) = delete;
-
-    // All that was queued is done, or failed.
-    int drain() noexcept {
-        int first = 0;
-        for (const Stream stream : {up, compute, down}) {
-            const int status = runtime::synchronize(stream);
-            if (first == 0) first = status;
-        }
-        return first;
-    }
-
-    Stream up = nullptr, compute = nullptr, down = nullptr;
-    Event ready = nullptr, uploaded[kSlots] = {}, computed[kSlots] = {}, downloaded[kSlots] = {};
-    PinnedBlock keys[kSlots], in[kSlots], out[kSlots];
-
-    // Gives back page-locked memory that only an unusually large unit needed.
-    void trim() noexcept {
-        for (int slot = 0; slot < kSlots; ++slot)
-            for (PinnedBlock* block : {&keys[slot], &in[slot], &out[slot]}) block->trim(4 * kUnitBytes);
-    }
-
-private:
-    void destroy() noexcept {
-        for (Stream* stream : streams())
-            if (*stream != nullptr) runtime::destroy_stream(*stream);
-        for (Event* event : events())
-            if (*event != nullptr) runtime::destroy_event(*event);
-    }
-    std::array<Stream*, 3> streams() noexcept { return {&up, &compute, &down}; }
-    std::array<Event*, 7> events() noexcept {
-        return {&ready,       &uploaded[0],   &uploaded[1],  &computed[0],
-                &computed[1], &downloaded[0], &downloaded[1]};
-    }
-};
-
-// Lanes nobody uses, by device. Never destroyed, as the driver may go first.
-struct Lanes {
-    std::mutex mutex;
-    std::array<std::pair<int, std::unique_ptr<Lane>>, 8> idle;  // more are not kept
-};
-Lanes& lanes() {
-    static auto* const all = new Lanes;
-    return *all;
-}
-
-// A lane for as long as this lives; whatever happens, nothing is on its way any more when it goes back.
-class BorrowedLane {
-public:
-    explicit BorrowedLane(int device) : device_(device) {
-        {
-            Lanes& all = lanes();
-            const std::lock_guard lock(all.mutex);
-            for (auto& [index, lane] : all.idle) {
-                if (index == device && lane != nullptr) {
-                    lane_ = std::move(lane);
-                    break;
-                }
-            }
-        }
-        if (lane_ == nullptr) lane_ = std::make_unique<Lane>();
-    }
-    ~BorrowedLane() {
-        lane_->drain();
-        lane_->trim();
-        Lanes& all = lanes();
-        const std::lock_guard lock(all.mutex);
-        for (auto& [index, lane] : all.idle) {
-            if (lane == nullptr) {
-                index = device_;
-                lane = std::move(lane_);
-                return;
-            }
-        }
-    }
-    BorrowedLane(const BorrowedLane&) = delete;
-    BorrowedLane& operator=(const BorrowedLane&) = delete;
-    Lane& operator*() const noexcept { return *lane_; }
-
-private:
-    int device_;
-    std::unique_ptr<Lane> lane_;
-};
-
 // One slot's blocks on the device.
 struct DeviceSlot {
     std::byte *keys = nullptr, *in = nullptr, *out = nullptr;
@@ -459,8 +229,6 @@ DeviceBlocks lay_out_blocks(const AttentionProblem& p, std::size_t workspace_byt
     return blocks;
 }
 
-void check(int status, const char* attempted) { throw_on_error(status, attempted); }
-
 class StagedCall {
 public:
     StagedCall(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
@@ -482,9 +250,9 @@ public:
         device_ = p;
         upload_sides(p, false, blocks_.sides, device_, lane_.compute, executor);
         // The memory is there, and the side arrays in it, for the other streams too.
-        check(runtime::record(lane_.ready, lane_.compute), "recording an event");
+        throw_on_error(runtime::record(lane_.ready, lane_.compute), "recording an event");
         for (const Stream stream : {lane_.up, lane_.down})
-            check(runtime::wait(stream, lane_.ready), "waiting for an event");
+            throw_on_error(runtime::wait(stream, lane_.ready), "waiting for an event");
     }
 
     ~StagedCall() { lane_.drain(); }  // before the memory goes
@@ -528,39 +296,29 @@ private:
         copy_in(p_, unit, pinned_[slot], executor_);
         // finish(n - kSlots) has waited for the download of this slot's last unit: its blocks are free.
         upload(to.in, lane_.in[slot], layout.in_bytes);
-        check(runtime::record(lane_.uploaded[slot], lane_.up), "recording an event");
-        check(runtime::wait(lane_.compute, lane_.uploaded[slot]), "waiting for an event");
+        throw_on_error(runtime::record(lane_.uploaded[slot], lane_.up), "recording an event");
+        throw_on_error(runtime::wait(lane_.compute, lane_.uploaded[slot]), "waiting for an event");
         kernel_.queue(p_, device, unit, blocks_.workspace, lane_.compute);
-        check(runtime::record(lane_.computed[slot], lane_.compute), "recording an event");
-        check(runtime::wait(lane_.down, lane_.computed[slot]), "waiting for an event");
-        check(runtime::copy(lane_.out[slot].data(), to.out, layout.out_bytes, Copy::to_host, lane_.down),
-              "copying from the device");
-        check(runtime::record(lane_.downloaded[slot], lane_.down), "recording an event");
+        throw_on_error(runtime::record(lane_.computed[slot], lane_.compute), "recording an event");
+        throw_on_error(runtime::wait(lane_.down, lane_.computed[slot]), "waiting for an event");
+        throw_on_error(
+            runtime::copy(lane_.out[slot].data(), to.out, layout.out_bytes, Copy::to_host, lane_.down),
+            "copying from the device");
+        throw_on_error(runtime::record(lane_.downloaded[slot], lane_.down), "recording an event");
     }
 
     void upload(std::byte* to, const PinnedBlock& from, std::size_t bytes) {
         if (bytes == 0) return;
-        check(runtime::copy(to, from.data(), bytes, Copy::to_device, lane_.up), "copying to the device");
+        throw_on_error(runtime::copy(to, from.data(), bytes, Copy::to_device, lane_.up),
+                       "copying to the device");
     }
 
     // Waits for unit n and hands its results to the caller's arrays.
     void finish(Index n) {
         if (n < 0) return;
         const auto slot = static_cast<int>(n % kSlots);
-        await(lane_.downloaded[slot]);
+        await(lane_.downloaded[slot], executor_);
         copy_out(p_, units_[slot], pinned_[slot], executor_);
-    }
-
-    // Asks its caller meanwhile whether to stop. A short wait is spent asking, a long one mostly asleep.
-    void await(Event event) {
-        constexpr auto patience = std::chrono::microseconds(100);
-        const auto start = std::chrono::steady_clock::now();
-        for (;;) {
-            const int status = runtime::query(event);
-            if (status != kNotReady) return check(status, "computing on the device");
-            if (executor_.stop_requested()) throw Cancelled();
-            if (std::chrono::steady_clock::now() - start > patience) std::this_thread::sleep_for(patience);
-        }
     }
 
     const AttentionProblem& p_;

@@ -7,13 +7,11 @@
 #include "core/executor.h"
 #include "cuda/chunking.h"
 #include "cuda/context.h"
+#include "cuda/unit_arrays.h"
 
 namespace fastattn::cuda {
 
 // ---- units: pure functions ------------------------------------------------------------------------------
-// Bytes of a unit's arrays that are aimed at; two units are on their way at a time.
-inline constexpr std::size_t kUnitBytes = std::size_t{32} << 20;
-
 // Walks a problem in units, each a range of rows of some heads, or all rows of all heads of some batch entries.
 class Units {
 public:

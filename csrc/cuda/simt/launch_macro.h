@@ -21,6 +21,21 @@
 namespace fastattn::cuda {
 namespace {
 
+[[maybe_unused]] constexpr std::int64_t kWarpKeys =
+    1024;  // rows up to this are a warp's work, longer ones a block's
+
+// Calls f with null pointers that carry the storage type and the accumulator.
+template <class F>
+void with_types(DType dtype, F f) {
+    switch (dtype) {
+        case DType::f64: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+        case DType::f32: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+        case DType::f16: return f(static_cast<F16*>(nullptr), static_cast<float*>(nullptr));
+        case DType::bf16: return f(static_cast<BF16*>(nullptr), static_cast<float*>(nullptr));
+        default: return;
+    }
+}
+
 // Scale, lengths, causal and window only, and no weights asked for.
 inline bool is_plain(const AttentionProblem& p) {
     return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&

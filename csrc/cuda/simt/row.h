@@ -39,15 +39,19 @@ __device__ __forceinline__ Index quotient(Index a, Index b) {
     return a / b;
 }
 
-__device__ __forceinline__ RowPlace place_of_row(const SoftmaxArgs& a, Index r) {
-    const Index group = a.problem.group, per_pair = group * a.chunk.rows;
+// Row r of the scores of a chunk (SoftmaxArgs says how they lie).
+__device__ __forceinline__ RowPlace place_of_row(Index group, const Chunk& chunk, bool group_inner, Index r) {
+    const Index per_pair = group * chunk.rows;
     const Index pair = quotient(r, per_pair), inner = r - pair * per_pair;
-    const Index run =
-        a.group_inner ? group : a.chunk.rows;  // rows until the slower of the two indices changes
+    const Index run = group_inner ? group : chunk.rows;  // rows until the slower of the two indices changes
     const Index slow = quotient(inner, run), fast = inner - slow * run;
-    const Index g = a.group_inner ? fast : slow, i = a.group_inner ? slow : fast;
-    const Index entry = quotient(pair, a.chunk.kv_heads), kv_head = pair - entry * a.chunk.kv_heads;
-    return {a.chunk.batch + entry, (a.chunk.kv_head + kv_head) * group + g, a.chunk.row + i};
+    const Index g = group_inner ? fast : slow, i = group_inner ? slow : fast;
+    const Index entry = quotient(pair, chunk.kv_heads), kv_head = pair - entry * chunk.kv_heads;
+    return {chunk.batch + entry, (chunk.kv_head + kv_head) * group + g, chunk.row + i};
+}
+
+__device__ __forceinline__ RowPlace place_of_row(const SoftmaxArgs& a, Index r) {
+    return place_of_row(a.problem.group, a.chunk, a.group_inner, r);
 }
 
 __device__ __forceinline__ Index length_of(const HeadOperand& lens, bool given, Index b, Index size) {
@@ -140,12 +144,22 @@ struct Scorer {
     }
 
     __device__ __forceinline__ Acc operator()(int v, Acc raw) const {
+        Acc share;
+        return (*this)(v, raw, share);
+    }
+
+    // share: of the cap, that is the score before alibi and bias over the cap; 0 without one.
+    __device__ __forceinline__ Acc operator()(int v, Acc raw, Acc& share) const {
         const Acc masked = -infinity<Acc>();
+        share = 0;
         if (v < begin || v >= end) return masked;
         Acc t = times(raw, scale);
         if (!elementwise) return t;
         const Index j = first + v;
-        if (cap > 0) t = times(cap, static_cast<Acc>(tanh(times(t, inverse_cap))));
+        if (cap > 0) {
+            share = static_cast<Acc>(tanh(times(t, inverse_cap)));
+            t = times(cap, share);
+        }
         if (p.mask.data != nullptr && load_as<std::uint8_t>(p.mask.data, mask + j * p.mask.key) == 0)
             return masked;
         if (p.alibi_slopes.data != nullptr)
@@ -198,6 +212,12 @@ public:
         // A sink alone comes back as it was.
         if (top == sink) return raw + log(static_cast<double>(total));
         return (t + log2(static_cast<double>(total))) * kLn2;
+    }
+
+    // Of the sink.
+    __device__ Acc sink_weight() const {
+        if (sink == -infinity<Acc>()) return 0;
+        return (sink == infinity<Acc>() ? Acc(1) : power2(sink - top)) / total;
     }
 
     Acc factor;  // 2^(x - m) times this is the weight of a key

@@ -10,8 +10,8 @@
 
 #include "arrays.h"
 #include "core/half.h"
-#include "cuda/attention_cublas.h"
 #include "cuda/gemm.h"
+#include "cuda/products.h"
 #include "emulator.h"
 
 namespace fastattn::cuda {
@@ -193,7 +193,8 @@ protected:
     void* addresses[600];
 };
 
-// A batch on arrays of its own: matrices of `a` are (m, k) or (k, m), with gaps between columns and matrices.
+// A batch on arrays of its own: matrices of `a` are (m, k) or (k, m), those of `b` (k, n) or (n, k), with gaps between columns
+// and matrices.
 template <class T>
 struct Batch {
     std::vector<T> a, b, c;
@@ -201,9 +202,11 @@ struct Batch {
 
     static constexpr cublas::DataType kType = std::is_same_v<T, double> ? cublas::kF64 : cublas::kF32;
 
-    Batch(Index m, Index n, Index k, bool transpose_a, Axes count, unsigned seed, Index gap = 1) {
+    Batch(Index m, Index n, Index k, bool transpose_a, Axes count, unsigned seed, Index gap = 1,
+          bool transpose_b = false) {
         gemm.m = m, gemm.n = n, gemm.k = k;
         gemm.transpose_a = transpose_a;
+        gemm.transpose_b = transpose_b;
         gemm.compute = kType == cublas::kF64 ? cublas::kCompute64F : cublas::kCompute32F;
         gemm.count = count;
         std::mt19937 rng(seed);
@@ -219,7 +222,7 @@ struct Batch {
             x.data = data.data();
         };
         make(a, gemm.a, transpose_a ? k : m, transpose_a ? m : k);
-        make(b, gemm.b, k, n);
+        make(b, gemm.b, transpose_b ? n : k, transpose_b ? k : n);
         make(c, gemm.c, m, n);
     }
     Batch(const Batch&) = delete;
@@ -240,12 +243,13 @@ struct Batch {
                             double sum = 0;
                             for (Index t = 0; t < g.k; ++t) {
                                 const Index of_a = g.transpose_a ? row * g.a.ld + t : t * g.a.ld + row;
+                                const Index of_b = g.transpose_b ? t * g.b.ld + column : column * g.b.ld + t;
                                 sum += static_cast<double>(a[static_cast<std::size_t>(at(g.a) + of_a)]) *
-                                       static_cast<double>(
-                                           b[static_cast<std::size_t>(at(g.b) + column * g.b.ld + t)]);
+                                       static_cast<double>(b[static_cast<std::size_t>(at(g.b) + of_b)]);
                             }
-                            out[static_cast<std::size_t>(at(g.c) + column * g.c.ld + row)] =
-                                static_cast<T>(sum);
+                            T& to = out[static_cast<std::size_t>(at(g.c) + column * g.c.ld + row)];
+                            to = static_cast<T>(g.factor * sum +
+                                                (g.accumulate ? static_cast<double>(to) : 0.0));
                         }
                 }
         return out;
@@ -301,6 +305,29 @@ TEST_F(Products, OneCallSeveralCallsOrPointers) {
             run(in_double.gemm, how.pointers);
             EXPECT_TRUE(near(in_double.c, expected_double));
             EXPECT_EQ(emulator::take_matmuls().front().compute, cublas::kCompute64F);
+        }
+    }
+}
+
+TEST_F(Products, TransposedAndAdded) {
+    for (const bool transpose_a : {false, true}) {
+        for (const bool accumulate : {false, true}) {
+            for (const Axes count : {Axes{1, 1, 7}, Axes{3, 3, 2}}) {
+                const auto test = [&](auto type) {
+                    Batch<decltype(type)> batch(5, 6, 7, transpose_a, count, 1, 1, true);
+                    batch.gemm.accumulate = accumulate;
+                    batch.gemm.factor = 0.5;
+                    const auto expected = batch.expected();
+                    run(batch.gemm);
+                    EXPECT_TRUE(near(batch.c, expected));
+                    for (const auto& call : emulator::take_matmuls()) {
+                        EXPECT_TRUE(call.transpose_b);
+                        EXPECT_EQ(call.beta, accumulate ? 1.0f : 0.0f);
+                    }
+                };
+                test(1.0f);
+                test(1.0);
+            }
         }
     }
 }
