@@ -59,7 +59,8 @@ TEST(Dispatch, TakesTheFirstKernelThatSupportsTheProblem) {
     for (const Kernel& kernel : cpu_kernels()) {
         const bool takes =
             std::find(kernel.dtypes.begin(), kernel.dtypes.end(), DType::f32) != kernel.dtypes.end();
-        if (first.empty() && kernel.unavailable() == nullptr && takes && kernel.forward.refuses(problem) == nullptr)
+        if (first.empty() && kernel.unavailable() == nullptr && takes &&
+            kernel.forward.refuses(problem) == nullptr)
             first = kernel.name;
     }
     const Explanation e = explain(problem);
