@@ -100,6 +100,7 @@ def test_arrays_without_elements(kernel, dtype, sizes):
     assert (grads.dsinks == (B * sizes["Sq"] if sizes["Sk"] == 0 else 0)).all()
 
 
+@pytest.mark.cpu_only  # it looks at the host's memory
 @pytest.mark.one_dtype
 @pytest.mark.skipif(sys.platform == "win32", reason="ru_maxrss")
 @pytest.mark.parametrize(

@@ -110,6 +110,43 @@ def test_graph_capture(torch):
         assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("sizes", [(2, 128, 12, 12, 64), (1, 1000, 8, 2, 128), (40, 33, 3, 3, 17)])
+def test_gradients(torch, name, sizes, causal):
+    """Against autograd in float64; relative to the largest element."""
+    B, S, Hq, Hkv, D = sizes
+    shapes = [(B, S, Hq, D), (B, S, Hkv, D), (B, S, Hkv, D), (B, S, Hq, D)]
+    q, k, v, dout = tensors(torch, getattr(torch, name), *shapes)
+    out, lse = fastattn.mha(q, k, v, causal=causal, return_lse=True)
+    grads = fastattn.mha_backward(dout, q, k, v, out, lse, causal=causal)
+    given = [x.double().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(exact(torch, *given, causal), given, dout.double())
+    for x, y in zip(grads[:3], want, strict=True):
+        assert x.dtype == q.dtype
+        assert worst(torch, x, y) <= 2 * TOLERANCE[name] * max(1.0, float(y.abs().max()))
+
+
+def test_gradients_captured_and_again(torch):
+    q, k, v, dout = tensors(torch, torch.float16, (3, 300, 8, 64), *[(3, 300, 2, 64)] * 2, (3, 300, 8, 64))
+    bias = torch.randn((8, 1, 300), device="cuda").half()
+
+    def backward():
+        out, lse = fastattn.mha(q, k, v, causal=True, bias=bias, return_lse=True)
+        return fastattn.mha_backward(dout, q, k, v, out, lse, causal=True, bias=bias)[:4]
+
+    first = backward()
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(backward(), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backward()
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, first, strict=True))
+
+
 def test_same_bits_again(torch):
     q, k, v = tensors(torch, torch.float16, (3, 700, 8, 128), (3, 700, 2, 128), (3, 700, 2, 128))
     first = fastattn.mha(q, k, v, causal=True)

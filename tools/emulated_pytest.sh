@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
 fi
 # Two runs: -k would also choose among the tests of the second.
 run tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors,concurrency}.py \
-  tests/test_backward_{grid,features,nan_rules,strides,kinds}.py -k "cuda and not memory"
+  tests/test_backward_{grid,features,nan_rules,strides,kinds}.py -k cuda
 shopt -s nullglob
 own=(tests/test_cuda_*.py)
 [ "${#own[@]}" = 0 ] || run "${own[@]}"
