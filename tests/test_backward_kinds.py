@@ -135,3 +135,39 @@ def test_memory_is_linear(kernel, dtype, setup, kwargs):
     # Six arrays of S x 16 and a few rows' worth beside them; one bit for each score would be S*S/8.
     limit = S * S // (1 if kernel in SLOW else 8)
     assert int(out) < limit, f"{int(out) / MB:.1f} MB more at S = {S}; S*S is {S * S / MB:.0f} MB"
+
+
+@pytest.mark.one_dtype
+@pytest.mark.cpu_only  # of a GPU's kernels the unit in work is finished
+@pytest.mark.skipif(sys.platform == "win32", reason="it needs setitimer")
+def test_an_interrupt_in_the_middle_leaves_a_process_that_works(kernel, dtype):
+    """The workspace holds what an earlier, larger call left: nothing of it may be taken for this one's."""
+    if kernel == "cpu-reference":
+        pytest.skip("cpu-reference has no blocks")
+    out, _ = run(f"""
+        import signal
+        name = {kernel!r}
+        fastattn.set_num_threads(1)
+        def call(S):
+            a = qkv(dtype_of(name), 1, S, 1, 1024)
+            out, lse = fastattn.mha(*a, return_lse=True)
+            return (a[0], *a, out, lse)
+        large, small = call(1200), call(768)
+        def stop(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, stop)
+        fastattn.mha_backward(*small, kernel=name)
+        start = time.perf_counter()
+        fastattn.mha_backward(*small, kernel=name)
+        seconds, stopped = time.perf_counter() - start, 0
+        for n in range(15):
+            fastattn.mha_backward(*large)
+            signal.setitimer(signal.ITIMER_REAL, seconds * 0.5 * (n + 1) / 15)
+            try:
+                fastattn.mha_backward(*small, kernel=name)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                stopped += 1
+        print(stopped)
+    """)  # fmt: skip
+    assert int(out) > 0

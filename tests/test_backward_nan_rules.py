@@ -157,3 +157,35 @@ def test_rows_masked_by_a_finite_bias(kernel, dtype, lowest):
     mean = np.broadcast_to(dout.astype(float).sum(axis=1, keepdims=True) / S, v.shape)
     if abs(value) > 1e30:
         np.testing.assert_allclose(grads.dv.astype(float), mean, atol=1e-6 if dtype.itemsize > 2 else 1e-3)
+
+
+@pytest.mark.parametrize("sink", [1e10, 1e15, 1e30])
+def test_sinks_that_take_all_weight(kernel, dtype, sink):
+    if dtype.itemsize == 2:
+        sink = min(sink, 1e10)  # of lse, which is float32
+    q, k, v = qkv(dtype, Sq=5, Sk=7, Hq=1, D=16)
+    sinks = np.full(1, sink, np.float64)
+    grads = gradients(
+        kernel, (q, k, v), normal(q.shape, dtype, 1), normal((1, 1, 5), stats_dtype(dtype), 2), sinks=sinks
+    )
+    for name, x in zip(("dq", "dk", "dv"), grads[:3], strict=True):
+        assert (x == 0).all(), name
+    assert np.isfinite(grads.dsinks).all()
+
+
+def test_scale_beyond_the_dtype(kernel, dtype):
+    q, k, v = qkv(dtype, Sq=5, Sk=7, Hq=1, D=16)
+    q[:] = 0
+    grads = gradients(
+        kernel, (q, k, v), normal(q.shape, dtype, 1), normal((1, 1, 5), stats_dtype(dtype), 2), scale=1e300
+    )
+    assert (grads.dk == 0).all()
+    assert np.isfinite(grads.dv.astype(float)).all()
+
+
+def test_score_of_minus_infinity_is_attended(kernel, dtype):
+    q, k, v = qkv(dtype, Sq=1, Sk=4, Hq=1, D=8)
+    q[0, 0, 0, 0] = np.inf
+    k[0, :, 0, 0] = [1, -1, -2, 1]
+    grads = gradients(kernel, (q, k, v), normal(q.shape, dtype, 1), normal((1, 1, 1), stats_dtype(dtype), 2))
+    assert np.isnan(grads.dv.astype(float)).all()  # lse is NaN or inf: exp(-inf - NaN)

@@ -230,3 +230,12 @@ def test_vmap_in_a_graph():
     mapped = torch.vmap(lambda q: ft.mha(q, k, v), in_dims=2, out_dims=2)
     q = torch.stack([q, 2.0 * q, -q], 2)
     assert torch.equal(torch.compile(mapped, fullgraph=True, backend="aot_eager")(q), mapped(q))
+
+
+def test_only_the_queries_are_dynamic():
+    """The mask's rows are a plain number then, the queries' a symbol."""
+    torch.compiler.reset()
+    compiled = torch.compile(ft.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    q, k, mask = tensor(1, 2, 5, 16), tensor(1, 2, 7, 16), tensor(5, 7)
+    torch._dynamo.maybe_mark_dynamic(q, 2)
+    assert torch.equal(compiled(q, k, k, mask), ft.scaled_dot_product_attention(q, k, k, mask))

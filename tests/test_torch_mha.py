@@ -568,3 +568,18 @@ def test_training_is_that_of_pytorch():
     assert all(
         torch.allclose(x, y, rtol=0, atol=1e-5) for x, y in zip(parameters, want_parameters, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("causal", "x"), ("layout", 3), ("dropout", None), ("kernel", 3), ("device", 3), ("return_weights", 1)],
+)
+def test_slips_are_named(keyword, value):
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(TypeError, match=f"^{keyword}: expected "):
+        ft.mha(q, q, q, **{keyword: value})
+
+
+def test_a_device_of_torch():
+    q = torch.randn(1, 4, 2, 8)
+    assert torch.equal(ft.mha(q, q, q, device=q.device), ft.mha(q, q, q))

@@ -322,3 +322,14 @@ def test_vmap_draws_as_it_is_told():
     assert not torch.equal(different[0], different[1])
     with pytest.raises(RuntimeError, match="random"):
         mapped("error")
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_takes_masks_of_any_float_dtype(kind):
+    q = torch.randn(1, 2, 5, 16)
+    mask = torch.randn(5, 5).to(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = scaled_dot_product_attention(q, q, q, mask)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, q, q, mask.float())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() < 0.05

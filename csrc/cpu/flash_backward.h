@@ -97,7 +97,7 @@ public:
         for (std::int64_t g = 0; g < p_.group; ++g) {
             for (std::int64_t i = 0; i < p_.q_size; ++i) {
                 store_row(b_.dq, i, kv_head_ * p_.group + g, p_.head_dim,
-                          dq_ + (g * p_.q_size + i) * plan_.d_stride, Acc(p_.scale));
+                          dq_ + (g * p_.q_size + i) * plan_.d_stride, x_.scale);
             }
         }
     }
@@ -114,7 +114,7 @@ public:
             Acc* row = partials + (h % p_.group * p_.q_size + i) * plan_.d_stride;
             for (std::int64_t chunk = 1; chunk < plan_.chunks; ++chunk)
                 add_to(row, row + chunk * dq_size, plan_.d_stride);
-            store_row(b_.dq, i, h, p_.head_dim, row, Acc(p_.scale));
+            store_row(b_.dq, i, h, p_.head_dim, row, x_.scale);
         }
     }
 
@@ -157,7 +157,7 @@ public:
                     start_keys(j * plan_.key_block);
                     for (std::int64_t i = rb; i < (out.query == 0 ? plan_.row_blocks : rb + 1); ++i) {
                         if (call_.executor.stop_requested()) return;
-                        if (start_rows(hh % p_.group, i * plan_.row_block)) find_ds();
+                        if (start_rows(hh % p_.group, i * plan_.row_block) && !find_ds()) return;
                     }
                 }
             }
@@ -201,7 +201,9 @@ private:
         state.shift = to_finite<Acc>(whole);
         const bool finite = t - t == 0;  // in powers of two too
 
-        state.factor = finite ? Acc(::exp2(double(state.shift) - t)) : Acc(1);
+        // Beyond 2^31 the shift may be further from lse than the type's exponents reach; such weights are 0 or wrong.
+        const double rest = double(state.shift) - t;
+        state.factor = finite ? Acc(::exp2(rest > 126 ? 126 : (rest < -126 ? -126 : rest))) : Acc(1);
         if (!finite) state.shift = Acc(t);
         if (lse - lse == 0 && magnitude(t) > kCoarse) refine_weights(h, i, lse, state);
         return state;
@@ -219,7 +221,9 @@ private:
         const RowInfo row = row_of(h, i);
         const S* k = row_pointer<const S>(p_.k, x_.batch, 0, h / p_.group);
         pack_row<E>(q_rows_, row_pointer<const S>(p_.q, x_.batch, i, h), p_.q.dim, p_.head_dim);
-        double top = -kInf<double>, sum = 0;
+        const bool sink = p_.sinks.data != nullptr;
+        double top = sink ? read_head(p_.sinks, 0, h) * kLog2E : -kInf<double>,
+               sum = top > -kInf<double> ? 1.0 : 0.0;
         x_.info[0] = row;
         for (key_ = row.begin / E::nr * E::nr; key_ < row.end; key_ += E::nr) {
             const std::int64_t left = p_.kv_size - key_;
@@ -242,7 +246,6 @@ private:
                 sum += ::exp2(x - top);
             }
         }
-        if (p_.sinks.data != nullptr) sum += ::exp2(read_head(p_.sinks, 0, h) * kLog2E - top);
         const double found = (top + ::log2(sum)) / kLog2E;
         const bool agree =
             magnitude(found - lse) <= 4 * double(std::numeric_limits<Acc>::epsilon()) * magnitude(lse);
@@ -292,14 +295,14 @@ private:
             for (std::int64_t i = 0; i < p_.q_size; i += plan_.row_block) {
                 if (call_.executor.stop_requested()) return;
                 if (!start_rows(g, i)) continue;
-                find_ds();
+                if (!find_ds()) return;
                 add_key_products();
                 add_query_products(chunk_dq_ + (g * p_.q_size + i) * plan_.d_stride);
                 if (careful_) add_bad_products(chunk_dq_ + (g * p_.q_size + i) * plan_.d_stride);
             }
         }
         for (std::int64_t c = 0; c < keys_; ++c) {
-            store_row(b_.dk, j + c, kv_head_, p_.head_dim, dk_ + c * plan_.d_stride, Acc(p_.scale));
+            store_row(b_.dk, j + c, kv_head_, p_.head_dim, dk_ + c * plan_.d_stride, x_.scale);
             store_row(b_.dv, j + c, kv_head_, p_.value_dim, dv_ + c * plan_.v_stride, keep_factor_);
         }
     }
@@ -380,11 +383,13 @@ private:
 
     // ---- P and dS -------------------------------------------------------------------------------------------
     // Of all rows and keys of the blocks.
-    void find_ds() {
+    // False when asked to stop: tiles_ is incomplete then.
+    bool find_ds() {
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
-            if (call_.executor.stop_requested()) return;
+            if (call_.executor.stop_requested()) return false;
             find_tile(r);
         }
+        return true;
     }
 
     void find_tile(std::int64_t r) {
@@ -474,6 +479,11 @@ private:
 #pragma GCC unroll 8
                     for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
                 }
+                if (careful_) [[unlikely]] {
+                    for (int m = 0; m < E::mr; ++m)
+                        for (int n = 0; n < NV; ++n)
+                            acc[m][n] = V::max(V::set1(std::numeric_limits<Acc>::lowest() / 2), acc[m][n]);
+                }
                 store_tile<NV>(x_tile_, acc, V::set1(-kInf<Acc>));
             }
         }
@@ -518,6 +528,9 @@ private:
     void find_scores(std::int64_t r, Acc* x, Acc* cap, std::int64_t c) {
         const RowInfo& row = x_.info[r];
         const std::int64_t j = key_ + c;
+        // -inf stands for keys that the row may not attend; of others it is a score that has no weight, but whose
+        // products may be NaN.
+        const V lowest = V::set1(std::numeric_limits<Acc>::lowest() / 2);
         for (int n = 0; n < E::nv; ++n) {
             V t[1] = {V::load(x + n * w)};
             if (x_.elementwise) {
@@ -526,9 +539,11 @@ private:
                     const V share = t[0] * V::set1(x_.inverse_softcap);
                     (V::set1(Acc(1)) - share * share).store(cap + n * w);
                 }
+                if (careful_) t[0] = V::max(lowest, t[0]);
                 place_scores(x_, row, j + n * w, t);
             } else {
                 t[0] = t[0] * V::set1(x_.scale_log2e);
+                if (careful_) t[0] = V::max(lowest, t[0]);
             }
             keep_range(row, j + n * w, t);
             t[0].store(x + n * w);
@@ -589,7 +604,7 @@ private:
         if constexpr (featured) {
             if (p_.dropout > 0) {
                 kept = V::load(kept_tile_ + at);
-                dp = V::select(V::eq(kept, zero), zero, dp * V::set1(keep_factor_));
+                dp = dp * V::select(V::eq(kept, zero), zero, V::set1(keep_factor_));
             }
         }
         ds = p * (dp - V::set1(rows_[r + m].delta));
@@ -626,6 +641,7 @@ private:
     void add_key_products() {
         const std::int64_t tiles = padded_ / E::mr;
         for (std::int64_t c = 0; c < keys_; c += E::mr) {
+            if (call_.executor.stop_requested()) return;
             std::int64_t begin = 0, end = tiles;
             const auto has_weights = [&](std::int64_t t) {
                 return tiles_[t].first < c + E::mr && tiles_[t].last > c;
@@ -648,6 +664,7 @@ private:
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
             const TileColumns tile = tiles_[r / E::mr];
             if (tile.last <= tile.first) continue;
+            if (call_.executor.stop_requested()) return;
             const std::int64_t first = tile.first / E::scalars, depth = (tile.last - tile.first) / E::scalars;
             const Unit* a = ds_rows_ + r * plan_.ds_stride + first;
             const Unit* b = k_rows_ + first * E::nr;

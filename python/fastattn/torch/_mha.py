@@ -34,7 +34,7 @@ def mha(
     seed: int | Tensor = 0,
     return_lse: bool = False,
     return_weights: bool = False,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     kernel: str | None = None,
 ) -> Any:
     """`fastattn.mha` for tensors, differentiable once in q, k, v, bias, alibi_slopes and sinks.
@@ -113,14 +113,20 @@ def mha(
         if side is not None:
             check_side(TypeError, name, side, q)
     left, right = (None, None) if window is None else _pair(window)
+    for name, flag in (("causal", causal), ("return_weights", return_weights)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    if dropout is None:
+        raise TypeError("dropout: expected a number, got None")
     out, lse, weights = call(
         q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, offsets, seed_tensor,
-        layout, number("scale", scale), causal, left, right,
+        _text("layout", layout), number("scale", scale), causal, left, right,
         None if offset is None else integer("q_offset", offset),
         number("softcap", softcap), number("dropout", dropout),
         # The operator's integers have 64 bits and a sign.
         seed_number if seed_number < 2**63 else seed_number - 2**64,
-        device, kernel, return_weights,
+        None if device is None else _text("device", device),
+        None if kernel is None else _text("kernel", kernel), return_weights,
     )  # fmt: skip
     if not (return_lse or return_weights):
         return out
@@ -160,6 +166,14 @@ def check_side(wrong: type[Exception], name: str, x: Any, q: Tensor) -> None:
     # A number of the host goes with any device, as in PyTorch.
     if x.device != q.device and (x.dim() or not x.is_cpu):
         raise wrong(f"{name}: expected a tensor on {q.device}, as the first one, got {x.device}")
+
+
+def _text(name: str, x: Any) -> str:
+    if isinstance(x, torch.device) and name == "device":
+        return str(x)
+    if not isinstance(x, str):
+        raise TypeError(f"{name}: expected a str, got {type(x).__name__}")
+    return x
 
 
 def _pair(window: Any) -> tuple[int | None, int | None]:

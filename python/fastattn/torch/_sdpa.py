@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
             attn_mask = _merged_mask(attn_mask, lead[:-1])
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
-        elif attn_mask.dtype not in (torch.float32, wanted):
+        elif attn_mask.dtype not in _mask_dtypes(wanted, query):
             raise RuntimeError(f"attn_mask: expected bool, float32 or {wanted}, got {attn_mask.dtype}")
         else:
             single = attn_mask.dtype == torch.float32 and query.dtype != torch.float64
@@ -108,9 +108,16 @@ def scaled_dot_product_attention(
     return out.reshape(*lead, *out.shape[-2:]) if merge else out
 
 
+def _mask_dtypes(wanted: Any, query: Tensor) -> tuple[Any, ...]:
+    """Float dtypes that attn_mask may have; autocast casts it too."""
+    kind = query.device.type
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return (torch.float32, wanted, *((torch.float16, torch.bfloat16) if cast else ()))
+
+
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(
-        n in (1, m) for n, m in zip(reversed(shape), reversed(target), strict=False)
+        n == 1 or n == m for n, m in zip(reversed(shape), reversed(target), strict=False)
     )
 
 
