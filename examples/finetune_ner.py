@@ -2,7 +2,7 @@
 
     pip install '.[examples]'
     python examples/finetune_ner.py
-    python examples/finetune_ner.py --attention fastattn --epochs 3
+    python examples/finetune_ner.py --attention fastattn --epochs 5
 
 The encoder is that of minilm.py, here as transformers' AutoModel: after fastattn.torch.register() it takes
 attn_implementation="fastattn". A linear layer on top gives each word one of seven tags (O, and B- or I- of
@@ -225,7 +225,7 @@ def print_scores(title, right, predictions):
 
 
 def parse_arguments(argv):
-    defaults = {"epochs": 2, "batch_size": 32, "sentences": 2400, "test_sentences": 400, "lr": 3e-4}
+    defaults = {"epochs": 3, "batch_size": 32, "sentences": 2400, "test_sentences": 400, "lr": 3e-4}
     return training.parser_of(__doc__.splitlines()[0], **defaults).parse_args(argv)
 
 
