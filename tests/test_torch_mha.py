@@ -476,7 +476,7 @@ WRONG: dict[str, tuple[dict[str, Any], Any, str]] = {
     "half a seed": ({"seed": 0.5}, TypeError, "^seed: expected an int, got 0.5"),
     "half an offset": ({"q_offset": 0.5}, TypeError, "^q_offset: expected an int, got 0.5"),
     "half a window": ({"window": (0.5, None)}, TypeError, "^window: expected an int, got 0.5"),
-    "causal": ({"causal": "yes"}, RuntimeError, "'causal'"),
+    "causal": ({"causal": "yes"}, TypeError, "^causal: expected a bool, got str"),
     "lengths": ({"kv_lens": torch.tensor([8, 1])}, ValueError, "^kv_lens"),
     "kernel": ({"kernel": "none"}, fastattn.UnsupportedError, "^kernel: "),
 }
