@@ -1,8 +1,7 @@
 // Decode: few query rows (R = Sq * G <= kDecodeRows) per head, so that reading k and v is what takes the
-// time. They are used where they lie, once for all rows. A block of kDecodeBlock keys of all the heads of
-// the item is first touched in the order of the addresses, which is what the hardware's prefetchers follow;
-// the products then find it in the cache, in whatever order they like. With one row for each of several heads
-// the products are as cheap as the touching and take its place.
+// time. They are used where they lie, once for all rows, and in the order of the addresses: a few keys of all
+// the heads of the item, then the next ones. While the keys of a block of kDecodeBlock are computed its values
+// are on their way from memory, and then the keys of the next block.
 //
 //   q (heads*R, D)   k, v rows in memory, any storage type   scores, p (heads*R, kDecodeBlock)   O (heads*R, Dv)
 #pragma once
@@ -14,22 +13,15 @@
 namespace fastattn::cpu {
 namespace {
 
-// width vectors become one vector of their sums, in order.
-template <class V>
-FASTATTN_INLINE V reduce_each(V (&r)[V::width]) {
-#pragma GCC unroll 4
-    for (int n = V::width / 2; n >= 1; n /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < n; ++i)
-            r[i] = V::interleave_lo(r[i], r[i + n]) + V::interleave_hi(r[i], r[i + n]);
+// width vectors become one vector of their sums, in order. Depth first, so that few are alive.
+template <class V, int step = 1>
+FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
+    if constexpr (step == V::width) {
+        return r[first];
+    } else {
+        const V a = reduce_each<V, 2 * step>(r, first), b = reduce_each<V, 2 * step>(r, first + step);
+        return V::interleave_lo(a, b) + V::interleave_hi(a, b);
     }
-    return r[0];
-}
-
-// Reads one byte of every cache line.
-inline void touch(const void* begin, std::int64_t bytes) {
-    const volatile char* p = static_cast<const volatile char*>(begin);
-    for (std::int64_t b = 0; b < bytes; b += 64) static_cast<void>(p[b]);
 }
 
 template <class E, class S>
@@ -39,6 +31,7 @@ class Decode {
     static constexpr int w = V::width;
     static constexpr std::int64_t block = kDecodeBlock;
     static constexpr int most_rows = w < 4 ? w : 4;  // rows of a register tile: 1, 2 or 4
+    static constexpr std::int64_t kValueKeys = 8;  // O is loaded and stored once for so many
 
 public:
     Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
@@ -69,38 +62,64 @@ private:
     void pass(bool careful) {
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
-            const std::int64_t n = keys_.end - j < block ? keys_.end - j : block;
+            const std::int64_t n = block_keys(j);
             if (masked(j, n)) continue;
             const int vectors = static_cast<int>((n + w - 1) / w);
+            next_ = {v_ + j * p_.v.seq, p_.v.seq, p_.v.head, p_.value_dim, n};
             if (one_row_) {
                 score_keys(j, n);
+            } else if (p_.head_dim % w == 0) {
+                score_block<false>(k_ + j * p_.k.seq, n);
             } else {
-                touch_block(k_, p_.k, p_.head_dim, j, n);
+                score_block<true>(k_ + j * p_.k.seq, n);
             }
-            for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const std::int64_t first = h * item_.rows;
-                if (!one_row_) score_block(first, k_ + h * p_.k.head + j * p_.k.seq, n);
-                for (std::int64_t r = first; r < first + item_.rows; ++r) {
-                    Acc* s = at_.scores + r * block;
-                    const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
-                    follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
-                    store_weights(r, s, at_.p + r * block, j, vectors);
-                }
+            for (std::int64_t r = 0; r < rows_; ++r) {
+                Acc* s = at_.scores + r * block;
+                const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
+                follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
+                store_weights(r, s, at_.p + r * block, j, vectors);
             }
-            if (one_row_ && !careful) {
+            next_ = keys_after(j);
+            const S* v = v_ + j * p_.v.seq;
+            if (careful) {
+                for (std::int64_t h = 0; h < item_.heads; ++h)
+                    add_values_carefully(h * item_.rows, v + h * p_.v.head, j, n);
+            } else if (one_row_) {
                 add_rows(j, n);
-                continue;
-            }
-            touch_block(v_, p_.v, p_.value_dim, j, n);
-            for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const S* v = v_ + h * p_.v.head + j * p_.v.seq;
-                if (careful) {
-                    add_values_carefully(h * item_.rows, v, j, n);
-                } else {
-                    add_values(h * item_.rows, v, n);
-                }
+            } else {
+                add_values(v, n);
             }
         }
+    }
+
+    std::int64_t block_keys(std::int64_t j) const {
+        return keys_.end - j < block ? keys_.end - j : block;
+    }
+
+    // What is read after the present part of a block: the values of its keys, then the keys of the next block. Asked
+    // for row by row while the present part is computed, into L2: L1 has room for neither, and its few pending
+    // misses would be the limit.
+    struct Ahead {
+        const S* rows = nullptr;
+        std::int64_t seq = 0, head = 0, dim = 0, n = 0;
+
+        FASTATTN_INLINE void fetch(std::int64_t k, std::int64_t h) const {
+            if (k >= n) return;
+            const char* row = reinterpret_cast<const char*>(rows + k * seq + h * head);
+            const std::int64_t bytes = dim * static_cast<std::int64_t>(sizeof(S));
+            for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+        }
+    };
+
+    Ahead keys_after(std::int64_t j) const {
+        j += block;
+        if (j < keys_.end) return {k_ + j * p_.k.seq, p_.k.seq, p_.k.head, p_.head_dim, block_keys(j)};
+        const std::int64_t next = call_.executor.next_item();
+        if (next >= call_.plan.items) return {};
+        const ItemRange item = item_range(call_, next);
+        const std::int64_t n = item.key_end - item.key_begin;
+        return {row_pointer<const S>(p_.k, item.batch, item.key_begin, item.kv_head), p_.k.seq, p_.k.head,
+                p_.head_dim, n < block ? n : block};
     }
 
     // x (in s) of row r becomes weights, and its sum follows.
@@ -116,20 +135,6 @@ private:
         sum.store(memory);
         // After the sum: the denominator knows nothing of it.
         if (p_.dropout > 0) drop_weights(x_, x_.info[r], p, j, vectors * w);
-    }
-
-    void touch_block(const S* x, const Operand& layout, std::int64_t dim, std::int64_t j,
-                     std::int64_t n) const {
-        const auto size = static_cast<std::int64_t>(sizeof(S));
-        const bool dense = layout.head == dim;
-        for (std::int64_t k = j; k < j + n; ++k) {
-            const S* row = x + k * layout.seq;
-            if (dense) {
-                touch(row, item_.heads * dim * size);
-            } else {
-                for (std::int64_t h = 0; h < item_.heads; ++h) touch(row + h * layout.head, dim * size);
-            }
-        }
     }
 
     bool masked(std::int64_t j, std::int64_t n) const {
@@ -163,30 +168,39 @@ private:
         if (r < end) f(r, Count<1>{});
     }
 
-    // scores[r][0..n) = q_r . k_j for the rows of a head
-    void score_block(std::int64_t first, const S* keys_begin, std::int64_t n) {
-        if (p_.head_dim % w == 0) {
-            score_block<false>(first, keys_begin, n);
-        } else {
-            score_block<true>(first, keys_begin, n);
-        }
+    // Keys of a step: read for all heads before the next ones, so that memory is read in the order of the
+    // addresses. As many as the narrowest tile of rows takes.
+    std::int64_t step_keys() const {
+        const std::int64_t narrow = item_.rows % 4 == 0 ? 4 : item_.rows % 2 == 0 ? 2 : 1;
+        return w / (narrow < most_rows ? narrow : most_rows);
     }
-    // has_tail: D is not a multiple of the width. Code of its own, so that the sums stay in registers without.
+
+    // scores[r][0..n) = q_r . k_j for all rows. has_tail: D is not a multiple of the width; code of its own, so
+    // that the sums stay in registers without.
     template <bool has_tail>
-    void score_block(std::int64_t first, const S* keys_begin, std::int64_t n) {
-        for_row_tiles(first, [&](std::int64_t r, auto rows) {
-            constexpr int heads = decltype(rows)::value, keys = w / heads;
-            for (std::int64_t c = 0; c < n; c += keys) {
-                const S* k[keys];
+    void score_block(const S* block_begin, std::int64_t n) {
+        const std::int64_t step = step_keys();
+        for (std::int64_t begin = 0; begin < n; begin += step) {
+            for (std::int64_t h = 0; h < item_.heads; ++h) {
+                for (std::int64_t k = begin; k < begin + step; ++k) next_.fetch(k, h);
+                const S* keys_begin = block_begin + h * p_.k.head;
+                for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
+                    constexpr int heads = decltype(rows)::value, keys = w / heads;
+                    for (std::int64_t c = begin; c < begin + step && c < n; c += keys) {
+                        const S* k[keys];
 #pragma GCC unroll 16
-                for (int i = 0; i < keys; ++i) k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
-                alignas(64) Acc sums[w];
-                dot_tile<heads, keys, has_tail>(at_.q + r * call_.plan.q_stride, k).store(sums);
-                for (int h = 0; h < heads; ++h) {
-                    for (int i = 0; i < keys; ++i) at_.scores[(r + h) * block + c + i] = sums[h * keys + i];
-                }
+                        for (int i = 0; i < keys; ++i)
+                            k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
+                        alignas(64) Acc sums[w];
+                        dot_tile<heads, keys, has_tail>(at_.q + r * call_.plan.q_stride, k).store(sums);
+                        for (int m = 0; m < heads; ++m) {
+                            for (int i = 0; i < keys; ++i)
+                                at_.scores[(r + m) * block + c + i] = sums[m * keys + i];
+                        }
+                    }
+                });
             }
-        });
+        }
     }
 
     // With one row for each head the products cost no more than touching does: k and v are used as they are read,
@@ -202,8 +216,10 @@ private:
                     const int heads = item_.heads - h < w ? static_cast<int>(item_.heads - h) : w;
                     V sums[w];
                     for (int m = 0; m < w; ++m) sums[m] = V::zero();
-                    for (int m = 0; m < heads; ++m)
+                    for (int m = 0; m < heads; ++m) {
+                        next_.fetch(c + i, h + m);
                         sums[m] = dot(at_.q + (h + m) * call_.plan.q_stride, key + (h + m) * p_.k.head);
+                    }
                     reduce_each(sums).store(at_.v + (h * w) + i * w);  // (heads / width, keys, width)
                 }
             }
@@ -231,6 +247,8 @@ private:
         for (std::int64_t k = 0; k < n; k += 2) {
             const bool two = k + 1 < n;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
+                next_.fetch(k, h);
+                next_.fetch(k + 1, h);
                 const S* v = v_ + (j + k) * p_.v.seq + h * p_.v.head;
                 const S* next = v + (two ? p_.v.seq : 0);
                 const Acc* p = at_.p + h * block + k;
@@ -271,26 +289,36 @@ private:
         return reduce_each(acc);
     }
 
-    // O[r] += sum_j p[r][j] v_j for the rows of a head
-    void add_values(std::int64_t first, const S* v, std::int64_t n) {
+    // O[r] += sum_j p[r][j] v_j for all rows, kValueKeys keys of all heads at a time
+    void add_values(const S* v, std::int64_t n) {
         const std::int64_t whole = p_.value_dim / w * w;
-        for_row_tiles(first, [&](std::int64_t r, auto rows) {
-            constexpr int m = decltype(rows)::value;
-            for (std::int64_t c = 0; c < whole; c += E::nr) {
-                const std::int64_t left = whole - c;
-                const int vectors = left >= E::nr ? E::nv : static_cast<int>(left / w);
-                with_count<E::nv>(vectors, [&](auto count) {
-                    gemm_accumulate<E, m, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride,
-                                                                  at_.p + r * block, block, v + c, p_.v.seq,
-                                                                  n);
+        for (std::int64_t k = 0; k < n; k += kValueKeys) {
+            const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
+            for (std::int64_t h = 0; h < item_.heads; ++h) {
+                for (std::int64_t i = k; i < k + kValueKeys; ++i) next_.fetch(i, h);
+                const S* rows_begin = v + k * p_.v.seq + h * p_.v.head;
+                for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
+                    constexpr int m = decltype(rows)::value;
+                    for (std::int64_t c = 0; c < whole; c += E::nr) {
+                        const std::int64_t left = whole - c;
+                        const int vectors = left >= E::nr ? E::nv : static_cast<int>(left / w);
+                        with_count<E::nv>(vectors, [&](auto count) {
+                            gemm_accumulate<E, m, decltype(count)::value>(
+                                x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + r * block + k, block,
+                                rows_begin + c, p_.v.seq, depth);
+                        });
+                    }
                 });
             }
-            if (whole < p_.value_dim) {
-                if (r == first) pack_tail(v + whole, n, p_.value_dim - whole);
-                gemm_accumulate<E, m, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride, at_.p + r * block,
-                                         block, at_.v, w, n);
-            }
-        });
+        }
+        if (whole == p_.value_dim) return;
+        for (std::int64_t h = 0; h < item_.heads; ++h) {
+            pack_tail(v + h * p_.v.head + whole, n, p_.value_dim - whole);
+            for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
+                gemm_accumulate<E, decltype(rows)::value, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride,
+                                                             at_.p + r * block, block, at_.v, w, n);
+            });
+        }
     }
 
     // The columns of v beyond whole vectors, zero-filled: (n, width).
@@ -320,6 +348,7 @@ private:
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t rows_ = 0;  // of all heads
+    Ahead next_;
     bool one_row_ = false;  // of each of several heads
     const S* k_ = nullptr;
     const S* v_ = nullptr;
