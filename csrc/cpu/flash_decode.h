@@ -16,7 +16,9 @@ namespace {
 // width vectors become one vector of their sums, in order. Depth first, so that few are alive.
 template <class V, int step = 1>
 FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
-    if constexpr (step == V::width) {
+    if constexpr (requires { V::sum_each(r); }) {
+        return V::sum_each(r);
+    } else if constexpr (step == V::width) {
         return r[first];
     } else {
         const V a = reduce_each<V, 2 * step>(r, first), b = reduce_each<V, 2 * step>(r, first + step);
@@ -24,7 +26,8 @@ FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
     }
 }
 
-template <class E, class S>
+// E: engine of the values, Q: engine of q . k.
+template <class E, class Q, class S>
 class Decode {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -43,7 +46,7 @@ public:
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
         for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<E>(at_.q + r * call_.plan.q_stride,
+            pack_row<Q>(at_.q + r * call_.plan.q_stride,
                         row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
@@ -68,7 +71,7 @@ private:
             next_ = {v_ + j * p_.v.seq, p_.v.seq, p_.v.head, p_.value_dim, n};
             if (one_row_) {
                 score_keys(j, n);
-            } else if (p_.head_dim % w == 0) {
+            } else if (p_.head_dim % (w * Q::scalars) == 0) {
                 score_block<false>(k_ + j * p_.k.seq, n);
             } else {
                 score_block<true>(k_ + j * p_.k.seq, n);
@@ -235,9 +238,11 @@ private:
 
     FASTATTN_INLINE V dot(const Acc* q, const S* k) const {
         V sum = V::zero();
-        std::int64_t d = 0;
-        for (; d + w <= p_.head_dim; d += w) sum = V::fma(V::load(q + d), V::load(k + d), sum);
-        if (d < p_.head_dim) sum = V::fma(V::load(q + d), load_n<V>(k + d, p_.head_dim - d), sum);
+        std::int64_t u = 0;
+        for (; (u + w) * Q::scalars <= p_.head_dim; u += w)
+            sum = Q::mma(V::load(q + u), Q::load_whole(k, u), sum);
+        if (u * Q::scalars < p_.head_dim)
+            sum = Q::mma(V::load(q + u), Q::load_units(k, 1, u, p_.head_dim), sum);
         return sum;
     }
 
@@ -272,20 +277,22 @@ private:
         V acc[w];
 #pragma GCC unroll 16
         for (int i = 0; i < w; ++i) acc[i] = V::zero();
-        auto step = [&](std::int64_t d, auto load_key) {
+        auto step = [&](std::int64_t u, auto load_key) {
             V qs[heads];
 #pragma GCC unroll 4
-            for (int h = 0; h < heads; ++h) qs[h] = V::load(q + h * call_.plan.q_stride + d);
+            for (int h = 0; h < heads; ++h) qs[h] = V::load(q + h * call_.plan.q_stride + u);
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
-                const V x = load_key(k[i] + d);
+                const V x = load_key(k[i], u);
 #pragma GCC unroll 4
-                for (int h = 0; h < heads; ++h) acc[h * keys + i] = V::fma(qs[h], x, acc[h * keys + i]);
+                for (int h = 0; h < heads; ++h) acc[h * keys + i] = Q::mma(qs[h], x, acc[h * keys + i]);
             }
         };
-        std::int64_t d = 0;
-        for (; d + w <= p_.head_dim; d += w) step(d, [](const S* x) { return V::load(x); });
-        if constexpr (has_tail) step(d, [&](const S* x) { return load_n<V>(x, p_.head_dim - d); });
+        std::int64_t u = 0;
+        for (; (u + w) * Q::scalars <= p_.head_dim; u += w)
+            step(u, [](const S* x, std::int64_t at) { return Q::load_whole(x, at); });
+        if constexpr (has_tail)
+            step(u, [&](const S* x, std::int64_t at) { return Q::load_units(x, 1, at, p_.head_dim); });
         return reduce_each(acc);
     }
 
@@ -299,15 +306,15 @@ private:
                 const S* rows_begin = v + k * p_.v.seq + h * p_.v.head;
                 for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
                     constexpr int m = decltype(rows)::value;
-                    for (std::int64_t c = 0; c < whole; c += E::nr) {
-                        const std::int64_t left = whole - c;
-                        const int vectors = left >= E::nr ? E::nv : static_cast<int>(left / w);
-                        with_count<E::nv>(vectors, [&](auto count) {
-                            gemm_accumulate<E, m, decltype(count)::value>(
-                                x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + r * block + k, block,
-                                rows_begin + c, p_.v.seq, depth);
-                        });
-                    }
+                    const auto add = [&](std::int64_t c, auto count) {
+                        gemm_accumulate<E, m, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride,
+                                                                      at_.p + r * block + k, block,
+                                                                      rows_begin + c, p_.v.seq, depth);
+                    };
+                    std::int64_t c = 0;
+                    for (; c + E::nr <= whole; c += E::nr) add(c, Count<E::nv>{});
+                    if (c < whole)
+                        with_count<E::nv>(static_cast<int>((whole - c) / w), [&](auto count) { add(c, count); });
                 });
             }
         }
@@ -354,9 +361,9 @@ private:
     const S* v_ = nullptr;
 };
 
-template <class E, class S>
+template <class E, class Q, class S>
 void decode_item(const FlashCall& call, std::int64_t item, std::byte* workspace) {
-    Decode<E, S>(call, item, workspace).run(workspace);
+    Decode<E, Q, S>(call, item, workspace).run(workspace);
 }
 
 }  // namespace

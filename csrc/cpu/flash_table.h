@@ -10,11 +10,12 @@
 namespace fastattn::cpu {
 namespace {
 
-// E: engine of prefill, D: engine of decode (fused multiply-add always), S: storage type.
+// E: engine of prefill and of decode's q . k, D: engine of decode's values (fused multiply-add always), S: storage
+// type.
 template <class E, class D, class S>
 void flash_forward(const FlashCall& call, std::int64_t item, std::byte* workspace) {
     if (call.plan.decode) {
-        decode_item<D, S>(call, item, workspace);
+        decode_item<D, E, S>(call, item, workspace);
     } else {
         prefill_item<E, S>(call, item, workspace);
     }

@@ -89,6 +89,25 @@ struct Vec<float, Avx512> {
         const __m512i idx = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         return {_mm512_permutex2var_ps(a.v, idx, b.v)};
     }
+    // Shuffles within 128 bits, then of whole ones: these leave the FMA pipes alone, permutations of two do not.
+    static FASTATTN_INLINE Vec sum_each(const Vec (&r)[16]) {
+        Vec pair[2], quad[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                const __m512 a = r[4 * i + 2 * k].v, b = r[4 * i + 2 * k + 1].v;
+                pair[k].v = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            }
+            const __m512d a = _mm512_castps_pd(pair[0].v), b = _mm512_castps_pd(pair[1].v);
+            quad[i].v = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        }
+        const auto halves = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        };
+        return {halves(halves(quad[0].v, quad[1].v), halves(quad[2].v, quad[3].v))};
+    }
     typedef std::uint32_t Words __attribute__((vector_size(64)));
     static FASTATTN_INLINE void mul_wide(Words a, std::uint32_t m, Words& hi, Words& lo) {
         const __m512i x = (__m512i)a, y = _mm512_set1_epi64(static_cast<std::int64_t>(m));
