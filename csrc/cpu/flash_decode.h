@@ -42,6 +42,7 @@ public:
         rows_ = item_.rows * item_.heads;
         one_row_ = item_.rows == 1 && item_.heads > 1 && item_.heads <= kDecodeBlock;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
+        clear_output(x_, 0, rows_);
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
         for (std::int64_t r = 0; r < rows_; ++r) {
@@ -56,6 +57,7 @@ public:
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
             start_item<E>(call_, item_, rows_, workspace, x_, at_);
+            clear_output(x_, 0, rows_);
             pass(true);
         }
         end_item<E, S>(call_, item_, x_);

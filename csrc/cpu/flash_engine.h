@@ -10,6 +10,16 @@
 namespace fastattn::cpu {
 namespace {
 
+// Neighbours first.
+template <class V, int N>
+FASTATTN_INLINE V sum_of(const V (&x)[N]) {
+    static_assert(N % 2 == 0);
+    V sum = x[0] + x[1];
+#pragma GCC unroll 8
+    for (int n = 2; n < N; n += 2) sum = sum + (x[n] + x[n + 1]);
+    return sum;
+}
+
 // Products by fused multiply-add in the compute type (f64 for f64, f32 for the others).
 template <class T, class Isa, int kRows, int kVecs>
 struct FmaEngine {
@@ -25,12 +35,12 @@ struct FmaEngine {
     static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
     static constexpr int sums = 1;             // of a row: see Bf16DotEngine
 
-    // Two vectors of weights: stored as the product with v takes them; added to the row's sums in memory.
+    // Weights: two vectors stored as the product with v takes them; those of a panel added to the row's sums in memory.
     static FASTATTN_INLINE void store_weights(V a, V b, Unit* row, std::int64_t column) {
         a.store(row + column);
         b.store(row + column + V::width);
     }
-    static FASTATTN_INLINE void add_weights(V a, V b, Acc* sum) { (V::load(sum) + (a + b)).store(sum); }
+    static FASTATTN_INLINE void add_weights(const V (&p)[nv], Acc* sum) { (V::load(sum) + sum_of(p)).store(sum); }
     static FASTATTN_INLINE T weight(const Unit* row, std::int64_t column) { return row[column]; }
     static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, T p) { row[column] = p; }
 

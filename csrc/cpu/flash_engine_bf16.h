@@ -28,11 +28,14 @@ struct Bf16DotEngine {
         const __m512bh pairs = _mm512_cvtne2ps_pbh(b.v, a.v);
         std::memcpy(reinterpret_cast<bf16_t*>(row) + column, &pairs, sizeof pairs);
     }
-    static FASTATTN_INLINE void add_weights(V a, V b, Acc* sum) {
-        const __m512bh pairs = _mm512_cvtne2ps_pbh(b.v, a.v);
+    static FASTATTN_INLINE void add_weights(const V (&p)[nv], Acc* sum) {
         const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-        (V::load(sum) + (a + b)).store(sum);
-        V{_mm512_dpbf16_ps(V::load(sum + V::width).v, pairs, ones)}.store(sum + V::width);
+        __m512 rounded = V::load(sum + V::width).v;
+#pragma GCC unroll 8
+        for (int n = 0; n < nv; n += 2)
+            rounded = _mm512_dpbf16_ps(rounded, _mm512_cvtne2ps_pbh(p[n + 1].v, p[n].v), ones);
+        V{rounded}.store(sum + V::width);
+        (V::load(sum) + sum_of(p)).store(sum);
     }
     static FASTATTN_INLINE float weight(const Unit* row, std::int64_t column) {
         bf16_t x;

@@ -51,18 +51,27 @@ FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename
     gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, done, depth);
 }
 
-// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row); side: beside the first `before` of
-// depth, whose results the rest may need.
+// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row), or = where `fresh`; side: beside the
+// first `before` of depth, whose results the rest may need.
 template <class E, int MR, int NV, class B, class Side>
-FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
-                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
-                                     std::int64_t before, Side& side, std::int64_t a_step = 1) {
+FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out_row,
+                                          const typename E::Unit* a, std::int64_t a_row, const B* b,
+                                          std::int64_t b_row, std::int64_t depth, std::int64_t before,
+                                          Side& side, std::int64_t a_step, bool fresh) {
     using V = typename E::V;
     V acc[MR][NV];
+    if (fresh) {
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
+        for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
+            for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
+        }
     }
     if constexpr (Side::steps > 0) gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
     gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, before, depth, a_step);
@@ -75,9 +84,9 @@ FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row,
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
                                      std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
-                                     std::int64_t a_step = 1) {
+                                     std::int64_t a_step = 1, bool fresh = false) {
     NoSide none;
-    gemm_accumulate<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none, a_step);
+    gemm_accumulate_with<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none, a_step, fresh);
 }
 
 // Calls f(std::integral_constant<int, n>) for a run-time n in [1, N]: tails as their own code.

@@ -3,6 +3,7 @@
 
 #include <fastattn/attention.h>
 
+#include "core/key_range.h"
 #include "cpu/flash_output.h"
 #include "cpu/isa_kernels.h"
 
@@ -40,20 +41,33 @@ inline ItemRange item_range(const FlashCall& call, std::int64_t item) {
     return x;
 }
 
-inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t kv_head, std::int64_t row) {
-    RowInfo info{};
-    info.query = row / p.group;
-    info.head = kv_head * p.group + row % p.group;
-    if (info.query < p.q_len(b)) {
-        const KeyRange range = p.key_range(b, info.query);
-        info.begin = range.begin;
-        info.end = range.end;
+// Which keys the rows of one batch entry may attend.
+struct RowRule {
+    const AttentionProblem& problem;
+    const std::int64_t q_len, kv_len, offset;
+
+    RowRule(const AttentionProblem& p, std::int64_t b)
+        : problem(p), q_len(p.q_len(b)), kv_len(p.kv_len(b)), offset(p.offset(b)) {}
+
+    FASTATTN_INLINE RowInfo info(std::int64_t query, std::int64_t head) const {
+        RowInfo row{};
+        row.query = query;
+        row.head = head;
+        if (query < q_len) {
+            const KeyRange range = attended_range(problem, kv_len, offset, query);
+            row.begin = range.begin;
+            row.end = range.end;
+        }
+        return row;
     }
-    return info;
+};
+
+inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t kv_head, std::int64_t row) {
+    return RowRule(p, b).info(row / p.group, kv_head * p.group + row % p.group);
 }
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
-// often a page apart, which no hardware prefetcher follows.
+// often a page apart, which no hardware prefetcher follows. Into L2, whose pending misses are more than L1's.
 template <bool for_writing>
 class RowPrefetch {
 public:
@@ -63,8 +77,8 @@ public:
 
     void advance(std::int64_t rows) {
         for (; rows > 0 && left_ > 0; --rows, --left_, at_ += stride_) {
-            for (std::int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(at_ + b, for_writing, 3);
-            __builtin_prefetch(at_ + row_bytes_ - 1, for_writing, 3);
+            for (std::int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(at_ + b, for_writing, 2);
+            __builtin_prefetch(at_ + row_bytes_ - 1, for_writing, 2);
         }
     }
 
@@ -81,10 +95,11 @@ struct ItemBuffers {
     Unit *q, *k, *v, *p;
     Acc* scores;
     std::uint8_t* bad;
+    TileKeys* tiles;
 };
 
 // Fills block and buffers for the rows of an item, one head after the other; in prefill up to padded_rows
-// by repeating the last one. Returns the keys that any of the rows may attend.
+// by repeating the last one. O is left as it is. Returns the keys that any of the rows may attend.
 template <class E>
 KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t padded_rows,
                     std::byte* workspace, FlashBlock<E>& x, ItemBuffers<E>& buffers) {
@@ -93,22 +108,26 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
     const FlashOffsets at = flash_offsets(call.problem, call.plan, tile_shape<E>());
     auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
     auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
-    buffers = {units(at.q), units(at.k),     units(at.v),
-               units(at.p), accs(at.scores), reinterpret_cast<std::uint8_t*>(workspace + at.bad)};
+    buffers = {units(at.q),      units(at.k), units(at.v), units(at.p), accs(at.scores),
+               reinterpret_cast<std::uint8_t*>(workspace + at.bad),
+               reinterpret_cast<TileKeys*>(workspace + at.tiles)};
     x.o_stride = call.plan.o_stride;
     x.info = reinterpret_cast<RowInfo*>(workspace + at.info);
     x.row_max = accs(at.row_max);
+    x.row_shift = accs(at.row_shift);
     x.row_sum = accs(at.row_sum);
     x.o = accs(at.o);
+    const RowRule rule(call.problem, item.batch);
+    const std::int64_t group = call.problem.group, rows = item.rows * item.heads;
     KeyRange keys{item.key_end, item.key_begin};
-    for (std::int64_t r = 0, head = item.kv_head, row = item.row_begin; r < padded_rows; ++r) {
-        if (r >= item.rows * item.heads) {
-            x.info[r] = x.info[r - 1];
-        } else {
-            RowInfo info = row_info(call.problem, item.batch, head, row);
-            if (++row == item.row_begin + item.rows) {
-                row = item.row_begin;
-                ++head;
+    for (std::int64_t h = 0, r = 0; h < item.heads; ++h) {
+        const std::int64_t first_head = (item.kv_head + h) * group;
+        std::int64_t query = item.row_begin / group, member = item.row_begin % group;
+        for (std::int64_t end = r + item.rows; r < end; ++r) {
+            RowInfo info = rule.info(query, first_head + member);
+            if (++member == group) {
+                member = 0;
+                ++query;
             }
             if (info.begin < item.key_begin) info.begin = item.key_begin;
             if (info.end > item.key_end) info.end = item.key_end;
@@ -120,11 +139,21 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
                 if (info.end > keys.end) keys.end = info.end;
             }
         }
-        x.row_max[r] = -kInf<Acc>;
-        for (int s = 0; s < E::sums; ++s) V::zero().store(x.row_sum + (r * E::sums + s) * V::width);
-        for (std::int64_t c = 0; c < x.o_stride; c += V::width) V::zero().store(x.o + r * x.o_stride + c);
     }
+    for (std::int64_t r = rows; r < padded_rows; ++r) x.info[r] = x.info[r - 1];
+    for (std::int64_t r = 0; r < padded_rows; ++r) {
+        x.row_max[r] = -kInf<Acc>;
+        x.row_shift[r] = 0;
+    }
+    for (std::int64_t r = 0; r < padded_rows * E::sums; ++r) V::zero().store(x.row_sum + r * V::width);
     return keys;
+}
+
+template <class E>
+void clear_output(const FlashBlock<E>& x, std::int64_t first, std::int64_t rows) {
+    using V = typename E::V;
+    auto* o = x.o + first * x.o_stride;
+    for (std::int64_t c = 0; c < rows * x.o_stride; c += V::width) V::zero().store(o + c);
 }
 
 template <class E>
@@ -137,15 +166,16 @@ typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64
 // Writes the rows of an item: their outputs, or partial results where the keys are split.
 template <class E, class S>
 void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
+    constexpr std::int64_t kRowsBetweenStops = 16;  // a row that sees nothing may look at its whole mask
     for (std::int64_t r = 0; r < item.rows * item.heads; ++r) {
-        if (call.executor.stop_requested()) return;  // a row that sees nothing may look at its whole mask
+        if (r % kRowsBetweenStops == 0 && call.executor.stop_requested()) return;
         if (call.plan.key_splits > 1) {
             const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
             write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
         } else {
-            const double factor =
-                finish_output<E, S>(x, x.info[r], double(x.row_max[r]), total_weight(x, r, false),
-                                    total_weight(x, r, true), x.o + r * x.o_stride);
+            const double l = total_weight(x, r, false), rounded_l = E::sums > 1 ? total_weight(x, r, true) : l;
+            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), l, rounded_l,
+                                                      x.o + r * x.o_stride);
             x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(factor);  // for the weights
         }
     }

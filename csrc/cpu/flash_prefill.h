@@ -21,7 +21,12 @@ class Prefill {
 
 public:
     Prefill(const FlashCall& call, std::int64_t item, std::byte* workspace)
-        : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
+        : call_(call),
+          p_(call.problem),
+          item_(item_range(call, item)),
+          x_(make_block<E>(p_, item_.batch)),
+          drops_(p_.dropout > 0),
+          folded_(folds_scale<E>(x_)) {
         padded_ = (item_.rows + E::mr - 1) / E::mr * E::mr;
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
@@ -33,6 +38,7 @@ public:
 
     void run() {
         pack_queries();
+        find_tile_keys();
         const std::int64_t block = call_.plan.key_block;
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
@@ -54,6 +60,9 @@ public:
                 }
                 attend_tile(r, j, n);
             }
+        }
+        for (std::int64_t r = 0; r < padded_; r += E::mr) {
+            if (!at_.tiles[r / E::mr].started) clear_output(x_, r, E::mr);
         }
         end_item<E, S>(call_, item_, x_);
         if (p_.weights.data != nullptr) write_weights();
@@ -100,8 +109,13 @@ private:
     void pack_queries() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<E>(at_.q + r * call_.plan.q_stride,
-                        row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
+            Unit* const q = at_.q + r * call_.plan.q_stride;
+            pack_row<E>(q, row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
+            if constexpr (E::scalars == 1) {
+                if (!folded_) continue;
+                const V scale = V::set1(x_.scale_log2e);
+                for (std::int64_t d = 0; d < p_.head_dim; d += w) (V::load(q + d) * scale).store(q + d);
+            }
         }
     }
 
@@ -121,38 +135,40 @@ private:
     }
     bool block_masked(std::int64_t j, std::int64_t n) const { return rows_masked(0, item_.rows, j, n); }
 
-    struct TileKeys {
-        std::int64_t begin, end;        // columns of the block that any row of the tile may attend
-        std::int64_t all_begin, all_end;  // ... that every row may attend
-    };
-    TileKeys tile_keys(std::int64_t r, std::int64_t j, std::int64_t n) const {
-        TileKeys t{n, 0, 0, n};
-        for (int m = 0; m < E::mr; ++m) {
-            const std::int64_t begin = x_.info[r + m].begin - j, end = x_.info[r + m].end - j;
-            if (end > begin && begin < t.begin) t.begin = begin;
-            if (end > begin && end > t.end) t.end = end;
-            if (begin > t.all_begin) t.all_begin = begin;
-            if (end < t.all_end) t.all_end = end;
+    // The keys of each tile of rows, once for all blocks.
+    void find_tile_keys() {
+        for (std::int64_t r = 0; r < padded_; ++r) {
+            TileKeys& t = at_.tiles[r / E::mr];
+            if (r % E::mr == 0) t = {p_.kv_size, 0, 0, p_.kv_size, false};
+            const RowInfo& row = x_.info[r];
+            if (row.end > row.begin) {
+                t.begin = row.begin < t.begin ? row.begin : t.begin;
+                t.end = row.end > t.end ? row.end : t.end;
+            }
+            t.all_begin = row.begin > t.all_begin ? row.begin : t.all_begin;
+            t.all_end = row.end < t.all_end ? row.end : t.all_end;
         }
-        if (t.begin < 0) t.begin = 0;
-        if (t.end > n) t.end = n;
-        return t;
     }
 
     // One row tile against one packed block. The weights of each panel of keys are computed beside the products
     // of the next one, those of the last beside the first products with v.
     void attend_tile(std::int64_t r, std::int64_t j, std::int64_t n) {
-        const TileKeys keys = tile_keys(r, j, n);
-        if (keys.begin >= keys.end) return;
-        const std::int64_t first = keys.begin / E::nr * E::nr;
+        TileKeys& tile = at_.tiles[r / E::mr];
+        // Columns of the block that any row may attend, and those that every row may attend.
+        const std::int64_t begin = tile.begin > j ? tile.begin - j : 0;
+        const std::int64_t end = tile.end - j < n ? tile.end - j : n;
+        const std::int64_t all_begin = tile.all_begin - j, all_end = tile.all_end - j;
+        if (begin >= end) return;
+        const std::int64_t first = begin / E::nr * E::nr;
         PanelWeights weights{*this, r, j, first};
         std::int64_t last = first;
         bool waiting = false;  // a panel has scores but no weights yet
-        for (std::int64_t c = first; c < keys.end; c += E::nr) {
-            const std::int64_t left = keys.end - c;
+        for (std::int64_t c = first; c < end; c += E::nr) {
+            const std::int64_t left = end - c;
             const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
-            const bool ranged = keys.all_begin > c || keys.all_end < c + vectors * w;
+            const bool ranged = all_begin > c || all_end < c + vectors * w;
             last = c + vectors * w;
+            if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
             if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left < E::nr ? left : E::nr)) {
                 if (waiting) weights.all();
                 waiting = false;
@@ -165,7 +181,8 @@ private:
             waiting = true;
             weights.column = c;
         }
-        multiply_values(r, first, last, waiting, weights);
+        multiply_values(r, first, last, waiting, weights, !tile.started);
+        tile.started = true;
         if (has_bad_) add_bad_values(r, j, first, last < n ? last : n);
     }
 
@@ -187,25 +204,22 @@ private:
         std::int64_t column;
 
         FASTATTN_INLINE void operator()(int m) {
-            const FlashBlock<E>& x = self.x_;
             Acc* const s = self.at_.scores + m * E::nr;
-            Acc* const sum = x.row_sum + (r + m) * E::sums * w;
-            Unit* const p = self.weights_row(m);
-            const V shift = row_shift(x, r + m);
-            const bool drop = x.problem.dropout > 0;
-#pragma GCC unroll 4
+            Unit* const p = self.weights_row(m) + column / E::scalars;
+            const V shift = row_shift(self.x_, r + m);
+            V weights[E::nv];
+#pragma GCC unroll 8
             for (int n = 0; n < E::nv; n += 2) {
-                const V a = exp2<E::accuracy>(V::load(s + n * w) - shift);
-                const V b = exp2<E::accuracy>(V::load(s + (n + 1) * w) - shift);
-                E::add_weights(a, b, sum);
-                E::store_weights(a, b, p, column + n * w);
-                if (drop) [[unlikely]] {
-                    a.store(s + n * w);
-                    b.store(s + (n + 1) * w);
-                }
+                weights[n] = exp2<E::accuracy>(V::load(s + n * w) - shift);
+                weights[n + 1] = exp2<E::accuracy>(V::load(s + (n + 1) * w) - shift);
+                E::store_weights(weights[n], weights[n + 1], p, n * w);
             }
-            if (drop) [[unlikely]]
+            E::add_weights(weights, self.x_.row_sum + (r + m) * E::sums * w);
+            if (self.drops_) [[unlikely]] {
+#pragma GCC unroll 8
+                for (int n = 0; n < E::nv; ++n) weights[n].store(s + n * w);
                 self.drop(m, r, j, column);
+            }
         }
         void all() {
             for (int m = 0; m < steps; ++m) (*this)(m);
@@ -247,28 +261,31 @@ private:
     // Row m of the products q.k in memory becomes scores, with all arguments.
     void transform_scores(int m, std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c) {
         const V top = transform_row<E, E::nv>(x_, x_.info[r + m], at_.scores + m * E::nr, j + c, E::nv);
-        const Acc seen = x_.row_max[r + m];
-        if (seen == -kInf<Acc> || V::any(V::gt(top - V::set1(seen), V::set1(Acc(kSlack))))) [[unlikely]] {
+        if (V::any(V::gt(top - V::set1(x_.row_max[r + m]), V::set1(Acc(kSlack))))) [[unlikely]] {
             follow_peak(x_, r + m, V::reduce_max(top), weights_row(m), first, c);
         }
     }
 
+    // A row that has seen nothing, m = -inf, has x - m = inf.
     template <int NV, bool ranged>
     FASTATTN_INLINE void scale_scores(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c,
                                       V (&acc)[E::mr][NV]) {
         V top = V::set1(-kInf<Acc>);
-        bool fresh = false;
-        const V scale = V::set1(x_.scale_log2e);
+        if (!folded_) {
+            const V scale = V::set1(x_.scale_log2e);
+#pragma GCC unroll 8
+            for (int m = 0; m < E::mr; ++m) {
+#pragma GCC unroll 8
+                for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
+            }
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
-#pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
             if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
-            fresh = fresh || x_.row_max[r + m] == -kInf<Acc>;
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
         store_scores<NV>(acc);
-        if (fresh || V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
+        if (V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
             for (int m = 0; m < E::mr; ++m) {
                 V row = V::load(at_.scores + m * E::nr);
                 for (int n = 1; n < NV; ++n) row = V::max(V::load(at_.scores + m * E::nr + n * w), row);
@@ -298,10 +315,10 @@ private:
         return top;
     }
 
-    // O += p . v over columns [first, last) of the block; with `waiting` the weights of the last panel are
-    // computed on the way.
+    // O += p . v over columns [first, last) of the block, or = where `fresh`; with `waiting` the weights of the last
+    // panel are computed on the way.
     void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last, bool waiting,
-                         PanelWeights& weights) {
+                         PanelWeights& weights, bool fresh) {
         const std::int64_t p_stride = call_.plan.key_block / E::scalars;
         const std::int64_t begin = first / E::scalars, depth = (last - first) / E::scalars;
         std::int64_t before = waiting ? (weights.column - first) / E::scalars : 0;
@@ -315,13 +332,13 @@ private:
             const Unit* panel = at_.v + c * v_units_ + begin * E::nr;
             Acc* const o = x_.o + r * x_.o_stride + c;
             if (c == 0 && before > 0) {
-                gemm_accumulate<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride, panel, E::nr, depth,
-                                                 before, weights);
+                gemm_accumulate_with<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride, panel, E::nr,
+                                                      depth, before, weights, 1, fresh);
                 continue;
             }
             with_count<E::nv>(vectors, [&](auto count) {
                 gemm_accumulate<E, E::mr, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride,
-                                                                  panel, E::nr, depth);
+                                                                  panel, E::nr, depth, 1, fresh);
             });
         }
     }
@@ -366,7 +383,7 @@ private:
         store_scores<E::nv>(acc);
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores + m * E::nr;
-            transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv);
+            transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv, folded_);
             const V shift = row_shift(x_, r + m);
             for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w) - shift).store(s + v * w);
             // A denominator of 0 or NaN makes every attended weight NaN; masked ones stay 0. With a score of
@@ -395,6 +412,7 @@ private:
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
     bool has_bad_ = false, large_ = false;
+    const bool drops_, folded_;  // folded_: q holds scale * log2(e) * q
     RowPrefetch<false> next_q_, next_k_, next_v_;
     RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;

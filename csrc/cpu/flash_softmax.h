@@ -79,6 +79,7 @@ struct FlashBlock {
     std::int64_t o_stride;
     RowInfo* info;           // (rows)
     Acc* row_max;            // m (rows)
+    Acc* row_shift;          // what is taken off x: m, or 0 as long as the row has seen nothing
     Acc* row_sum;            // l (rows, sums, width), summed at the end
     Acc* o;                  // (rows, o_stride)
 };
@@ -99,6 +100,7 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
             p.mask.data != nullptr,
             cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr,
             0,
+            nullptr,
             nullptr,
             nullptr,
             nullptr,
@@ -269,11 +271,20 @@ FASTATTN_INLINE void place_scores(const FlashBlock<E>& x, const RowInfo& row, st
     if (x.mask) keep_mask(p.mask, row.mask + j * p.mask.key, left, t);
 }
 
-// s: raw products of one row with keys j0, j0+1, ...; becomes x, with -inf where masked. Returns the largest,
-// by lane. `vectors` is a multiple of N.
+// Whether q may be packed as scale * log2(e) * q, which saves a multiplication for each score: where nothing comes
+// between the scale and the score, and the factor brings no overflow and next to no underflow with it. A q of bf16
+// would have to be rounded.
+template <class E>
+bool folds_scale(const FlashBlock<E>& x) {
+    const auto size = x.scale_log2e < 0 ? -x.scale_log2e : x.scale_log2e;
+    return E::scalars == 1 && !x.elementwise && size <= 1 && size >= typename E::Acc(0x1p-10);
+}
+
+// s: raw products of one row with keys j0, j0+1, ..., or scaled ones; becomes x, with -inf where masked. Returns
+// the largest, by lane. `vectors` is a multiple of N.
 template <class E, int N>
 typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
-                            int vectors) {
+                            int vectors, bool scaled = false) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     constexpr int w = V::width;
@@ -286,7 +297,7 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
         if (x.elementwise) {
             cap_scores(x, t);
             place_scores(x, row, j0 + c * w, t);
-        } else {
+        } else if (!scaled) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) t[n] = t[n] * V::set1(x.scale_log2e);
         }
@@ -406,15 +417,13 @@ void follow_peak(const FlashBlock<E>& x, std::int64_t r, typename E::Acc peak, t
     const bool fresh = old == -kInf<Acc>;
     if (!(fresh ? peak > old : peak - old > Acc(kSlack))) return;
     const Acc raised = V::first(V::round(V::set1(peak)));
-    x.row_max[r] = raised;
+    x.row_max[r] = x.row_shift[r] = raised;
     if (!fresh) rescale_row(x, r, raised - old, p, first, column);
 }
 
-// What is taken off x: m, or nothing as long as the row has seen nothing.
 template <class E>
-typename E::V row_shift(const FlashBlock<E>& x, std::int64_t r) {
-    using Acc = typename E::Acc;
-    return E::V::set1(x.row_max[r] == -kInf<Acc> ? Acc(0) : x.row_max[r]);
+FASTATTN_INLINE typename E::V row_shift(const FlashBlock<E>& x, std::int64_t r) {
+    return E::V::set1(x.row_shift[r]);
 }
 
 }  // namespace

@@ -18,10 +18,16 @@ struct RowInfo {
     double slope, position;  // ALiBi: adds slope * |position - key|
 };
 
+// The same of a tile of rows: keys that any of them may attend, keys that all may; and whether O has anything yet.
+struct TileKeys {
+    std::int64_t begin, end, all_begin, all_end;
+    bool started;
+};
+
 struct FlashOffsets {
     std::size_t q, k, v, p, o, scores;       // units or accumulators
-    std::size_t row_max, row_sum;            // accumulators: (rows), (rows, sums, width)
-    std::size_t info, bad;                   // RowInfo (rows), bytes (key_block)
+    std::size_t row_max, row_shift, row_sum;  // accumulators: (rows), (rows), (rows, sums, width)
+    std::size_t info, bad, tiles;            // RowInfo (rows), bytes (key_block), TileKeys (tiles of rows)
     std::size_t total;
 };
 
@@ -53,9 +59,11 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     }
     f.o = take(rows * plan.o_stride * u);
     f.row_max = take(rows * u);
+    f.row_shift = take(rows * u);
     f.row_sum = take(rows * t.sums * t.width * u);
     f.info = take(rows * static_cast<std::int64_t>(sizeof(RowInfo)));
     f.bad = take(keys);
+    f.tiles = take((rows + t.mr - 1) / t.mr * static_cast<std::int64_t>(sizeof(TileKeys)));
     f.total = at;
     return f;
 }

@@ -18,14 +18,45 @@ FASTATTN_INLINE V horner(V x, const typename V::value_type (&c)[N]) {
     return r;
 }
 
+// exp2 with a table for the first bits of the fraction: 2^x = 2^floor(n) * t * (1 + r q(r)), t = 2^(n - floor(n))
+// and r in [0, 1/width). One multiplication takes the place of two to four multiply-adds.
+template <Accuracy accuracy, class V>
+FASTATTN_INLINE V exp2_fine(V x) {
+    using T = typename V::value_type;
+    V r, n, q;
+    const V t = V::split_fine(x, r, n);
+    if constexpr (sizeof(T) == 8) {
+        static_assert(V::width == 8);
+        constexpr T c[] = {0.69314718055994538898,  // 9.2e-18
+                           0.24022650695903833983,
+                           0.055504108672801254363,
+                           0.0096181287249868339291,
+                           0.0013333645453632079362,
+                           0.0001539331891812072604,
+                           0.000015842913201420473234};
+        q = horner(r, c);
+    } else if constexpr (accuracy == Accuracy::bf16) {
+        static_assert(V::width == 16);
+        constexpr T c[] = {0.693053f, 0.24510145f};  // 5.2e-7
+        q = horner(r, c);
+    } else {
+        static_assert(V::width == 16);
+        constexpr T c[] = {0.6931476f, 0.24018425f, 0.0566699f};  // 1.4e-9
+        q = horner(r, c);
+    }
+    return V::shift2(V::fma(t * r, q, t), n);
+}
+
 // 2^x = 2^floor(x) * 2^r. NaN stays NaN, -inf gives 0; x up to 127 (float) or 1023 (double). Results under
 // the smallest normal number may be flushed to 0.
 template <Accuracy accuracy = Accuracy::full, class V>
 FASTATTN_INLINE V exp2(V x) {
     using T = typename V::value_type;
     V r;
-    const V n = V::split2(x, r);
-    if constexpr (sizeof(T) == 8) {
+    if constexpr (requires(V n) { V::split_fine(x, r, n); }) {
+        return exp2_fine<accuracy>(x);
+    } else if constexpr (sizeof(T) == 8) {
+        const V n = V::split2(x, r);
         constexpr T c[] = {1.0,  // 3e-18
                            0.69314718055994592842,
                            0.24022650695906330204,
@@ -40,9 +71,11 @@ FASTATTN_INLINE V exp2(V x) {
                            6.2634661422960210149e-10};
         return V::shift2(horner(r, c), n);
     } else if constexpr (accuracy == Accuracy::bf16) {
+        const V n = V::split2(x, r);
         constexpr T c[] = {1.0f, 0.693044845f, 0.241280204f, 0.0522424753f, 0.0134266837f};  // 2.9e-6
         return V::shift2(horner(r, c), n);
     } else {
+        const V n = V::split2(x, r);
         constexpr T c[] = {1.0f,          0.693151312f,   0.24016445f,
                            0.0557999134f, 0.00901702996f, 0.00186713021f};  // 8.2e-8
         return V::shift2(horner(r, c), n);

@@ -13,6 +13,8 @@
 //   round(a)                          to nearest even
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
 //   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
+//   split_fine(x, r, n)               where a table is cheap: exp2_fine in math.h
+//   sum_each(r)                       where there is a better way than interleaving: width vectors to their sums
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
 //   Words, mul_wide(a, m, hi, lo)     float only: as many 32-bit words; the halves of a * m
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves

@@ -77,6 +77,19 @@ struct Vec<float, Avx512> {
         return x;
     }
     static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
+    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of one
+    // register. -inf has r = 0, NaN has NaN.
+    static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
+        alignas(64) static constexpr float table[width] = {
+            0x1.0p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f,
+            0x1.306fe0p0f, 0x1.3dea64p0f, 0x1.4bfdaep0f, 0x1.5ab07ep0f,
+            0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
+            0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
+        r = {_mm512_reduce_ps(x.v, 0x49)};
+        n = x - r;
+        const Vec shifted = n + set1(0x1.8p19f);  // width * n in the lowest bits
+        return {_mm512_permutexvar_ps(_mm512_castps_si512(shifted.v), _mm512_load_ps(table))};
+    }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
     static FASTATTN_INLINE bool any(Mask m) { return m != 0; }
@@ -151,6 +164,17 @@ struct Vec<double, Avx512> {
         return x;
     }
     static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
+    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of one
+    // register. -inf has r = 0, NaN has NaN.
+    static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
+        alignas(64) static constexpr double table[width] = {
+            0x1.0p0, 0x1.172b83c7d517bp0, 0x1.306fe0a31b715p0, 0x1.4bfdad5362a27p0,
+            0x1.6a09e667f3bcdp0, 0x1.8ace5422aa0dbp0, 0x1.ae89f995ad3adp0, 0x1.d5818dcfba487p0};
+        r = {_mm512_reduce_pd(x.v, 0x39)};
+        n = x - r;
+        const Vec shifted = n + set1(0x1.8p49);  // width * n in the lowest bits
+        return {_mm512_permutexvar_pd(_mm512_castpd_si512(shifted.v), _mm512_load_pd(table))};
+    }
     static FASTATTN_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
     static FASTATTN_INLINE Mask eq(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
     static FASTATTN_INLINE bool any(Mask m) { return m != 0; }
