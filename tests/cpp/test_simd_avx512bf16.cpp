@@ -6,7 +6,7 @@ namespace {
 
 TEST(Engine, Bf16Pairs) { check_engine<Bf16DotEngine, bf16_t>(); }
 
-// Two vectors of weights, stored rounded to nearest even; summed as they are and as they were rounded.
+// Weights are stored rounded to nearest even; those of a panel are summed as they are and as they were rounded.
 TEST(Engine, WeightsRoundToNearestEven) {
     using V = Vec<float, Avx512>;
     for (int i = 0; i < 16; ++i) {
@@ -18,8 +18,8 @@ TEST(Engine, WeightsRoundToNearestEven) {
         from_scalar(y, &rounded_y);
         EXPECT_EQ(Bf16DotEngine::weight(row, 3), to_scalar(rounded_x));
         EXPECT_EQ(Bf16DotEngine::weight(row, 19), to_scalar(rounded_y));
-        Bf16DotEngine::add_weights(V::set1(x), V::set1(y), sums);
-        Bf16DotEngine::add_weights(V::set1(x), V::set1(y), sums);
+        const V panel[4] = {V::set1(x), V::set1(y), V::set1(x), V::set1(y)};
+        Bf16DotEngine::add_weights(panel, sums);
         EXPECT_EQ(V::reduce_add(V::load(sums)), 32 * (x + y));
         EXPECT_EQ(V::reduce_add(V::load(sums + 16)), 32 * (to_scalar(rounded_x) + to_scalar(rounded_y)));
     }
