@@ -21,8 +21,8 @@ public:
     virtual bool stop_requested() noexcept = 0;
 
     // The item that this thread will probably get after its present one, or some number from `items` on: for
-    // prefetching only.
-    virtual std::int64_t next_item() const noexcept = 0;
+    // prefetching only. To be asked near the end of an item, as it may set the next one aside for this thread.
+    virtual std::int64_t next_item() noexcept = 0;
 
     template <class F>
     void for_each(std::int64_t items, F& f) {

@@ -111,8 +111,9 @@ private:
         FASTATTN_INLINE void fetch(std::int64_t k, std::int64_t h) const {
             if (k >= n) return;
             const char* row = reinterpret_cast<const char*>(rows + k * seq + h * head);
-            const std::int64_t bytes = dim * static_cast<std::int64_t>(sizeof(S));
-            for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+            const char* line = row - reinterpret_cast<std::uintptr_t>(row) % 64;
+            const char* end = row + dim * static_cast<std::int64_t>(sizeof(S));
+            for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
         }
     };
 

@@ -77,8 +77,9 @@ public:
 
     void advance(std::int64_t rows) {
         for (; rows > 0 && left_ > 0; --rows, --left_, at_ += stride_) {
-            for (std::int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(at_ + b, for_writing, 2);
-            __builtin_prefetch(at_ + row_bytes_ - 1, for_writing, 2);
+            const char* line = at_ - reinterpret_cast<std::uintptr_t>(at_) % 64;
+            for (const char* end = at_ + row_bytes_; line < end; line += 64)
+                __builtin_prefetch(line, for_writing, 2);
         }
     }
 

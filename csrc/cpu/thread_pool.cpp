@@ -12,6 +12,7 @@
 #include <new>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include <fastattn/attention.h>
 
@@ -72,7 +73,9 @@ struct CurrentItem {
     const Executor* executor = nullptr;
     int slot = 0;
     Index item = 0;
-    const std::atomic<Index>* next = nullptr;  // shared by the threads of a job; inline: the one after `item`
+    std::atomic<Index>* next = nullptr;  // shared by the threads of a job; inline: the one after `item`
+    Index last_early = 0;  // items before it may be claimed ahead; those at the end wait for whoever is free first
+    Index claimed = -1;    // ahead, by next_item()
 };
 thread_local CurrentItem current_item;
 
@@ -293,8 +296,8 @@ void ThreadPoolExecutor::run_inline(Index items, ItemFn fn, void* context, int s
 
 void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
     const RestoreCurrent restore;
-    current_item = {this, slot, 0, &job.next};
-    for (; item < job.items; item = job.claim()) {
+    current_item = {this, slot, 0, &job.next, job.items - threads_, -1};
+    for (; item < job.items; item = next_of(job)) {
         try {
             job.fn(job.context, item, slot);
         } catch (...) {
@@ -305,9 +308,23 @@ void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
     }
 }
 
-Index ThreadPoolExecutor::next_item() const noexcept {
-    const std::atomic<Index>* next = current_item.next;
-    return next != nullptr ? next->load(std::memory_order_relaxed) : current_item.item + 1;
+// The item that next_item() has claimed, unless the rest was dropped since, or a new one.
+Index ThreadPoolExecutor::next_of(Job& job) noexcept {
+    const Index claimed = std::exchange(current_item.claimed, -1);
+    if (claimed < 0) return job.claim();
+    return stop_.load(std::memory_order_relaxed) || job.forked_away() ? job.items : claimed;
+}
+
+// Claims it, so that what is prefetched is what this thread computes: of two threads that look at the same
+// counter, one would be wrong.
+Index ThreadPoolExecutor::next_item() noexcept {
+    CurrentItem& current = current_item;
+    if (current.next == nullptr) return current.item + 1;
+    if (current.claimed >= 0) return current.claimed;
+    const Index next = current.next->load(std::memory_order_relaxed);
+    if (next >= current.last_early) return next;
+    current.claimed = current.next->fetch_add(1, std::memory_order_relaxed);
+    return current.claimed;
 }
 
 bool ThreadPoolExecutor::stop_requested() noexcept {

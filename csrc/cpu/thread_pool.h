@@ -27,7 +27,7 @@ public:
     int threads() const noexcept override { return threads_; }
     void parallel_for(std::int64_t items, ItemFn fn, void* context) override;
     bool stop_requested() noexcept override;
-    std::int64_t next_item() const noexcept override;
+    std::int64_t next_item() noexcept override;
 
 private:
     struct Job;
@@ -35,6 +35,7 @@ private:
 
     void run_inline(std::int64_t items, ItemFn fn, void* context, int slot);
     void run_items(Job& job, std::int64_t item, int slot) noexcept;
+    std::int64_t next_of(Job& job) noexcept;
     void poll_if_due() noexcept;
 
     const int threads_;
