@@ -297,3 +297,16 @@ def test_exit_while_a_daemon_thread_computes():
         for _ in range(2): threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
     """, timeout=30)  # fmt: skip
+
+
+def test_exit_while_daemon_threads_wait_for_the_gil():
+    """Short calls: the interpreter ends while their threads stand in line to come back. It aborted 9 times of 10."""
+    run("""
+        import threading
+        fastattn.set_num_threads(1)
+        a = qkv("float32", 1, 64, 4, 64)
+        def busy():
+            while True: fastattn.mha(*a)
+        for _ in range(6): threading.Thread(target=busy, daemon=True).start()
+        time.sleep(0.05)
+    """, timeout=30)  # fmt: skip

@@ -43,16 +43,21 @@ public:
 private:
     enum class Thread { unknown, main, other };
 
+    // A daemon thread that comes back while the interpreter shuts down would be ended by unwinding its stack without
+    // the GIL, through our destructors. CPython 3.14 parks it; so do we with an older one, whether it finds out
+    // before it waits for the GIL or, by the start of that unwinding, afterwards. (The thread that shuts down never
+    // gets here: it keeps the GIL, see may_release_gil.)
     void attach() noexcept {
-#if PY_VERSION_HEX < 0x030E0000
-        // A daemon thread that comes back while the interpreter shuts down would be ended by unwinding its
-        // stack without the GIL, through our destructors. Newer CPython parks it; so do we. (The thread that
-        // shuts down never gets here: it keeps the GIL, see may_release.)
-        while (interpreter_is_finalizing()) {
-            std::this_thread::sleep_for(std::chrono::hours(1));
+        if (interpreter_is_finalizing()) park();
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            park();
         }
-#endif
-        PyEval_RestoreThread(state_);
+    }
+
+    [[noreturn]] static void park() noexcept {
+        while (true) std::this_thread::sleep_for(std::chrono::hours(1));
     }
 
     // False with a Python error set: this runs Python code, in which a signal handler may raise. That error
@@ -66,6 +71,8 @@ private:
         } catch (py::error_already_set& error) {
             error.restore();
             return false;
+        } catch (...) {  // as in attach(): Python code gives the GIL up now and then
+            park();
         }
     }
 

@@ -74,6 +74,7 @@ struct FlashBlock {
     const AttentionProblem& problem;
     std::int64_t batch;      // b
     Acc scale, scale_log2e, softcap, inverse_softcap;
+    Acc cap_factor;          // 2 log2(e) scale / softcap
     bool alibi, bias, mask;
     bool elementwise;        // softcap, alibi, bias or mask: not just scale and ranges
     std::int64_t o_stride;
@@ -95,6 +96,7 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
             to_finite<Acc>(p.scale * kLog2E),
             Acc(cap),
             Acc(cap > 0 ? 1.0 / cap : 0.0),
+            to_finite<Acc>(cap > 0 ? 2 * kLog2E * p.scale / cap : 0.0),
             p.alibi_slopes.data != nullptr,
             p.bias.data != nullptr,
             p.mask.data != nullptr,
@@ -209,13 +211,14 @@ template <class V, int N>
 template <class E, int N>
 FASTATTN_INLINE void cap_scores(const FlashBlock<E>& x, typename E::V (&t)[N]) {
     using V = typename E::V;
-    const V scale = V::set1(x.scale);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) t[n] = t[n] * scale;
     if (x.softcap > 0) {
-        const V cap = V::set1(x.softcap), inverse = V::set1(x.inverse_softcap);
+        const V cap = V::set1(x.softcap), factor = V::set1(x.cap_factor);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) t[n] = cap * tanh(t[n] * inverse);
+        for (int n = 0; n < N; ++n) t[n] = cap * tanh_log2(t[n] * factor);
+    } else {
+        const V scale = V::set1(x.scale);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) t[n] = t[n] * scale;
     }
 }
 

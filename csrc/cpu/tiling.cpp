@@ -17,6 +17,8 @@ constexpr std::int64_t kItemBytes = 1280 * 1024, kLeastItemBytes = 320 * 1024;
 constexpr std::int64_t kAllItemBytes = std::int64_t{40} << 20;
 // An item packs its own k and v; below so many rows that would cost more than a few percent.
 constexpr std::int64_t kMinRows = 96;
+// Packed k and v of kKeyBlock keys; above it blocks are half as long.
+constexpr std::int64_t kBlockBytes = 256 * 1024;
 
 // Few rows and many keys: split the keys, so that the work is parallel. Depends on the problem of one
 // (batch, head) alone.
@@ -25,6 +27,12 @@ std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
     length = std::max(length, round_up(ceil_div(p.kv_size, kMostSplits), kKeyBlock));
     const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size > length;
     return pays ? length : p.kv_size;
+}
+
+// Packed k and v of a block stay in L2, beside the q and O that stream through it.
+std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile) {
+    const std::int64_t key_bytes = (p.head_dim + p.value_dim) * tile.unit_bytes / tile.scalars;
+    return kKeyBlock * key_bytes > kBlockBytes ? kKeyBlock / 2 : kKeyBlock;
 }
 
 std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
@@ -53,9 +61,9 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;
-    plan.key_block = plan.decode
-                         ? kDecodeBlock
-                         : std::min(kKeyBlock, round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
+    plan.key_block = plan.decode ? kDecodeBlock
+                                 : std::min(prefill_key_block(p, tile),
+                                            round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
 
     const std::int64_t heads = p.batch * p.kv_heads;
     plan.split_keys = split_length(p, plan);

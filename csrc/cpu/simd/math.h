@@ -1,6 +1,6 @@
 // exp2 and tanh over Vec. Coefficients: for 2^r on [0, 1) the polynomial of least relative error with 2^0 = 1
-// (Remez), for (e^r - 1 - r)/r^2 interpolation at Chebyshev nodes of [-ln2/2, ln2/2]; relative errors before
-// rounding are given.
+// (Remez), for (2^r - 1)/r on [-1/2, 1/2] or [0, 1/width) interpolation at Chebyshev nodes, or least squares; relative
+// errors before rounding are given.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -82,43 +82,45 @@ FASTATTN_INLINE V exp2(V x) {
     }
 }
 
-// tanh(x) = u / (u + 2), u = e^2x - 1; relative accuracy also near 0, where softcap is the identity.
+// tanh(x) for y = 2 log2(e) x: u / (u + 2), u = 2^y - 1; relative accuracy also near 0, where softcap is the identity.
 template <class V>
-FASTATTN_INLINE V tanh(V x) {
+FASTATTN_INLINE V tanh_log2(V y) {
     using T = typename V::value_type;
-    constexpr bool wide = sizeof(T) == 8;
-    const V limit = V::set1(wide ? T(40) : T(20));  // tanh is 1 to the last bit from half of it on
-    const V y = V::max(V::zero() - limit, V::min(limit, x + x));
-    const V n = V::round(y * V::set1(T(1.4426950408889634)));
-    // ln2 in two parts, the first with trailing zeros, so that n * ln2 is subtracted exactly.
-    const V hi = V::set1(wide ? T(0.6931471803691238) : T(0.693359375));
-    const V lo = V::set1(wide ? T(1.9082149292705877e-10) : T(-2.12194440e-4));
-    const V r = V::fma(V::zero() - n, lo, V::fma(V::zero() - n, hi, y));
-    V q;
-    if constexpr (wide) {
-        constexpr T c[] = {0.5,
-                           0.16666666666666666667,
-                           0.041666666666666676764,  // 7e-21
-                           0.0083333333333333340064,
-                           0.0013888888888879081845,
-                           0.00019841269841263304362,
-                           0.000024801587336421322573,
-                           2.7557319247204790278e-6,
-                           2.7557263301474754518e-7,
-                           2.5052071109214448293e-8,
-                           2.0918129454967065736e-9,
-                           1.6086622436215553425e-10};
+    const V limit = V::set1(sizeof(T) == 8 ? T(116) : T(58));  // tanh is 1 to the last bit from half of it on
+    y = V::max(V::zero() - limit, V::min(limit, y));
+    const V n = V::round(y);
+    const V r = y - n;
+    V q;  // (2^r - 1) / r
+    if constexpr (sizeof(T) == 8) {
+        constexpr T c[] = {0.693147180559945309417,  // 4e-23
+                           0.240226506959100712334,
+                           0.055504108664821579944,
+                           0.00961812910762847716158,
+                           0.00133335581464284492875,
+                           0.000154035303933816124944,
+                           0.0000152527338040457672062,
+                           0.00000132154867901382137907,
+                           1.01780860253219110582e-7,
+                           7.05491162776713380771e-9,
+                           4.44552883835549174789e-10,
+                           2.56783951315479906184e-11,
+                           1.37189234102621641283e-12,
+                           6.7906102313392341858e-14};
         q = horner(r, c);
     } else {
-        constexpr T c[] = {0.5f,           0.166666667f,   0.041666465f,
-                           0.00833331093f, 0.00139336410f, 0.000198909810f};  // 5e-10
+        constexpr T c[] = {0.693147188f,   0.2402265076f,  0.05550357114f,
+                           0.009618082557f, 0.001339086336f, 0.0001545316295f};  // 1.2e-8
         q = horner(r, c);
     }
-    const V em1 = V::fma(r * r, q, r);
     const V one = V::set1(T(1));
     const V two_n = V::scale2(one, n);
-    const V u = V::fma(two_n, em1, two_n - one);
+    const V u = V::fma(two_n, r * q, two_n - one);
     return u / (u + V::set1(T(2)));
+}
+
+template <class V>
+FASTATTN_INLINE V tanh(V x) {
+    return tanh_log2(x * V::set1(typename V::value_type(2.8853900817779268147)));
 }
 
 }  // namespace
