@@ -300,7 +300,7 @@ def test_exit_while_a_daemon_thread_computes():
 
 
 def test_exit_while_daemon_threads_wait_for_the_gil():
-    """Short calls: the interpreter ends while their threads stand in line to come back. It aborted 9 times of 10."""
+    """Their threads stand in line to come back when the interpreter ends. It aborted 9 times of 10."""
     run("""
         import threading
         fastattn.set_num_threads(1)

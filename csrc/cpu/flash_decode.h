@@ -97,9 +97,7 @@ private:
         }
     }
 
-    std::int64_t block_keys(std::int64_t j) const {
-        return keys_.end - j < block ? keys_.end - j : block;
-    }
+    std::int64_t block_keys(std::int64_t j) const { return keys_.end - j < block ? keys_.end - j : block; }
 
     // What is read after the present part of a block: the values of its keys, then the keys of the next block. Asked
     // for row by row while the present part is computed, into L2: L1 has room for neither, and its few pending
@@ -317,7 +315,8 @@ private:
                     std::int64_t c = 0;
                     for (; c + E::nr <= whole; c += E::nr) add(c, Count<E::nv>{});
                     if (c < whole)
-                        with_count<E::nv>(static_cast<int>((whole - c) / w), [&](auto count) { add(c, count); });
+                        with_count<E::nv>(static_cast<int>((whole - c) / w),
+                                          [&](auto count) { add(c, count); });
                 });
             }
         }

@@ -40,7 +40,9 @@ struct FmaEngine {
         a.store(row + column);
         b.store(row + column + V::width);
     }
-    static FASTATTN_INLINE void add_weights(const V (&p)[nv], Acc* sum) { (V::load(sum) + sum_of(p)).store(sum); }
+    static FASTATTN_INLINE void add_weights(const V (&p)[nv], Acc* sum) {
+        (V::load(sum) + sum_of(p)).store(sum);
+    }
     static FASTATTN_INLINE T weight(const Unit* row, std::int64_t column) { return row[column]; }
     static FASTATTN_INLINE void set_weight(Unit* row, std::int64_t column, T p) { row[column] = p; }
 

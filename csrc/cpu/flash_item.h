@@ -109,7 +109,11 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
     const FlashOffsets at = flash_offsets(call.problem, call.plan, tile_shape<E>());
     auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
     auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
-    buffers = {units(at.q),      units(at.k), units(at.v), units(at.p), accs(at.scores),
+    buffers = {units(at.q),
+               units(at.k),
+               units(at.v),
+               units(at.p),
+               accs(at.scores),
                reinterpret_cast<std::uint8_t*>(workspace + at.bad),
                reinterpret_cast<TileKeys*>(workspace + at.tiles)};
     x.o_stride = call.plan.o_stride;
@@ -174,9 +178,10 @@ void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
             const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
             write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
         } else {
-            const double l = total_weight(x, r, false), rounded_l = E::sums > 1 ? total_weight(x, r, true) : l;
-            const double factor = finish_output<E, S>(x, x.info[r], double(x.row_max[r]), l, rounded_l,
-                                                      x.o + r * x.o_stride);
+            const double l = total_weight(x, r, false),
+                         rounded_l = E::sums > 1 ? total_weight(x, r, true) : l;
+            const double factor =
+                finish_output<E, S>(x, x.info[r], double(x.row_max[r]), l, rounded_l, x.o + r * x.o_stride);
             x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(factor);  // for the weights
         }
     }

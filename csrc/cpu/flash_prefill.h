@@ -110,7 +110,8 @@ private:
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
             Unit* const q = at_.q + r * call_.plan.q_stride;
-            pack_row<E>(q, row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
+            pack_row<E>(q, row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim,
+                        p_.head_dim);
             if constexpr (E::scalars == 1) {
                 if (!folded_) continue;
                 const V scale = V::set1(x_.scale_log2e);

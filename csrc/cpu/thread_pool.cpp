@@ -74,7 +74,8 @@ struct CurrentItem {
     int slot = 0;
     Index item = 0;
     std::atomic<Index>* next = nullptr;  // shared by the threads of a job; inline: the one after `item`
-    Index last_early = 0;  // items before it may be claimed ahead; those at the end wait for whoever is free first
+    Index last_early =
+        0;  // items before it may be claimed ahead; those at the end wait for whoever is free first
     Index claimed = -1;    // ahead, by next_item()
 };
 thread_local CurrentItem current_item;

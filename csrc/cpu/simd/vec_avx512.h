@@ -81,9 +81,8 @@ struct Vec<float, Avx512> {
     // register. -inf has r = 0, NaN has NaN.
     static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
         alignas(64) static constexpr float table[width] = {
-            0x1.0p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f,
-            0x1.306fe0p0f, 0x1.3dea64p0f, 0x1.4bfdaep0f, 0x1.5ab07ep0f,
-            0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
+            0x1.0p0f,      0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fe0p0f, 0x1.3dea64p0f,
+            0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
             0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
         r = {_mm512_reduce_ps(x.v, 0x49)};
         n = x - r;
@@ -167,9 +166,14 @@ struct Vec<double, Avx512> {
     // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of one
     // register. -inf has r = 0, NaN has NaN.
     static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
-        alignas(64) static constexpr double table[width] = {
-            0x1.0p0, 0x1.172b83c7d517bp0, 0x1.306fe0a31b715p0, 0x1.4bfdad5362a27p0,
-            0x1.6a09e667f3bcdp0, 0x1.8ace5422aa0dbp0, 0x1.ae89f995ad3adp0, 0x1.d5818dcfba487p0};
+        alignas(64) static constexpr double table[width] = {0x1.0p0,
+                                                            0x1.172b83c7d517bp0,
+                                                            0x1.306fe0a31b715p0,
+                                                            0x1.4bfdad5362a27p0,
+                                                            0x1.6a09e667f3bcdp0,
+                                                            0x1.8ace5422aa0dbp0,
+                                                            0x1.ae89f995ad3adp0,
+                                                            0x1.d5818dcfba487p0};
         r = {_mm512_reduce_pd(x.v, 0x39)};
         n = x - r;
         const Vec shifted = n + set1(0x1.8p49);  // width * n in the lowest bits
