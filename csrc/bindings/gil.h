@@ -32,9 +32,15 @@ public:
             return false;
         }
         self.attach();
-        bool stop = PyErr_CheckSignals() != 0;
-        if (!stop && self.thread_ == Thread::unknown) {
-            stop = !self.ask_which_thread();
+        bool stop = false;
+        try {
+            stop = PyErr_CheckSignals() != 0;
+            if (!stop && self.thread_ == Thread::unknown) {
+                stop = !self.ask_which_thread();
+            }
+        } catch (...) {  // as in attach(): Python code gives the GIL up now and then
+            if (interpreter_is_finalizing()) park();
+            throw;
         }
         self.state_ = PyEval_SaveThread();
         return stop;
@@ -62,7 +68,7 @@ private:
 
     // False with a Python error set: this runs Python code, in which a signal handler may raise. That error
     // is the caller's; swallowing it would lose a Ctrl-C.
-    bool ask_which_thread() noexcept {
+    bool ask_which_thread() {
         try {
             const py::module_ threading = py::module_::import("threading");
             const py::object main_ident = threading.attr("main_thread")().attr("ident");
@@ -71,8 +77,6 @@ private:
         } catch (py::error_already_set& error) {
             error.restore();
             return false;
-        } catch (...) {  // as in attach(): Python code gives the GIL up now and then
-            park();
         }
     }
 

@@ -21,7 +21,7 @@ public:
     virtual bool stop_requested() noexcept = 0;
 
     // The item that this thread will probably get after its present one, or some number from `items` on: for
-    // prefetching only. To be asked near the end of an item, as it may set the next one aside for this thread.
+    // prefetching only. To be asked late in an item, as it may set the next one aside for this thread.
     virtual std::int64_t next_item() noexcept = 0;
 
     template <class F>

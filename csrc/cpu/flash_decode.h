@@ -207,8 +207,8 @@ private:
         }
     }
 
-    // With one row for each head the products cost no more than touching does: k and v are used as they are read,
-    // all heads of a key, then the next key. The sums are those of score_block and add_values to the last bit.
+    // With one row for each head the products cost next to nothing: k and v are used as they are read, all heads of
+    // a key, then the next key. The sums are those of score_block and add_values to the last bit.
 
     // scores[h][0..n) = q_h . k_jh for all heads, by squares of width keys and width heads
     void score_keys(std::int64_t j, std::int64_t n) {

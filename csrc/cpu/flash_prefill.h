@@ -1,4 +1,4 @@
-// Prefill: many query rows. For each block of kKeyBlock keys, k and v are packed once for all rows of the
+// Prefill: many query rows. For each block of keys (kKeyBlock, or half of that), k and v are packed once for all rows of the
 // item; then for each tile of mr rows: scores by panels of nr keys in registers, softmax, product with v.
 //
 //   q (rows, Du)   k (panels, Du, nr)   p (mr, key_block)   v (panels, key_block, nr)   O (rows, Dv)
@@ -25,8 +25,7 @@ public:
           p_(call.problem),
           item_(item_range(call, item)),
           x_(make_block<E>(p_, item_.batch)),
-          drops_(p_.dropout > 0),
-          folded_(folds_scale<E>(x_)) {
+          drops_(p_.dropout > 0) {
         padded_ = (item_.rows + E::mr - 1) / E::mr * E::mr;
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
@@ -109,14 +108,8 @@ private:
     void pack_queries() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
-            Unit* const q = at_.q + r * call_.plan.q_stride;
-            pack_row<E>(q, row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim,
-                        p_.head_dim);
-            if constexpr (E::scalars == 1) {
-                if (!folded_) continue;
-                const V scale = V::set1(x_.scale_log2e);
-                for (std::int64_t d = 0; d < p_.head_dim; d += w) (V::load(q + d) * scale).store(q + d);
-            }
+            pack_row<E>(at_.q + r * call_.plan.q_stride,
+                        row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
 
@@ -272,16 +265,11 @@ private:
     FASTATTN_INLINE void scale_scores(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c,
                                       V (&acc)[E::mr][NV]) {
         V top = V::set1(-kInf<Acc>);
-        if (!folded_) {
-            const V scale = V::set1(x_.scale_log2e);
-#pragma GCC unroll 8
-            for (int m = 0; m < E::mr; ++m) {
-#pragma GCC unroll 8
-                for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
-            }
-        }
+        const V scale = V::set1(x_.scale_log2e);
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
             if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
@@ -384,7 +372,7 @@ private:
         store_scores<E::nv>(acc);
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores + m * E::nr;
-            transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv, folded_);
+            transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv);
             const V shift = row_shift(x_, r + m);
             for (int v = 0; v < E::nv; ++v) exp2(V::load(s + v * w) - shift).store(s + v * w);
             // A denominator of 0 or NaN makes every attended weight NaN; masked ones stay 0. With a score of
@@ -413,7 +401,7 @@ private:
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
     bool has_bad_ = false, large_ = false;
-    const bool drops_, folded_;  // folded_: q holds scale * log2(e) * q
+    const bool drops_;
     RowPrefetch<false> next_q_, next_k_, next_v_;
     RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;

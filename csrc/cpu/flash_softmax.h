@@ -274,20 +274,11 @@ FASTATTN_INLINE void place_scores(const FlashBlock<E>& x, const RowInfo& row, st
     if (x.mask) keep_mask(p.mask, row.mask + j * p.mask.key, left, t);
 }
 
-// Whether q may be packed as scale * log2(e) * q, which saves a multiplication for each score: where nothing comes
-// between the scale and the score, and the factor brings no overflow and next to no underflow with it. A q of bf16
-// would have to be rounded.
-template <class E>
-bool folds_scale(const FlashBlock<E>& x) {
-    const auto size = x.scale_log2e < 0 ? -x.scale_log2e : x.scale_log2e;
-    return E::scalars == 1 && !x.elementwise && size <= 1 && size >= typename E::Acc(0x1p-10);
-}
-
-// s: raw products of one row with keys j0, j0+1, ..., or scaled ones; becomes x, with -inf where masked. Returns
-// the largest, by lane. `vectors` is a multiple of N.
+// s: raw products of one row with keys j0, j0+1, ...; becomes x, with -inf where masked. Returns the largest,
+// by lane. `vectors` is a multiple of N.
 template <class E, int N>
 typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* s, std::int64_t j0,
-                            int vectors, bool scaled = false) {
+                            int vectors) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     constexpr int w = V::width;
@@ -300,7 +291,7 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
         if (x.elementwise) {
             cap_scores(x, t);
             place_scores(x, row, j0 + c * w, t);
-        } else if (!scaled) {
+        } else {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) t[n] = t[n] * V::set1(x.scale_log2e);
         }

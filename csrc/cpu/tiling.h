@@ -20,7 +20,7 @@ struct TileShape {
     int unit_bytes = 4;   // bytes of a unit, and of an accumulator
 };
 
-inline constexpr std::int64_t kKeyBlock = 256;        // keys packed at once (prefill)
+inline constexpr std::int64_t kKeyBlock = 256;        // most keys packed at once (prefill)
 inline constexpr std::int64_t kDecodeBlock = 64;      // keys scored at once (decode)
 inline constexpr std::int64_t kDecodeRows = 8;        // at most so many rows (Sq * G) go to decode
 inline constexpr std::int64_t kSplitKeys = 2048;      // keys of one split (prefill of few rows)
