@@ -93,4 +93,5 @@ def test_gradients_where_lse_is_coarse(kernel, dtype):
     gradients = fastattn.mha_backward(np.ones_like(out), q, k, v, out, lse, kernel=kernel)
     total = gradients.dv.astype(float).sum(axis=1)
     heads = q.shape[2] // k.shape[2]
-    np.testing.assert_allclose(total, np.full_like(total, 128 * heads), rtol=50 * tolerance(dtype))
+    rtol = max(50 * tolerance(dtype), 1e-8)  # lse in float64 is good to 1e-9 here
+    np.testing.assert_allclose(total, np.full_like(total, 128 * heads), rtol=rtol)
