@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,11 +156,11 @@ def test_prefill_in_pieces(name):
     model = decoder(name).fastattn
     with torch.no_grad():
         want = model(**batch).logits
-        cache = transformers.DynamicCache(config=model.config)
+        # Transformers 5.24 renamed the argument.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        cache = {name: transformers.DynamicCache(config=model.config)}
         ids = batch["input_ids"]
-        got = [
-            model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 5), (5, 9), (9, 10), (10, 13))
-        ]
+        got = [model(ids[:, a:b], **cache).logits for a, b in ((0, 5), (5, 9), (9, 10), (10, 13))]
     assert (torch.cat(got, 1) - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
