@@ -49,6 +49,9 @@ FEATURES = {
     "lengths": {"kv_lens": [150, 37], "q_lens": [70, 0]},
     "causal lengths": {"kv_lens": [150, 37], "causal": True},
     "dropout": {"dropout": 0.3, "seed": 5},
+    "negative scale": {"scale": -0.1, "causal": True},
+    "scale of 0": {"scale": 0.0, "causal": True},
+    "tiny scale": {"scale": 1e-60, "causal": True},
     "nothing attended": {"causal": True, "q_offset": -1000},
 }
 

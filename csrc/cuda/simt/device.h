@@ -66,11 +66,12 @@ struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Quad {
     T at[4];
 };
 
-// ---- arithmetic that must not be fused ------------------------------------------------------------------
+// ---- arithmetic: what must not be fused, and what must be ------------------------------------------------------------------
 __device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float plus(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double plus(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a b + c
 __device__ __forceinline__ float larger(float a, float b) {
     return fmaxf(a, b);
 }  // of a NaN and a number, the number

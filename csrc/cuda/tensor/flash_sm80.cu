@@ -36,7 +36,8 @@ int launch(const FlashArgs& a, int width, Stream stream) {
     int status = 0;
     with_tile(width, [&](auto tile) {
         using Tile = decltype(tile);
-        status = is_plain(a.problem) ? launch<T, Tile, true>(a, stream) : launch<T, Tile, false>(a, stream);
+        status =
+            is_plain_flash(a.problem) ? launch<T, Tile, true>(a, stream) : launch<T, Tile, false>(a, stream);
     });
     return status;
 }

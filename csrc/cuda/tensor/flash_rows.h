@@ -1,0 +1,230 @@
+// What the fused kernels share: which rows and keys a block of threads works on, and the online softmax of the rows of a warp
+// (Milakov and Gimelshein 2018; as in FlashAttention-2, Dao, ICLR 2024):
+//
+//   S = q k^T (rows, keys), x = log2(e) * score(S), m' = max(m, rows' max of x), a = 2^(m - m')
+//   P = 2^(x - m') in 16 bits, l = l a + sum P, O = O a + P v;   at the end out = O / l, lse = ln 2 (m + log2 l)
+//
+// S, P and O lie in registers as the accumulators of mma.m16n8 and of wgmma do. In a tile of 16 rows, with g = lane / 4 and
+// t = lane % 4, element e of the j-th eight columns is row g + 8 * (e / 2), column 8 j + 2 t + e % 2.
+#pragma once
+
+#include "cuda/simt/row.h"
+#include "cuda/tensor/flash_arguments.h"
+#include "cuda/tensor/tensor_core.h"
+
+namespace fastattn::cuda {
+namespace {
+
+// Consecutive rows of one kv head. Row r of a kv head is query r / G of its head r % G, so that K and V are read once for
+// the whole group.
+struct RowBlock {
+    // Rows first_row .. first_row + most of kv head `pair` (batch entry outside) of the region.
+    __device__ RowBlock(const FlashArgs& a, Index pair, Index first_row_, int most)
+        : p(a.problem), first_row(first_row_), region_row(a.region.row) {
+        rows = static_cast<int>(clamped(a.region.rows * p.group - first_row, 0, most));
+        const Index entry = quotient(pair, a.region.kv_heads);
+        b = a.region.batch + entry;
+        kv_head = a.region.kv_head + (pair - entry * a.region.kv_heads);
+        find_keys();
+    }
+
+    __device__ __forceinline__ RowPlace place(int local) const {
+        const Index row = first_row + (local < rows ? local : rows - 1);
+        const Index i = quotient(row, p.group);
+        return {b, kv_head * p.group + (row - i * p.group), region_row + i};
+    }
+
+    const AttentionProblem& p;
+    Index first_row, region_row, b, kv_head;
+    int rows;  // that are there
+    Index key_begin, key_end;  // of all rows; begin a multiple of 8
+
+private:
+    // Both ends of a row's range grow with its position, and rows that do not exist come last.
+    __device__ void find_keys() {
+        const Index q_len = length_of(p.q_lens, p.has_q_lens, b, p.q_size);
+        const Index existing = clamped((q_len - region_row) * p.group - first_row, 0, rows);
+        key_begin = key_end = 0;
+        if (existing > 0) {
+            key_begin = Row(p, place(0)).range.begin;
+            key_begin -= key_begin % 8;
+            key_end = Row(p, place(static_cast<int>(existing) - 1)).range.end;
+            if (key_end < key_begin) key_end = key_begin;
+        }
+    }
+};
+
+// A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
+//   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
+template <class T, int mt, int nt, int dt, bool plain>
+class FlashRows {
+public:
+    static constexpr int kRows = 2 * mt;  // g and g + 8 of each 16 rows
+
+    __device__ FlashRows(const RowBlock& rows_of_block, int first_local)
+        : block(rows_of_block),
+          p(rows_of_block.p),
+          first(first_local),
+          g(static_cast<int>(threadIdx.x) % 32 / 4),
+          t(static_cast<int>(threadIdx.x) % 4) {
+        const Index keys = block.key_end - block.key_begin;
+        FASTATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            const Row row(p, block.place(local_row(r)));
+            begin[r] = static_cast<int>(clamped(row.range.begin - block.key_begin, 0, keys));
+            end[r] = static_cast<int>(clamped(row.range.end - block.key_begin, 0, keys));
+            m[r] = -infinity<float>();
+            l[r] = 0;
+        }
+        FASTATTN_UNROLL
+        for (int i = 0; i < mt; ++i) {
+            FASTATTN_UNROLL
+            for (int d = 0; d < dt; ++d) {
+                FASTATTN_UNROLL
+                for (int e = 0; e < 4; ++e) o[i][d][e] = 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ int local_row(int r) const { return first + r / 2 * 16 + g + 8 * (r % 2); }
+
+    // Products with the keys from `offset` on (counted from key_begin) become weights; `factor` is what the output so far has to be
+    // multiplied by.
+    __device__ __forceinline__ void to_weights(int offset, float (&s)[mt][nt][4], float (&factor)[kRows]) {
+        FASTATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            float scale = 1, peak = -infinity<float>();
+            if constexpr (plain) {
+                scale = to_finite<float>(p.scale * kLog2E);
+                if (begin[r] > offset || end[r] < offset + 8 * nt) {
+                    FASTATTN_UNROLL
+                    for (int j = 0; j < nt; ++j) {
+                        FASTATTN_UNROLL
+                        for (int e = 0; e < 2; ++e) {
+                            const int key = offset + 8 * j + 2 * t + e;
+                            if (key < begin[r] || key >= end[r])
+                                s[r / 2][j][2 * (r % 2) + e] = -infinity<float>();
+                        }
+                    }
+                }
+            } else {
+                const Row row(p, block.place(local_row(r)));
+                Chunk keys;
+                keys.key = block.key_begin;
+                keys.keys = block.key_end - block.key_begin;
+                const Scorer<float, false> score(p, keys, row);
+                for (int j = 0; j < nt; ++j) {
+                    for (int e = 0; e < 2; ++e) {
+                        float& x = s[r / 2][j][2 * (r % 2) + e];
+                        x = score(offset + 8 * j + 2 * t + e, x);
+                    }
+                }
+            }
+            FASTATTN_UNROLL
+            for (int j = 0; j < nt; ++j) {
+                FASTATTN_UNROLL
+                for (int e = 0; e < 2; ++e) peak = larger(peak, s[r / 2][j][2 * (r % 2) + e]);
+            }
+            // The four threads of a row.
+            peak = larger(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
+            peak = larger(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
+            peak = larger(m[r], times(peak, scale));
+            const float shift = peak == -infinity<float>() ? 0.0f : peak;
+            factor[r] = m[r] == -infinity<float>() ? 0.0f : power2(m[r] - shift);
+            m[r] = peak;
+            float sum = 0;
+            FASTATTN_UNROLL
+            for (int j = 0; j < nt; ++j) {
+                FASTATTN_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    float& x = s[r / 2][j][2 * (r % 2) + e];
+                    x = power2(fused(x, scale, -shift));
+                    sum += x;
+                }
+            }
+            l[r] = l[r] * factor[r] + sum;  // this thread's part; the four are added at the end
+            if constexpr (!plain) {
+                if (p.dropout > 0) drop(offset, r, s);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+        FASTATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            FASTATTN_UNROLL
+            for (int d = 0; d < dt; ++d) {
+                o[r / 2][d][2 * (r % 2)] *= factor[r];
+                o[r / 2][d][2 * (r % 2) + 1] *= factor[r];
+            }
+        }
+    }
+
+    // Keys 16 k .. 16 k + 15 of the weights, in 16 bits, as the left operand of a product with values.
+    __device__ __forceinline__ void pack_weights(const float (&s)[mt][nt][4], int i, int k,
+                                                 std::uint32_t (&to)[4]) const {
+        to[0] = pack<T>(s[i][2 * k][0], s[i][2 * k][1]);
+        to[1] = pack<T>(s[i][2 * k][2], s[i][2 * k][3]);
+        to[2] = pack<T>(s[i][2 * k + 1][0], s[i][2 * k + 1][1]);
+        to[3] = pack<T>(s[i][2 * k + 1][2], s[i][2 * k + 1][3]);
+    }
+
+    // The four threads of a row have parts of its sum until then.
+    __device__ void finish_sums() {
+        FASTATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            l[r] += __shfl_xor_sync(0xFFFFFFFFu, l[r], 1);
+            l[r] += __shfl_xor_sync(0xFFFFFFFFu, l[r], 2);
+        }
+    }
+
+    // After finish_sums().
+    __device__ void store() {
+        FASTATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            const int local = local_row(r);
+            if (local >= block.rows) continue;
+            const Row row(p, block.place(local));
+            const Denominator<float> denominator(p, row, m[r], l[r]);
+            // A row without keys is 0; one whose keys have no weight is NaN, or found by recompute_rows to have none.
+            const bool empty = row.range.begin >= row.range.end;
+            const float scale = empty ? 0.0f : denominator.factor / static_cast<float>(1.0 - p.dropout);
+            T* out = static_cast<T*>(p.out.data) + row.place.b * p.out.batch + row.place.i * p.out.seq +
+                     row.place.h * p.out.head;
+            FASTATTN_UNROLL
+            for (int d = 0; d < dt; ++d) {
+                if (8 * d >= p.value_dim) continue;
+                const float* from = o[r / 2][d] + 2 * (r % 2);
+                const std::uint32_t pair = pack<T>(from[0] * scale, from[1] * scale);
+                *reinterpret_cast<std::uint32_t*>(out + 8 * d + 2 * t) = pair;
+            }
+            if (t == 0 && p.lse.data != nullptr)
+                static_cast<float*>(p.lse.data)[row.offset(p.lse)] =
+                    static_cast<float>(denominator.log_sum());
+        }
+    }
+
+    const RowBlock& block;
+    const AttentionProblem& p;
+    const int first, g, t;
+    int begin[kRows], end[kRows];  // of this thread's rows, from key_begin on
+    float m[kRows], l[kRows];
+    float o[mt][dt][4];
+
+private:
+    __device__ void drop(int offset, int r, float (&s)[mt][nt][4]) {
+        const RowPlace at = block.place(local_row(r));
+        const std::uint32_t threshold = dropout_threshold(p.dropout);
+        const auto word = [](Index n) { return static_cast<std::uint32_t>(n); };
+        for (int j = 0; j < nt; ++j) {
+            const Index key =
+                block.key_begin + offset + 8 * j + 2 * t;  // even, as the tile begins at a multiple of 8
+            const PhiloxBlock random = philox4x32(word(key / 4), word(at.i), word(at.h), word(at.b), p.seed);
+            for (int e = 0; e < 2; ++e)
+                if (random.word[key % 4 + e] < threshold) s[r / 2][j][2 * (r % 2) + e] = 0;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastattn::cuda
