@@ -1,7 +1,7 @@
-"""The fused tensor-core kernel: every compiled tile, several tiles of rows and keys, and what it refuses.
+"""The fused tensor-core kernels: every compiled tile, several tiles of rows and keys, and what they refuse.
 
-Runs on a GPU of compute capability 8.0 or newer, and on the emulated one, where the tensor cores'
-instructions are done in C++ from the layouts of the PTX manual.
+Run on a GPU of compute capability 8.0 or newer (``cuda-flash-sm90``: 9.0), and on the emulated one, where
+the tensor cores' instructions are done in C++ from the layouts of the PTX manual.
 """
 
 from __future__ import annotations
@@ -13,31 +13,36 @@ from inputs import DTYPES, qkv
 
 import fastattn
 
-KERNEL = "cuda-flash-sm80"
-INFO = next(kernel for kernel in fastattn.kernels() if kernel.name == KERNEL)
-pytestmark = pytest.mark.skipif(not INFO.usable, reason=f"{KERNEL}: {INFO.reason}")
+KERNELS = ("cuda-flash-sm80", "cuda-flash-sm90")
+INFO = next(kernel for kernel in fastattn.kernels() if kernel.name == KERNELS[0])
+pytestmark = [
+    pytest.mark.skipif(not INFO.usable, reason=f"the fused CUDA kernels: {INFO.reason}"),
+    pytest.mark.parametrize("flash", KERNELS),
+]
 HALF = [DTYPES["float16"], DTYPES["bfloat16"]]
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("D", "Dv"), [(8, 8), (32, 64), (64, 64), (72, 96), (128, 128), (80, 128), (192, 128), (256, 248)]
+    ("D", "Dv"),
+    [(8, 8), (32, 64), (64, 64), (72, 96), (128, 128), (80, 128), (192, 128), (136, 8), (256, 248)],
 )
-def test_head_dimensions(half, causal, D, Dv):
+def test_head_dimensions(flash, half, causal, D, Dv):
     q, k, v = qkv(half, B=1, Sq=70, Sk=150, Hq=2, Hkv=1, D=D, Dv=Dv)
-    check(KERNEL, q, k, v, causal=causal)
+    check(flash, q, k, v, causal=causal)
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1), (3, 1, 300, 8, 2), (2, 129, 65, 4, 4), (1, 200, 200, 6, 2)]
+    "sizes",
+    [(1, 1, 1, 1, 1), (3, 1, 300, 8, 2), (2, 129, 65, 4, 4), (1, 200, 200, 6, 2), (3, 150, 700, 14, 2)],
 )
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_sizes(half, sizes, layout):
+def test_sizes(flash, half, sizes, layout):
     B, Sq, Sk, Hq, Hkv = sizes
     q, k, v = qkv(half, B=B, Sq=Sq, Sk=Sk, Hq=Hq, Hkv=Hkv, D=64, layout=layout)
-    check(KERNEL, q, k, v, causal=True, layout=layout)
+    check(flash, q, k, v, causal=True, layout=layout)
 
 
 FEATURES = {
@@ -58,39 +63,45 @@ FEATURES = {
 
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_features(half, feature):
+def test_features(flash, half, feature):
     q, k, v = qkv(half, B=2, Sq=70, Sk=150, Hq=2, Hkv=1, D=64)
-    check(KERNEL, q, k, v, **FEATURES[feature])
+    check(flash, q, k, v, **FEATURES[feature])
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("name", ["mask", "bias"])
-def test_masks_and_biases(half, name):
+def test_masks_and_biases(flash, half, name):
     q, k, v = qkv(half, B=2, Sq=70, Sk=150, Hq=2, Hkv=1, D=64)
     rng = np.random.default_rng(0)
     side = (
         rng.random((2, 1, 70, 150)) < 0.5 if name == "mask" else rng.standard_normal((70, 150)).astype(half)
     )
-    check(KERNEL, q, k, v, **{name: side})
+    check(flash, q, k, v, **{name: side})
 
 
-def test_masked_nan_does_not_leak():
+def test_masked_nan_does_not_leak(flash):
     q, k, v = qkv(np.float16, Sq=70, Sk=150, Hq=2, Hkv=1, D=64)
-    want = fastattn.mha(q, k, v, causal=True, q_offset=20, kernel=KERNEL)
+    want = fastattn.mha(q, k, v, causal=True, q_offset=20, kernel=flash)
     v[:, 40:], k[:, 60:] = np.nan, np.nan
-    got = fastattn.mha(q, k, v, causal=True, q_offset=20, kernel=KERNEL)
+    got = fastattn.mha(q, k, v, causal=True, q_offset=20, kernel=flash)
     # Rows into which a NaN leaked are summed again, in another order.
     np.testing.assert_allclose(got[:, :20].astype(float), want[:, :20].astype(float), atol=2e-3)
     assert np.isnan(got[:, 20:].astype(float)).all()
 
 
-def test_same_bits_again():
+def test_entries_that_are_the_same_memory(flash):
+    q, k, v = qkv(np.float16, B=1, Sq=40, Sk=150, Hq=4, Hkv=1, D=64)
+    k = np.broadcast_to(k, (3, 150, 2, 64))
+    check(flash, np.repeat(q, 3, axis=0), k, np.broadcast_to(v, k.shape), causal=True)
+
+
+def test_same_bits_again(flash):
     q, k, v = qkv(np.float16, B=2, Sq=100, Sk=300, Hq=4, Hkv=2, D=128)
-    first = fastattn.mha(q, k, v, causal=True, kernel=KERNEL)
-    np.testing.assert_array_equal(fastattn.mha(q, k, v, causal=True, kernel=KERNEL), first)
+    first = fastattn.mha(q, k, v, causal=True, kernel=flash)
+    np.testing.assert_array_equal(fastattn.mha(q, k, v, causal=True, kernel=flash), first)
 
 
-def test_what_it_refuses():
+def test_what_it_refuses(flash):
     q, k, v = qkv(np.float16, Sq=8, D=64)
     refused = [
         ({"return_weights": True}, (q, k, v), "does not return the weights"),
@@ -100,12 +111,13 @@ def test_what_it_refuses():
     ]
     for keywords, arrays, reason in refused:
         with pytest.raises(fastattn.UnsupportedError, match=reason):
-            fastattn.mha(*arrays, kernel=KERNEL, **keywords)
+            fastattn.mha(*arrays, kernel=flash, **keywords)
 
 
-def test_it_is_not_taken_until_a_gpu_has_proven_it():
+def test_it_is_not_taken_until_a_gpu_has_proven_it(flash):
     q, k, v = qkv(np.float16, Sq=8, D=64)
     plan = fastattn.explain(q, k, v, device="cuda")
     assert plan.kernel == "cuda-cublas"
-    assert "no GPU has run it yet" in plan.refused[KERNEL]
-    assert fastattn.explain(q, k, v, kernel=KERNEL).algorithm.startswith("fused, tiles of 128 rows")
+    assert "no GPU has run it yet" in plan.refused[flash]
+    rows = {"cuda-flash-sm80": 128, "cuda-flash-sm90": 192}[flash]
+    assert fastattn.explain(q, k, v, kernel=flash).algorithm.startswith(f"fused, tiles of {rows} rows")

@@ -9,6 +9,7 @@
 #include "core/scalar_access.h"
 #include "cuda/attention_cublas.h"
 #include "cuda/attention_flash.h"
+#include "cuda/attention_flash_sm90.h"
 #include "cuda/backward_cublas.h"
 #include "cuda/backward_staging.h"
 #include "cuda/errors.h"
@@ -174,6 +175,15 @@ void flash_sm80_run(const AttentionProblem& p, const Target& target, const Works
     run_with(FlashSm80(device), device, p, target, executor);
 }
 
+KernelPlan flash_sm90_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
+    return plan_with(FlashSm90(context(device.index)), p, threads, describe);
+}
+
+void flash_sm90_run(const AttentionProblem& p, const Target& target, const Workspace&, Executor& executor) {
+    const DeviceContext& device = context(target.device.index);
+    run_with(FlashSm90(device), device, p, target, executor);
+}
+
 constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 constexpr const char* kUnproven =
     "no GPU has run it yet (docs/gpu_status.md), so it is taken only when asked for by name";
@@ -185,8 +195,14 @@ const char* why_unavailable() { return unavailable(); }
 
 std::span<const Kernel> cuda_kernels() {
     using namespace cuda;
-    static constexpr std::array<Kernel, 2> table{
-        {{.name = "cuda-flash-sm80",
+    static constexpr std::array<Kernel, 3> table{
+        {{.name = "cuda-flash-sm90",
+          .device = DeviceType::cuda,
+          .dtypes = kHalfDtypes,
+          .unavailable = &why_unavailable,
+          .forward = {.refuses = &FlashSm90::refuses, .plan = &flash_sm90_plan, .run = &flash_sm90_run},
+          .unproven = kUnproven},
+         {.name = "cuda-flash-sm80",
           .device = DeviceType::cuda,
           .dtypes = kHalfDtypes,
           .unavailable = &why_unavailable,

@@ -9,6 +9,9 @@
 
 namespace fastattn::cuda {
 
+struct TensorMap;  // tensor/tile_map.h
+struct TileMapLayout;
+
 using Stream = void*;  // cudaStream_t: 0 and 1 the legacy default stream, 2 the thread's own
 using Event = void*;  // cudaEvent_t
 using Pool = void*;  // cudaMemPool_t
@@ -18,6 +21,7 @@ enum class Copy { to_device, to_host };
 struct DeviceProperties {
     char name[256] = {};
     int major = 0, minor = 0;  // compute capability
+    int multiprocessors = 1;
     std::size_t l2_bytes = 0;
 };
 
@@ -44,6 +48,9 @@ int release_pinned(void* data) noexcept;
 int copy(void* target, const void* source, std::size_t bytes, Copy kind, Stream stream) noexcept;
 // std::free(data) when `stream` gets there: for the source of a copy. On failure `data` is still the caller's.
 int free_host_after(void* data, Stream stream) noexcept;
+
+// An array for the copy engine of compute capability 9.0 and newer.
+int encode_tile_map(const TileMapLayout& layout, TensorMap* map) noexcept;
 
 // ---- order ------------------------------------------------------------------------------------------
 int create_stream(Stream* stream) noexcept;  // does not wait for the default stream

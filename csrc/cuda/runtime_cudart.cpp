@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/runtime.h"
+#include "cuda/tensor/tile_map.h"
 
 namespace fastattn::cuda::runtime {
 namespace {
@@ -38,6 +39,7 @@ int properties(int device, DeviceProperties* to) noexcept {
     to->name[sizeof to->name - 1] = '\0';
     to->major = all.major;
     to->minor = all.minor;
+    to->multiprocessors = std::max(1, all.multiProcessorCount);
     to->l2_bytes = static_cast<std::size_t>(std::max(0, all.l2CacheSize));
     return 0;
 }
@@ -84,6 +86,35 @@ int copy(void* target, const void* source, std::size_t bytes, Copy kind, Stream 
 
 int free_host_after(void* data, Stream stream) noexcept {
     return forget(cudaLaunchHostFunc(stream_of(stream), [](void* memory) { std::free(memory); }, data));
+}
+
+namespace {
+
+// cuTensorMapEncodeTiled, a function of the driver: its parameters by their sizes, its enumerations by their values
+// (check_cuda_codes.cpp compares them with NVIDIA's header).
+using EncodeTiled = int (*)(void* map, int type, unsigned rank, void* data, const std::uint64_t* size,
+                            const std::uint64_t* stride, const unsigned* box, const unsigned* step,
+                            int interleave, int swizzle, int promotion, int fill);
+
+}  // namespace
+
+int encode_tile_map(const TileMapLayout& layout, TensorMap* map) noexcept {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const int status = forget(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &found));
+#else
+    const int status =
+        forget(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+    if (status != 0) return status;
+    if (found != cudaDriverEntryPointSuccess) return kNotSupported;
+    const unsigned box[4] = {64, layout.rows, 1, 1}, step[4] = {1, 1, 1, 1};
+    return reinterpret_cast<EncodeTiled>(function)(
+        map, layout.bf16 ? tile_map_codes::kBf16 : tile_map_codes::kF16, 4, layout.data, layout.size,
+        layout.stride, box, step, tile_map_codes::kNoInterleave, tile_map_codes::kSwizzle128,
+        tile_map_codes::kPromote256, tile_map_codes::kFillZeros);
 }
 
 int create_stream(Stream* stream) noexcept {

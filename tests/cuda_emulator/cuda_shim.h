@@ -44,6 +44,11 @@ enum class WarpFunction { sync, shuffle, any, all, ballot };
 std::uint64_t warp_exchange(WarpFunction function, unsigned mask, std::uint64_t value, unsigned source);
 unsigned warp_lane();
 
+// Waits until `ready()`, which any thread may evaluate, at any time, some other thread's state in mind: it may look at shared
+// memory and change it, but not at threadIdx. Nobody else is in a ready() or in atomically() meanwhile.
+void wait_until(const std::function<bool()>& ready);
+void atomically(const std::function<void()>& change);
+
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);

@@ -2,6 +2,7 @@
 // no more of it than the rules of streams and events demand. So host code that forgets to wait, frees too early or
 // reuses a buffer sees it in every run, not in one of a thousand.
 #include "cuda/runtime.h"
+#include "cuda/tensor/tile_map.h"
 
 #include <algorithm>
 #include <cstdarg>
@@ -324,6 +325,7 @@ int properties(int device, DeviceProperties* properties) noexcept {
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU (tests only)");
     properties->major = 9;
     properties->minor = 0;
+    properties->multiprocessors = 3;  // few: blocks that stay for a whole launch then take several tiles
     properties->l2_bytes = state().settings.l2_bytes;
     return 0;
 }
@@ -477,6 +479,20 @@ int destroy_stream(Stream stream) noexcept {
 int synchronize(Stream stream) noexcept {
     FASTATTN_ENTER("synchronize");
     drain(*queue_of(stream));
+    return 0;
+}
+
+// hopper_shim.h reads it back. What the driver refuses is refused.
+int encode_tile_map(const TileMapLayout& layout, TensorMap* map) noexcept {
+    FASTATTN_ENTER("encode_tile_map");
+    bool valid =
+        reinterpret_cast<std::uintptr_t>(layout.data) % 16 == 0 && layout.rows >= 1 && layout.rows <= 256;
+    for (const std::uint64_t size : layout.size) valid = valid && size >= 1 && size <= std::uint64_t{1} << 32;
+    for (const std::uint64_t stride : layout.stride)
+        valid = valid && stride % 16 == 0 && stride < std::uint64_t{1} << 40;
+    if (!valid) return kInvalidArgument;
+    static_assert(sizeof layout <= sizeof map->bytes);
+    std::memcpy(map->bytes, &layout, sizeof layout);
     return 0;
 }
 

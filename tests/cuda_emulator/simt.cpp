@@ -13,6 +13,7 @@
 
 #if defined(FASTATTN_EMULATOR_THREADS)
 #include <barrier>
+#include <mutex>
 #include <thread>
 #else
 #include <sys/mman.h>
@@ -152,7 +153,7 @@ struct Context {
     std::size_t stack_bytes = 0;
 };
 
-enum class Waiting : unsigned char { no, block, warp };
+enum class Waiting : unsigned char { no, block, warp, condition };
 
 struct Thread {
     Context* fiber = nullptr;
@@ -161,12 +162,13 @@ struct Thread {
     WarpFunction function = WarpFunction::sync;
     unsigned mask = 0, source = 0;
     std::uint64_t posted = 0, result = 0;
+    const std::function<bool()>* condition = nullptr;
 };
 
 // The block that runs; under the lock of the GPU.
 struct Scheduler {
     const std::function<void()>* body = nullptr;
-    unsigned count = 0, started = 0, finished = 0, at_barrier = 0;
+    unsigned count = 0, started = 0, finished = 0, at_barrier = 0, conditions = 0;
     std::vector<Thread> threads;
     std::vector<unsigned> warp_waiting;  // of each warp, the lanes that wait in a warp function
     // Threads that may go on, first in first out: a ring of `count`, as each is there once at most.
@@ -255,6 +257,7 @@ void switch_to(Context& target) {
         const Thread& thread = s.threads[i];
         if (thread.finished) return "returned";
         if (thread.waiting == Waiting::block) return "in __syncthreads";
+        if (thread.waiting == Waiting::condition) return "waiting for a barrier in shared memory";
         char text[64];
         std::snprintf(text, sizeof text, "in %s, mask 0x%08x", name_of(thread.function), thread.mask);
         return text;
@@ -317,6 +320,14 @@ Context& next_context() {
         s.idle.pop_back();
         return *fiber;
     }
+    if (s.conditions > 0) {
+        for (Thread& thread : s.threads) {
+            if (thread.waiting != Waiting::condition || !(*thread.condition)()) continue;
+            thread.waiting = Waiting::no;
+            --s.conditions;
+            return *thread.fiber;
+        }
+    }
     if (s.finished < s.count) die_of_deadlock();
     return s.host;
 }
@@ -355,7 +366,7 @@ void run_grid(Dim3 grid, unsigned threads, const std::function<void()>& body) {
         s.threads.assign(threads, Thread{});
         s.warp_waiting.assign((threads + 31) / 32, 0);
         s.ring.resize(threads);
-        s.started = s.finished = s.at_barrier = s.first_ready = s.ready = 0;
+        s.started = s.finished = s.at_barrier = s.conditions = s.first_ready = s.ready = 0;
         switch_to(next_context());
     });
 }
@@ -376,6 +387,25 @@ unsigned warp_lane() { return threadIdx.x % 32; }
 
 #if defined(FASTATTN_EMULATOR_THREADS)
 
+namespace {
+std::mutex& condition_mutex() {
+    static std::mutex the;
+    return the;
+}
+}  // namespace
+
+void wait_until(const std::function<bool()>& ready) {
+    for (;; std::this_thread::yield()) {
+        const std::lock_guard lock(condition_mutex());
+        if (ready()) return;
+    }
+}
+
+void atomically(const std::function<void()>& change) {
+    const std::lock_guard lock(condition_mutex());
+    change();
+}
+
 std::uint64_t warp_exchange(WarpFunction function, unsigned mask, std::uint64_t value, unsigned source) {
     const unsigned lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
     const unsigned present = lanes_present(warp_index, g_block->threads);
@@ -391,6 +421,18 @@ std::uint64_t warp_exchange(WarpFunction function, unsigned mask, std::uint64_t 
 }
 
 #else
+
+void wait_until(const std::function<bool()>& ready) {
+    if (ready()) return;
+    Scheduler& s = scheduler();
+    const unsigned index = threadIdx.x;
+    s.threads[index].waiting = Waiting::condition;
+    s.threads[index].condition = &ready;
+    ++s.conditions;
+    wait_for_others(index);
+}
+
+void atomically(const std::function<void()>& change) { change(); }
 
 std::uint64_t warp_exchange(WarpFunction function, unsigned mask, std::uint64_t value, unsigned source) {
     Scheduler& s = scheduler();

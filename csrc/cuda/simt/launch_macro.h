@@ -4,13 +4,13 @@
 #include "cuda/simt/arguments.h"
 #include "cuda/simt/device.h"
 
-// Dynamic shared memory of a kernel, 128-byte aligned.
+// Dynamic shared memory of a kernel, 1024-byte aligned.
 #if defined(__CUDACC__)
-#define FASTATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define FASTATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define FASTATTN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, args) \
     kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(args)
 #else
-#define FASTATTN_DYNAMIC_SHARED(name) alignas(128) static unsigned char name[228 << 10]
+#define FASTATTN_DYNAMIC_SHARED(name) alignas(1024) static unsigned char name[228 << 10]
 #define FASTATTN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, args)                        \
     emulator::launch({static_cast<unsigned>(blocks), 1, 1}, static_cast<unsigned>(threads), stream, \
                      std::function<void()>([copied = args] { kernel(copied); }))

@@ -54,9 +54,24 @@ private:
     }
 };
 
+// m is the maximum so far, and all exponentials are the exponential unit's.
+struct ExactSoftmax {
+    static constexpr float slack = 0;
+    static constexpr int polynomial = 0;
+};
+// m stays while the maximum is at most 2^8 times as much, which float16 weights can bear: the output is rescaled rarely, and
+// most warps skip it (FlashAttention-4). One in four exponentials is a polynomial's: at head dimension 64 the unit takes as
+// long as the tensor cores do.
+template <int polynomial_>
+struct LazySoftmax {
+    static constexpr float slack = 8;
+    static constexpr int polynomial = polynomial_;  // every so many-th eight columns; 0: none
+};
+
 // A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
 //   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
-template <class T, int mt, int nt, int dt, bool plain>
+//   Softmax: how, of the following
+template <class T, int mt, int nt, int dt, bool plain, class Softmax = ExactSoftmax>
 class FlashRows {
 public:
     static constexpr int kRows = 2 * mt;  // g and g + 8 of each 16 rows
@@ -129,6 +144,9 @@ public:
             peak = larger(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
             peak = larger(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
             peak = larger(m[r], times(peak, scale));
+            if constexpr (Softmax::slack > 0) {
+                if (peak <= m[r] + Softmax::slack) peak = m[r];
+            }
             const float shift = peak == -infinity<float>() ? 0.0f : peak;
             factor[r] = m[r] == -infinity<float>() ? 0.0f : power2(m[r] - shift);
             m[r] = peak;
@@ -138,7 +156,12 @@ public:
                 FASTATTN_UNROLL
                 for (int e = 0; e < 2; ++e) {
                     float& x = s[r / 2][j][2 * (r % 2) + e];
-                    x = power2(fused(x, scale, -shift));
+                    x = fused(x, scale, -shift);
+                    if (by_polynomial(j)) {
+                        x = power2_by_polynomial(x);
+                    } else {
+                        x = power2(x);
+                    }
                     sum += x;
                 }
             }
@@ -150,6 +173,12 @@ public:
     }
 
     __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+        if constexpr (Softmax::slack > 0) {
+            bool changes = false;
+            FASTATTN_UNROLL
+            for (int r = 0; r < kRows; ++r) changes = changes || factor[r] != 1.0f;
+            if (!__any_sync(0xFFFFFFFFu, changes)) return;
+        }
         FASTATTN_UNROLL
         for (int r = 0; r < kRows; ++r) {
             FASTATTN_UNROLL
@@ -212,6 +241,11 @@ public:
     float o[mt][dt][4];
 
 private:
+    static __device__ constexpr bool by_polynomial(int j) {
+        if constexpr (Softmax::polynomial > 0) return j % Softmax::polynomial == 0;
+        return false;
+    }
+
     __device__ void drop(int offset, int r, float (&s)[mt][nt][4]) {
         const RowPlace at = block.place(local_row(r));
         const std::uint32_t threshold = dropout_threshold(p.dropout);

@@ -3,11 +3,14 @@
 
 #include "cuda/runtime.h"
 #include "cuda/tensor/flash_arguments.h"
+#include "cuda/tensor/flash_sm90_arguments.h"
 
 namespace fastattn::cuda {
 
 // `width`: of a row of flash_sm80_tiles.inc. Returns an error code where the tile's shared memory cannot be had.
 int launch_flash_sm80(const FlashArgs& args, int width, Stream stream);
+// `width`: of a row of flash_sm90_tiles.inc; as many blocks of threads as there are multiprocessors.
+int launch_flash_sm90(const HopperArgs& args, int width, int blocks, Stream stream);
 void launch_recompute(const FlashArgs& args, Stream stream);
 
 }  // namespace fastattn::cuda

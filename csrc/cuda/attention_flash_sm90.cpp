@@ -1,0 +1,108 @@
+#include "cuda/attention_flash_sm90.h"
+
+#include <algorithm>
+
+#include "cuda/errors.h"
+#include "cuda/operands.h"
+#include "cuda/tensor/launch_flash.h"
+
+namespace fastattn::cuda {
+namespace {
+
+// A compiled tile, of flash_sm90_tiles.inc.
+struct TileSizes {
+    int width, value_width, rows, keys;
+};
+constexpr TileSizes kTiles[] = {
+#define FASTATTN_HOPPER_TILE(width, value_width, groups, keys, loader, registers, polynomial) \
+    {width, value_width, 64 * (groups), keys},
+#include "cuda/tensor/flash_sm90_tiles.inc"
+#undef FASTATTN_HOPPER_TILE
+};
+
+// The smallest that holds both head dimensions; nullptr: none.
+const TileSizes* tile_of(const AttentionProblem& p) noexcept {
+    for (const TileSizes& tile : kTiles)
+        if (p.head_dim <= tile.width && p.value_dim <= tile.value_width) return &tile;
+    return nullptr;
+}
+
+TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& x, Index dims, int rows) {
+    TileMap map;
+    if (region.keys == 0) return map;  // never looked at
+    TileMapLayout layout;
+    layout.data = element(x, p.dtype, region.batch, region.key, region.kv_head);
+    layout.bf16 = p.dtype == DType::bf16;
+    layout.rows = static_cast<std::uint32_t>(rows);
+    // Of an axis that is the same memory again and again the copy engine sees one entry.
+    const auto set_axis = [&](int axis, Index size, Index stride) {
+        const bool repeats = stride == 0;
+        layout.size[axis] = static_cast<std::uint64_t>(repeats ? 1 : size);
+        layout.stride[axis - 1] = static_cast<std::uint64_t>(
+            size == 1 || repeats ? 16 : stride * static_cast<Index>(item_size(p.dtype)));
+        return repeats ? 0 : 1;
+    };
+    layout.size[0] = static_cast<std::uint64_t>(dims);
+    set_axis(1, region.keys, x.seq);
+    map.head_step = set_axis(2, region.kv_heads, x.head);
+    map.batch_step = set_axis(3, region.batches, x.batch);
+    throw_on_error(runtime::encode_tile_map(layout, &map.map), "describing k or v to the copy engine");
+    return map;
+}
+
+}  // namespace
+
+const char* FlashSm90::refuses(const AttentionProblem& p) {
+    if (p.weights.data != nullptr) return "does not return the weights";
+    if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) return "takes head dimensions that are multiples of 8";
+    if (tile_of(p) == nullptr) return "takes head dimensions up to 256";
+    constexpr Index most = (Index{1} << 31) - 1024;
+    return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
+}
+
+std::size_t FlashSm90::workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
+                                       const Chunk& region) const {
+    Carver carver(nullptr);
+    const RegionOperands operands(host, device, region, carver);
+    return carver.used();
+}
+
+void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
+                      std::byte* workspace, Stream stream) const {
+    if (context_.properties.major != 9 || context_.properties.minor != 0)
+        throw UnsupportedError("kernel: \"cuda-flash-sm90\" needs compute capability 9.0, " +
+                               std::string(context_.properties.name) + " has " +
+                               std::to_string(context_.properties.major) + "." +
+                               std::to_string(context_.properties.minor));
+    Carver carver(workspace);
+    const RegionOperands operands(host, device, region, carver);
+    operands.queue_copies_in(stream);
+    const AttentionProblem& p = operands.problem();
+    const TileSizes& tile = *tile_of(p);
+    HopperArgs args;
+    args.flash = {p, region};
+    args.order.pairs = region.batches * region.kv_heads;
+    args.order.row_tiles = (region.rows * p.group + tile.rows - 1) / tile.rows;
+    args.order.section =
+        section_pairs(region.keys * (p.head_dim + p.value_dim) * static_cast<Index>(item_size(p.dtype)),
+                      context_.properties.l2_bytes);
+    args.k = tile_map(p, region, p.k, p.head_dim, tile.keys);
+    args.v = tile_map(p, region, p.v, p.value_dim, tile.keys);
+    throw_on_error(launch_flash_sm90(args, tile.width, context_.properties.multiprocessors, stream),
+                   "asking for shared memory");
+    throw_on_error(runtime::last_error(), "launching flash_forward_sm90");
+    if (is_restricted(host)) {
+        launch_recompute(args.flash, stream);
+        throw_on_error(runtime::last_error(), "launching recompute_rows");
+    }
+    operands.queue_copies_out(stream);
+}
+
+std::string FlashSm90::describe(const AttentionProblem& p, bool) const {
+    const TileSizes& tile = *tile_of(p);
+    return "fused, tiles of " + std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) +
+           " keys, head dimensions up to " + std::to_string(tile.width) + " and " +
+           std::to_string(tile.value_width);
+}
+
+}  // namespace fastattn::cuda
