@@ -1,6 +1,7 @@
 #include "cuda/attention_flash_sm90.h"
 
-#include <algorithm>
+#include <cstddef>
+#include <iterator>
 
 #include "cuda/errors.h"
 #include "cuda/operands.h"
@@ -9,22 +10,27 @@
 namespace fastattn::cuda {
 namespace {
 
-// A compiled tile, of flash_sm90_tiles.inc.
+// A compiled tile, a row of flash_sm90_tiles.inc.
 struct TileSizes {
-    int width, value_width, rows, keys;
+    bool plain;
+    int width, value_width, keys, rows;
 };
 constexpr TileSizes kTiles[] = {
-#define FASTATTN_HOPPER_TILE(width, value_width, groups, keys, loader, registers, polynomial) \
-    {width, value_width, 64 * (groups), keys},
+#define FASTATTN_HOPPER_TILE(plain, width, value_width, keys, groups, loader_registers, registers, \
+                             polynomial)                                                           \
+    {plain, width, value_width, keys, 64 * (groups)},
 #include "cuda/tensor/flash_sm90_tiles.inc"
 #undef FASTATTN_HOPPER_TILE
 };
 
-// The smallest that holds both head dimensions; nullptr: none.
-const TileSizes* tile_of(const AttentionProblem& p) noexcept {
-    for (const TileSizes& tile : kTiles)
-        if (p.head_dim <= tile.width && p.value_dim <= tile.value_width) return &tile;
-    return nullptr;
+// The first that holds both head dimensions; as many as there are: none.
+std::size_t tile_of(const AttentionProblem& p) noexcept {
+    const bool plain = is_plain_flash(p);
+    std::size_t n = 0;
+    while (n < std::size(kTiles) &&
+           (kTiles[n].plain != plain || p.head_dim > kTiles[n].width || p.value_dim > kTiles[n].value_width))
+        ++n;
+    return n;
 }
 
 TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& x, Index dims, int rows) {
@@ -55,7 +61,7 @@ TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& 
 const char* FlashSm90::refuses(const AttentionProblem& p) {
     if (p.weights.data != nullptr) return "does not return the weights";
     if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) return "takes head dimensions that are multiples of 8";
-    if (tile_of(p) == nullptr) return "takes head dimensions up to 256";
+    if (tile_of(p) == std::size(kTiles)) return "takes head dimensions up to 256";
     constexpr Index most = (Index{1} << 31) - 1024;
     return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
 }
@@ -78,7 +84,8 @@ void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& devi
     const RegionOperands operands(host, device, region, carver);
     operands.queue_copies_in(stream);
     const AttentionProblem& p = operands.problem();
-    const TileSizes& tile = *tile_of(p);
+    const std::size_t number = tile_of(p);
+    const TileSizes& tile = kTiles[number];
     HopperArgs args;
     args.flash = {p, region};
     args.order.pairs = region.batches * region.kv_heads;
@@ -88,8 +95,9 @@ void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& devi
                       context_.properties.l2_bytes);
     args.k = tile_map(p, region, p.k, p.head_dim, tile.keys);
     args.v = tile_map(p, region, p.v, p.value_dim, tile.keys);
-    throw_on_error(launch_flash_sm90(args, tile.width, context_.properties.multiprocessors, stream),
-                   "asking for shared memory");
+    throw_on_error(
+        launch_flash_sm90(args, static_cast<int>(number), context_.properties.multiprocessors, stream),
+        "asking for shared memory");
     throw_on_error(runtime::last_error(), "launching flash_forward_sm90");
     if (is_restricted(host)) {
         launch_recompute(args.flash, stream);
@@ -99,7 +107,7 @@ void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& devi
 }
 
 std::string FlashSm90::describe(const AttentionProblem& p, bool) const {
-    const TileSizes& tile = *tile_of(p);
+    const TileSizes& tile = kTiles[tile_of(p)];
     return "fused, tiles of " + std::to_string(tile.rows) + " rows x " + std::to_string(tile.keys) +
            " keys, head dimensions up to " + std::to_string(tile.width) + " and " +
            std::to_string(tile.value_width);

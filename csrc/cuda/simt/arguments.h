@@ -19,6 +19,17 @@ FASTATTN_HOST_DEVICE constexpr double weight_unit(DType dtype, double dropout) n
     return 1.0 / (weight_scale(dtype) * (1.0 - dropout));
 }
 
+// Scale, lengths, causal and window only, and no weights asked for.
+inline bool is_plain(const AttentionProblem& p) {
+    return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
+           p.mask.data == nullptr && p.dropout == 0.0 && p.weights.data == nullptr;
+}
+
+// The same, and a scale that grows with the products: the fused kernels take maxima before they scale.
+inline bool is_plain_flash(const AttentionProblem& p) {
+    return is_plain(p) && static_cast<float>(p.scale * 1.44) > 0.0f;
+}
+
 // Scores of one chunk: row r of the matrix belongs to pair r / (G * rows) of (batch entry, kv head), the batch
 // entry outside; within a pair r = g * rows + i, or i * G + g with group_inner.
 struct SoftmaxArgs {

@@ -36,17 +36,6 @@ void with_types(DType dtype, F f) {
     }
 }
 
-// Scale, lengths, causal and window only, and no weights asked for.
-inline bool is_plain(const AttentionProblem& p) {
-    return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
-           p.mask.data == nullptr && p.dropout == 0.0 && p.weights.data == nullptr;
-}
-
-// The same, and a scale that grows with the products: the fused kernels take maxima before they scale.
-inline bool is_plain_flash(const AttentionProblem& p) {
-    return is_plain(p) && static_cast<float>(p.scale * 1.44) > 0.0f;
-}
-
 // More than 48 KiB of shared memory are to be asked for.
 [[maybe_unused]] inline int allow_shared_memory([[maybe_unused]] const void* kernel,
                                                 [[maybe_unused]] int bytes) {

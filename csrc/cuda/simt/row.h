@@ -155,24 +155,51 @@ struct Scorer {
         if (v < begin || v >= end) return masked;
         Acc t = times(raw, scale);
         if (!elementwise) return t;
-        const Index j = first + v;
-        if (cap > 0) {
-            share = static_cast<Acc>(tanh(times(t, inverse_cap)));
-            t = times(cap, share);
-        }
-        if (p.mask.data != nullptr && load_as<std::uint8_t>(p.mask.data, mask + j * p.mask.key) == 0)
-            return masked;
-        if (p.alibi_slopes.data != nullptr)
-            t = plus(t, times(slope, static_cast<Acc>(fabs(position - static_cast<double>(j)))));
+        if (cap > 0) t = capped(t, share);
+        if (p.mask.data != nullptr && is_masked(v)) return masked;
+        if (p.alibi_slopes.data != nullptr) t = with_alibi(t, distance(v));
         if (p.bias.data != nullptr) {
-            const Acc add = load_bias<Acc>(p.bias, bias + j * p.bias.key);
-            if (add == masked) return masked;
-            t = plus(t, add);
+            const Acc add = load_bias<Acc>(p.bias, bias + (first + v) * p.bias.key);
+            t = with_bias(t, add);
         }
+        return limited(t);
+    }
+
+    // ---- its operations; v counts keys from the chunk's first ----------------------------------------------------
+    __device__ __forceinline__ Acc capped(Acc t, Acc& share) const {
+        share = static_cast<Acc>(tanh(times(t, inverse_cap)));
+        return times(cap, share);
+    }
+    __device__ __forceinline__ bool is_masked(int v) const {
+        return load_as<std::uint8_t>(p.mask.data, mask + (first + v) * p.mask.key) == 0;
+    }
+    __device__ __forceinline__ Acc distance(int v) const {
+        return static_cast<Acc>(fabs(position - static_cast<double>(first + v)));
+    }
+    __device__ __forceinline__ Acc with_alibi(Acc t, Acc distance) const {
+        return plus(t, times(slope, distance));
+    }
+    // -inf masks, whatever the score.
+    __device__ __forceinline__ Acc with_bias(Acc t, Acc add) const {
+        return add == -infinity<Acc>() ? add : plus(t, add);
+    }
+    // Finite scores stay finite, in units of x.
+    __device__ __forceinline__ Acc limited(Acc t) const {
         const Acc limit = score_limit<Acc>();
         if (t > limit && t < infinity<Acc>()) t = limit;
-        if (t < -limit && t > masked) t = -limit;
+        if (t < -limit && t > -infinity<Acc>()) t = -limit;
         return times(t, static_cast<Acc>(kLog2E));
+    }
+    // f(a function that gives the bias of v), so that its type is asked for once: that of the arrays, T, or float.
+    template <class T, class F>
+    __device__ __forceinline__ void with_bias_type(F f) const {
+        const Index row = bias + first * p.bias.key, step = p.bias.key;
+        const void* const data = p.bias.data;
+        if (p.bias.dtype == DType::f32) {
+            f([=](int v) { return static_cast<const float*>(data)[row + v * step]; });
+        } else {
+            f([=](int v) { return widen(static_cast<const T*>(data)[row + v * step]); });
+        }
     }
 };
 

@@ -70,7 +70,9 @@ struct LazySoftmax {
 
 // A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
 //   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
-//   Softmax: how, of the following
+//   Softmax: how, of the above
+// The block is a variable beside this object, not in one object with it: an object that holds its own address stays in local
+// memory as a whole, the outputs too.
 template <class T, int mt, int nt, int dt, bool plain, class Softmax = ExactSoftmax>
 class FlashRows {
 public:
@@ -123,17 +125,7 @@ public:
                     }
                 }
             } else {
-                const Row row(p, block.place(local_row(r)));
-                Chunk keys;
-                keys.key = block.key_begin;
-                keys.keys = block.key_end - block.key_begin;
-                const Scorer<float, false> score(p, keys, row);
-                for (int j = 0; j < nt; ++j) {
-                    for (int e = 0; e < 2; ++e) {
-                        float& x = s[r / 2][j][2 * (r % 2) + e];
-                        x = score(offset + 8 * j + 2 * t + e, x);
-                    }
-                }
+                to_scores(offset, r, s);
             }
             FASTATTN_UNROLL
             for (int j = 0; j < nt; ++j) {
@@ -241,21 +233,87 @@ public:
     float o[mt][dt][4];
 
 private:
+    // Row r of the products becomes x. What Scorer does element by element is done operation by operation: each is asked for once, and
+    // its loop unrolled, so that s stays in registers.
+    __device__ __forceinline__ void to_scores(int offset, int r, float (&s)[mt][nt][4]) {
+        const Row row(p, block.place(local_row(r)));
+        Chunk keys;
+        keys.key = block.key_begin;
+        keys.keys = block.key_end - block.key_begin;
+        const Scorer<float, false> score(p, keys, row);
+        const int mine = offset + 2 * t;
+        const auto each = [&](auto f) {
+            FASTATTN_UNROLL
+            for (int j = 0; j < nt; ++j) {
+                FASTATTN_UNROLL
+                for (int e = 0; e < 2; ++e) f(mine + 8 * j + e, s[r / 2][j][2 * (r % 2) + e]);
+            }
+        };
+        const auto attends = [&](int v) { return v >= begin[r] && v < end[r]; };
+        each([&](int, float& x) { x = times(x, score.scale); });
+        if (score.elementwise) {
+            if (score.cap > 0) {
+                each([&](int, float& x) {
+                    float share;
+                    x = score.capped(x, share);
+                });
+            }
+            if (p.alibi_slopes.data != nullptr) {
+                // From this thread's first key; in float, as is what comes of it.
+                const float from_mine =
+                    static_cast<float>(score.position - static_cast<double>(score.first + mine));
+                each([&](int v, float& x) {
+                    x = score.with_alibi(x, fabsf(from_mine - static_cast<float>(v - mine)));
+                });
+            }
+            if (p.bias.data != nullptr) {
+                score.template with_bias_type<T>([&](auto bias_of) {
+                    each([&](int v, float& x) {
+                        if (attends(v)) x = score.with_bias(x, bias_of(v));
+                    });
+                });
+            }
+            each([&](int, float& x) { x = score.limited(x); });
+            if (p.mask.data != nullptr) {
+                each([&](int v, float& x) {
+                    if (attends(v) && score.is_masked(v)) x = -infinity<float>();
+                });
+            }
+        }
+        each([&](int v, float& x) {
+            if (!attends(v)) x = -infinity<float>();
+        });
+    }
+
     static __device__ constexpr bool by_polynomial(int j) {
         if constexpr (Softmax::polynomial > 0) return j % Softmax::polynomial == 0;
         return false;
     }
 
-    __device__ void drop(int offset, int r, float (&s)[mt][nt][4]) {
+    // A block of the generator has the words of four keys, which two neighbouring threads share: of two blocks of theirs each computes
+    // one.
+    __device__ __forceinline__ void drop(int offset, int r, float (&s)[mt][nt][4]) {
         const RowPlace at = block.place(local_row(r));
         const std::uint32_t threshold = dropout_threshold(p.dropout);
         const auto word = [](Index n) { return static_cast<std::uint32_t>(n); };
-        for (int j = 0; j < nt; ++j) {
-            const Index key =
-                block.key_begin + offset + 8 * j + 2 * t;  // even, as the tile begins at a multiple of 8
+        const bool odd = t % 2 != 0;
+        static_assert(nt % 2 == 0);
+        FASTATTN_UNROLL
+        for (int j = 0; j < nt; j += 2) {
+            // A multiple of 4, as the tile begins at a multiple of 8.
+            const Index key = block.key_begin + offset + 8 * (j + t % 2) + t / 2 * 4;
             const PhiloxBlock random = philox4x32(word(key / 4), word(at.i), word(at.h), word(at.b), p.seed);
+            std::uint32_t other[2];
+            FASTATTN_UNROLL
             for (int e = 0; e < 2; ++e)
-                if (random.word[key % 4 + e] < threshold) s[r / 2][j][2 * (r % 2) + e] = 0;
+                other[e] = __shfl_xor_sync(0xFFFFFFFFu, odd ? random.word[e] : random.word[2 + e], 1);
+            FASTATTN_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                const std::uint32_t drawn = odd ? other[e] : random.word[e];
+                const std::uint32_t drawn_next = odd ? random.word[2 + e] : other[e];
+                if (drawn < threshold) s[r / 2][j][2 * (r % 2) + e] = 0;
+                if (drawn_next < threshold) s[r / 2][j + 1][2 * (r % 2) + e] = 0;
+            }
         }
     }
 };

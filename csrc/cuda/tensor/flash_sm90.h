@@ -15,9 +15,10 @@
 namespace fastattn::cuda {
 namespace {
 
-template <int width_, int value_width_, int groups_, int keys_, int loader_registers_, int registers_,
-          int polynomial_>
+template <bool plain_, int width_, int value_width_, int keys_, int groups_, int loader_registers_,
+          int registers_, int polynomial_>
 struct HopperTile {
+    static constexpr bool plain = plain_;
     static constexpr int width = width_, value_width = value_width_, groups = groups_, keys = keys_,
                          loader_registers = loader_registers_, registers = registers_,
                          polynomial = polynomial_;
@@ -31,23 +32,10 @@ struct HopperTile {
     static_assert(k_bytes % kSwizzleBytes == 0 && v_bytes % kSwizzleBytes == 0);
 };
 
-// Which of the stages is next, and the parity of its phase.
-template <int stages>
-struct StageCount {
-    int at = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++at == stages) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-template <class T, class Tile, bool plain>
+template <class T, class Tile>
 class HopperBlock {
 public:
     static constexpr int kNt = Tile::keys / 8, kDt = Tile::value_width / 8, kStages = Tile::stages;
-    using Stage = StageCount<kStages>;
 
     __device__ HopperBlock(const HopperArgs& args, unsigned char* shared_memory)
         : a(args),
@@ -87,6 +75,10 @@ private:
         Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     };
 
+    // Tile n of the keys that this block of threads has had so far is in this stage, and the stage's barriers have this parity then.
+    static __device__ __forceinline__ int stage_of(unsigned n) { return static_cast<int>(n % kStages); }
+    static __device__ __forceinline__ int parity_of(unsigned n) { return static_cast<int>(n / kStages % 2); }
+
     // f(block, steps) for each tile of this block of threads, in all its threads; steps: tiles of keys.
     template <class F>
     __device__ __forceinline__ void for_each_tile(F f) {
@@ -106,9 +98,11 @@ private:
 
     // ---- loading ----------------------------------------------------------------------------------------------
     __device__ void load_keys_and_values() {
-        Stage k, v;
+        unsigned had = 0;  // tiles of keys before this tile of rows
         for_each_tile([&](const RowBlock& block, int steps) {
-            const auto load = [&](const TileMap& map, int step, int bytes, unsigned char* to, Barrier* full) {
+            const auto load = [&](const TileMap& map, int step, int bytes, unsigned char* to, Barrier* full,
+                                  Barrier* empty, int parity) {
+                wait(empty, parity ^ 1);
                 arrive_and_expect(full, bytes);
                 const int key = static_cast<int>(block.key_begin - a.flash.region.key) + step * Tile::keys;
                 const int head = static_cast<int>(block.kv_head - a.flash.region.kv_head) * map.head_step;
@@ -120,16 +114,19 @@ private:
             // Values one step behind: they are needed after the next keys.
             for (int step = 0; step <= steps; ++step) {
                 if (step < steps) {
-                    wait(&barriers.k_empty[k.at], k.parity ^ 1);
-                    load(a.k, step, Tile::k_bytes, keys_of(k.at), &barriers.k_full[k.at]);
-                    k.next();
+                    const unsigned n = had + static_cast<unsigned>(step);
+                    const int stage = stage_of(n);
+                    load(a.k, step, Tile::k_bytes, keys_of(stage), &barriers.k_full[stage],
+                         &barriers.k_empty[stage], parity_of(n));
                 }
                 if (step > 0) {
-                    wait(&barriers.v_empty[v.at], v.parity ^ 1);
-                    load(a.v, step - 1, Tile::v_bytes, values_of(v.at), &barriers.v_full[v.at]);
-                    v.next();
+                    const unsigned n = had + static_cast<unsigned>(step) - 1;
+                    const int stage = stage_of(n);
+                    load(a.v, step - 1, Tile::v_bytes, values_of(stage), &barriers.v_full[stage],
+                         &barriers.v_empty[stage], parity_of(n));
                 }
             }
+            had += static_cast<unsigned>(steps);
         });
     }
 
@@ -160,87 +157,87 @@ private:
     }
 
     // ---- computing --------------------------------------------------------------------------------------------
-    using Rows = FlashRows<T, 1, kNt, kDt, plain, LazySoftmax<plain ? Tile::polynomial : 0>>;
+    using Rows = FlashRows<T, 1, kNt, kDt, Tile::plain, LazySoftmax<Tile::polynomial>>;
 
     __device__ void compute_tiles(int group) {
         const int warp = static_cast<int>(threadIdx.x) % kWarpGroup / 32;
         // The first turn is that of group 0.
         if (group == Tile::groups - 1) end_turn(group);
-        Stage k, v;
+        unsigned had = 0;
         int q_parity = 0;
         for_each_tile([&](const RowBlock& block, int steps) {
             Rows rows(block, group * 64 + warp * 16);
             if (steps > 0) {
                 wait(&barriers.q_full, q_parity);
                 q_parity ^= 1;
-                attend(rows, group, steps, k, v);
+                attend(rows, group, steps, had);
+                had += static_cast<unsigned>(steps);
             }
             rows.finish_sums();
             rows.store();
         });
     }
 
-    __device__ __forceinline__ void attend(Rows& rows, int group, int steps, Stage& k, Stage& v) {
+    __device__ __forceinline__ void attend(Rows& rows, int group, int steps, unsigned n) {
         float s[1][kNt][4], factor[2];
         std::uint32_t weights[Tile::keys / 16][4];
-        wait(&barriers.k_full[k.at], k.parity);
+        wait(&barriers.k_full[stage_of(n)], parity_of(n));
         begin_products();
-        queue_scores(s[0], group, k.at);
+        queue_scores(s[0], group, stage_of(n));
         wait_products<0>();
         pin(s[0]);
-        release(&barriers.k_empty[k.at]);
-        k.next();
-        rows.to_weights(0, s, factor);
-        pack_all(rows, s, weights);
-        for (int step = 1; step < steps; ++step) {
-            wait(&barriers.k_full[k.at], k.parity);
+        release(&barriers.k_empty[stage_of(n)]);
+        for (int step = 0;; ++step) {
+            rows.to_weights(step * Tile::keys, s, factor);
+            pin(s[0]);  // before the wait, beside the products
+            wait_products<0>();
+            pin(rows.o[0]);
+            if (step > 0) release(&barriers.v_empty[stage_of(n - 1)]);
+            rows.rescale(factor);
+            pack_all(rows, s, weights);
+            if (step + 1 == steps) break;
+            wait(&barriers.k_full[stage_of(n + 1)], parity_of(n + 1));
             begin_turn(group);
             pin(s[0]);
             pin(rows.o[0]);
             begin_products();
-            queue_scores(s[0], group, k.at);
-            wait(&barriers.v_full[v.at], v.parity);
-            queue_values(rows.o[0], weights, v.at);
+            queue_scores(s[0], group, stage_of(n + 1));
+            wait(&barriers.v_full[stage_of(n)], parity_of(n));
+            begin_products();
+            queue_values(rows.o[0], weights, stage_of(n));
             end_turn(group);
             wait_products<1>();
             pin(s[0]);
-            release(&barriers.k_empty[k.at]);
-            k.next();
-            rows.to_weights(step * Tile::keys, s, factor);
-            wait_products<0>();
-            pin(rows.o[0]);
-            release(&barriers.v_empty[v.at]);
-            v.next();
-            rows.rescale(factor);
-            pack_all(rows, s, weights);
+            ++n;
+            release(&barriers.k_empty[stage_of(n)]);
         }
         release(&barriers.q_empty);
-        wait(&barriers.v_full[v.at], v.parity);
+        wait(&barriers.v_full[stage_of(n)], parity_of(n));
         pin(rows.o[0]);
         begin_products();
-        queue_values(rows.o[0], weights, v.at);
+        queue_values(rows.o[0], weights, stage_of(n));
         wait_products<0>();
         pin(rows.o[0]);
-        release(&barriers.v_empty[v.at]);
-        v.next();
+        release(&barriers.v_empty[stage_of(n)]);
     }
 
     __device__ __forceinline__ void queue_scores(float (&s)[kNt][4], int group, int stage) {
-        const std::uint32_t q = shared_address(shared), k = shared_address(keys_of(stage));
+        const std::uint64_t q = descriptor_of_rows(shared_address(shared), Tile::rows, 64 * group, 0),
+                            k = descriptor_of_rows(shared_address(keys_of(stage)), Tile::keys, 0, 0);
         FASTATTN_UNROLL
         for (int d = 0; d < Tile::width; d += 16)
-            multiply_rows<T>(s, descriptor_of_rows(q, Tile::rows, 64 * group, d),
-                             descriptor_of_rows(k, Tile::keys, 0, d), d > 0);
+            multiply_rows<T>(s, advanced(q, tile_offset(Tile::rows, 0, d)),
+                             advanced(k, tile_offset(Tile::keys, 0, d)), d > 0);
         commit_products();
     }
 
     __device__ __forceinline__ void queue_values(float (&o)[kDt][4],
                                                  const std::uint32_t (&weights)[Tile::keys / 16][4],
                                                  int stage) {
-        const std::uint32_t v = shared_address(values_of(stage));
+        const std::uint64_t v = descriptor_of_columns(shared_address(values_of(stage)), Tile::keys, 0);
         FASTATTN_UNROLL
         for (int key = 0; key < Tile::keys; key += 16)
-            multiply_columns<T>(o, weights[key / 16], descriptor_of_columns(v, Tile::keys, key));
+            multiply_columns<T>(o, weights[key / 16], advanced(v, tile_offset(Tile::keys, key, 0)));
         commit_products();
     }
 
@@ -267,13 +264,13 @@ private:
     Barriers& barriers;
 };
 
-template <class T, class Tile, bool plain>
+template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1) flash_forward_sm90(const __grid_constant__ HopperArgs a) {
 #if defined(__CUDA_ARCH__) && !FASTATTN_HAS_WGMMA
     __trap();  // the host does not come here
 #endif
     FASTATTN_DYNAMIC_SHARED(shared);
-    HopperBlock<T, Tile, plain>(a, shared).compute();
+    HopperBlock<T, Tile>(a, shared).compute();
 }
 
 }  // namespace

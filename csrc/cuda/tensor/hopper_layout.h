@@ -47,4 +47,10 @@ FASTATTN_HOST_DEVICE constexpr std::uint64_t descriptor_of_columns(std::uint32_t
                              static_cast<std::uint32_t>(rows * kChunkRowBytes), kSwizzleBytes);
 }
 
+// The same matrix `bytes` further on.
+FASTATTN_HOST_DEVICE constexpr std::uint64_t advanced(std::uint64_t descriptor,
+                                                      std::uint32_t bytes) noexcept {
+    return descriptor + (bytes >> 4);
+}
+
 }  // namespace fastattn::cuda
