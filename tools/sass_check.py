@@ -1,0 +1,142 @@
+"""Reads the machine code of the fused CUDA kernels and says whether it is what their sources mean.
+
+    python tools/sass_check.py build/ci/libfastattn.a
+
+For each kernel of each architecture: the tensor-core and copy instructions that it is written for are there; its main loop,
+which is what lies between its first and its last product, keeps everything in registers; and Hopper's products run
+asynchronously (the compiler serialises them, with no more than a remark, where it does not see that it need not).
+
+Needs ``cuobjdump`` and ``nvdisasm``, in PATH, beside ``$CUDACXX`` or from the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the code of a kernel has to have."""
+
+    product: str  # the tensor-core instruction
+    others: tuple[str, ...]
+    # Products that end a group, each of which is waited for: one a place in the source where products are queued.
+    groups: int | None = None
+
+
+RULES = {
+    "flash_forward": Rule("HMMA.16816.F32", ("LDSM", "LDGSTS")),
+    "flash_forward_sm90": Rule("HGMMA", ("UTMALDG", "SYNCS", "USETMAXREG"), groups=4),
+}
+# Accesses to local memory in a main loop that are known, by kernel and the tile's template arguments. Everything else is 0.
+KNOWN_LOCAL = {
+    # 160 registers for a thread of three computing warp groups: counters of tiles wait in memory.
+    ("flash_forward_sm90", "true, 64, 64, 128, 3, 32, 160, 4"): 10,
+    # 128 registers are the output, and what elementwise arguments need comes on top.
+    ("flash_forward_sm90", "true, 256, 256, 80, 2, 40, 232, 0"): 6,
+    ("flash_forward_sm90", "false, 256, 256, 80, 2, 40, 232, 0"): 120,
+}
+
+
+def find(program: str) -> str:
+    """The path of a CUDA program."""
+    beside = Path(os.environ.get("CUDACXX", "nvcc")).parent
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+    folders = [os.environ.get("PATH", ""), str(beside), "/usr/local/cuda/bin", str(wheels)]
+    found = shutil.which(program, path=os.pathsep.join(folders))
+    if found is None:
+        sys.exit(
+            f"{program} is not here; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or a CUDA toolkit"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Function:
+    """One kernel's code for one architecture."""
+
+    architecture: str
+    kernel: str
+    arguments: str  # of its tile
+    instructions: list[str]
+
+
+def parse(listing: str) -> list[Function]:
+    """The fused kernels in what ``cuobjdump -sass`` prints."""
+    functions = []
+    for part in re.split(r"\n\s*code for (?=sm_)", listing)[1:]:
+        architecture = part.split(None, 1)[0]
+        for text in re.split(r"\n\s*Function : ", part)[1:]:
+            mangled = text.split("\n", 1)[0].strip()
+            kernel = next((name for name in RULES if f"{len(name)}{name}I" in mangled), None)
+            if kernel is None:
+                continue
+            # Template arguments: Lb0E is false, Li64E is 64.
+            numbers = re.findall(r"L([bi])(\d+)E", mangled)
+            arguments = ", ".join(
+                ("true" if n == "1" else "false") if kind == "b" else n for kind, n in numbers
+            )
+            kind = "bf16" if "BF16" in mangled else "f16"
+            instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", text)
+            functions.append(Function(f"{architecture} {kind}", kernel, arguments, instructions))
+    return functions
+
+
+def faults(function: Function) -> list[str]:
+    """What is wrong with a kernel's code."""
+    rule = RULES[function.kernel]
+    code = function.instructions
+    at = [n for n, text in enumerate(code) if rule.product in text]
+    missing = [name for name in (rule.product, *rule.others) if not any(name in text for text in code)]
+    if missing:
+        return [f"no {', no '.join(missing)}"]
+    wrong = []
+    local = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in code[at[0] : at[-1]])
+    allowed = KNOWN_LOCAL.get((function.kernel, function.arguments), 0)
+    if local > allowed:
+        wrong.append(f"{local} accesses to local memory in the main loop, {allowed} are known")
+    if rule.groups is not None:
+        groups = sum(rule.product in text and "gsb0" in text for text in code)
+        if groups > rule.groups:
+            wrong.append(f"products are serialised: {groups} groups of them, not {rule.groups}")
+    return wrong
+
+
+def main(paths: list[str]) -> int:
+    """Prints a line for each kernel; 1 when one is wrong."""
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(find("nvdisasm")).parent), os.environ.get("PATH", "")])
+    }
+    failed = False
+    seen: set[str] = set()
+    for path in paths:
+        listing = subprocess.run(
+            [find("cuobjdump"), "-sass", path], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for function in parse(listing):
+            seen.add(function.kernel)
+            wrong = faults(function)
+            failed = failed or bool(wrong)
+            registers_kept = "; ".join(wrong) or "ok"
+            print(
+                f"{function.architecture:12} {function.kernel:20} {function.arguments:40} "
+                f"{len(function.instructions):6} instructions  {registers_kept}"
+            )
+    for kernel in RULES.keys() - seen:
+        failed = True
+        print(f"{kernel}: no code of it in {', '.join(paths)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1:]))
