@@ -56,6 +56,8 @@ private:
 
 // A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
 //   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
+// The block is a variable beside this object, not in one object with it: an object that holds its own address stays in local
+// memory as a whole, the outputs too.
 template <class T, int mt, int nt, int dt, bool plain>
 class FlashRows {
 public:
@@ -220,8 +222,10 @@ private:
             const Index key =
                 block.key_begin + offset + 8 * j + 2 * t;  // even, as the tile begins at a multiple of 8
             const PhiloxBlock random = philox4x32(word(key / 4), word(at.i), word(at.h), word(at.b), p.seed);
-            for (int e = 0; e < 2; ++e)
-                if (random.word[key % 4 + e] < threshold) s[r / 2][j][2 * (r % 2) + e] = 0;
+            for (int e = 0; e < 2; ++e) {
+                const std::uint32_t drawn = key % 4 == 0 ? random.word[e] : random.word[2 + e];
+                if (drawn < threshold) s[r / 2][j][2 * (r % 2) + e] = 0;
+            }
         }
     }
 };

@@ -34,12 +34,12 @@ class FlashBlock {
 public:
     static constexpr int kMt = Tile::mt, kNt = Tile::keys / 8, kDt = Tile::width / 8;
 
-    __device__ FlashBlock(const FlashArgs& args, unsigned char* shared)
-        : p(args.problem),
+    __device__ FlashBlock(const RowBlock& rows_of_block, unsigned char* shared)
+        : p(rows_of_block.p),
           q_tile(reinterpret_cast<std::uint16_t*>(shared)),
           stages(q_tile + Tile::q_items),
           warp(static_cast<int>(threadIdx.x) / 32),
-          block(row_block<Tile::rows>(args)),
+          block(rows_of_block),
           rows(block, warp * 16 * kMt) {}
 
     __device__ void compute() {
@@ -159,7 +159,7 @@ private:
     const AttentionProblem& p;
     std::uint16_t *q_tile, *stages;
     const int warp;
-    const RowBlock block;
+    const RowBlock& block;
     FlashRows<T, kMt, kNt, kDt, plain> rows;
 };
 
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kFlashThreads) flash_forward(const __grid_cons
     __trap();  // the host does not come here
 #endif
     FASTATTN_DYNAMIC_SHARED(shared);
-    FlashBlock<T, Tile, plain>(a, shared).compute();
+    const RowBlock block = row_block<Tile::rows>(a);
+    FlashBlock<T, Tile, plain>(block, shared).compute();
 }
 
 }  // namespace
