@@ -248,8 +248,8 @@ function(fastattn_add_cuda_room target kind build)
   endif()
   if(kind STREQUAL "emulated")
     list(REMOVE_ITEM sources ${room}/runtime_cudart.cpp ${room}/cublas_loader.cpp)
-    set(device_sources ${room}/launch.cu ${room}/launch_backward.cu ${room}/tensor/flash_sm80.cu
-      ${room}/tensor/flash_sm90.cu)
+    set(device_sources ${room}/launch.cu ${room}/launch_backward.cu ${room}/tensor/decode.cu
+      ${room}/tensor/flash_sm80.cu ${room}/tensor/flash_sm90.cu)
     list(APPEND sources ${emulator}/simt.cpp ${emulator}/runtime.cpp ${emulator}/cublas.cpp ${device_sources})
     set_source_files_properties(${device_sources} PROPERTIES LANGUAGE CXX)  # CMake says `-x c++` by itself
   endif()
@@ -275,7 +275,8 @@ function(fastattn_add_cuda_room target kind build)
     if(NOT tensor)
       set(tensor ${CMAKE_CUDA_ARCHITECTURES})
     endif()
-    fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/flash_sm80.cu)
+    fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/decode.cu
+      ${room}/tensor/flash_sm80.cu)
     # Hopper's own instructions are in 9.0a alone, which no other architecture runs. Without 9.0 the code is empty, and refused.
     set(hopper ${CMAKE_CUDA_ARCHITECTURES})
     list(FILTER hopper INCLUDE REGEX "^90")

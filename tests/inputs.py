@@ -15,7 +15,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 # Kernels for some problems only; the others take every problem of their dtypes.
-PARTIAL = ("cuda-flash-sm90", "cuda-flash-sm80")
+PARTIAL = ("cuda-decode", "cuda-flash-sm90", "cuda-flash-sm80")
 
 
 def stats_dtype(dtype: Any) -> np.dtype[Any]:

@@ -17,39 +17,48 @@ int flash_sm80_width(const AttentionProblem& p) noexcept {
     return 0;
 }
 
-const char* FlashSm80::refuses(const AttentionProblem& p) {
+const char* FusedKernel::refuses(const AttentionProblem& p) {
     if (p.weights.data != nullptr) return "does not return the weights";
     if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) return "takes head dimensions that are multiples of 8";
-    if (flash_sm80_width(p) == 0) return "takes head dimensions up to 256";
+    if (std::max(p.head_dim, p.value_dim) > 256) return "takes head dimensions up to 256";
     constexpr Index most = (Index{1} << 31) - 1024;
     return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
 }
 
-std::size_t FlashSm80::workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
-                                       const Chunk& region) const {
+std::size_t FusedKernel::workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
+                                         const Chunk& region) const {
     Carver carver(nullptr);
     const RegionOperands operands(host, device, region, carver);
+    carver.take(scratch_bytes(host, region));
     return carver.used();
 }
 
-void FlashSm80::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-                      std::byte* workspace, Stream stream) const {
-    if (context_.properties.major < 8)
-        throw UnsupportedError("kernel: \"cuda-flash-sm80\" needs compute capability 8.0, " +
-                               std::string(context_.properties.name) + " has " +
-                               std::to_string(context_.properties.major) + "." +
-                               std::to_string(context_.properties.minor));
+void FusedKernel::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
+                        std::byte* workspace, Stream stream) const {
+    const DeviceProperties& gpu = context_.properties;
+    const int capability = 10 * gpu.major + gpu.minor;
+    if (capability < least_ || capability > most_)
+        throw UnsupportedError("kernel: \"" + std::string(name_) + "\" needs compute capability " +
+                               std::to_string(least_ / 10) + "." + std::to_string(least_ % 10) +
+                               (most_ == least_ ? " alone, " : ", ") + std::string(gpu.name) + " has " +
+                               std::to_string(gpu.major) + "." + std::to_string(gpu.minor));
     Carver carver(workspace);
     const RegionOperands operands(host, device, region, carver);
+    std::byte* const scratch = carver.take(scratch_bytes(host, region));
     operands.queue_copies_in(stream);
     const FlashArgs args{operands.problem(), region};
-    throw_on_error(launch_flash_sm80(args, flash_sm80_width(host), stream), "asking for shared memory");
-    throw_on_error(runtime::last_error(), "launching flash_forward");
+    launch(args, scratch, stream);
     if (is_restricted(host)) {
         launch_recompute(args, stream);
         throw_on_error(runtime::last_error(), "launching recompute_rows");
     }
     operands.queue_copies_out(stream);
+}
+
+void FlashSm80::launch(const FlashArgs& args, std::byte*, Stream stream) const {
+    throw_on_error(launch_flash_sm80(args, flash_sm80_width(args.problem), stream),
+                   "asking for shared memory");
+    throw_on_error(runtime::last_error(), "launching flash_forward");
 }
 
 std::string FlashSm80::describe(const AttentionProblem& p, bool) const {

@@ -1,27 +1,51 @@
-// Fused attention on tensor cores: flash_sm80.h on the device, this on the host.
+// Fused attention on tensor cores, on the host: what its kernels share, and flash_sm80.h.
 #pragma once
 
 #include <string>
 
 #include "cuda/context.h"
 #include "cuda/staging.h"
+#include "cuda/tensor/flash_arguments.h"
 
 namespace fastattn::cuda {
 
-class FlashSm80 final : public DeviceKernel {
+// What the fused kernels have in common: operands as their asynchronous copies can read them, and rows into which a masked NaN
+// leaked computed again. A kernel says how it is launched and what memory it needs beside that.
+class FusedKernel : public DeviceKernel {
 public:
-    explicit FlashSm80(const DeviceContext& context) : context_(context) {}
-    // nullptr, or why not this problem.
+    std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
+                                const Chunk& region) const final;
+    void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
+               std::byte* workspace, Stream stream) const final;
+
+protected:
+    // `least`, `most`: the compute capabilities that it runs on, 80 for 8.0.
+    FusedKernel(const DeviceContext& context, const char* name, int least, int most = 1000)
+        : context_(context), name_(name), least_(least), most_(most) {}
+    // nullptr, or why none of them takes this problem.
     static const char* refuses(const AttentionProblem& p);
 
-    std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
-                                const Chunk& region) const override;
-    void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-               std::byte* workspace, Stream stream) const override;
+    // Bytes that launch() gets; they grow with the region.
+    virtual std::size_t scratch_bytes(const AttentionProblem&, const Chunk&) const { return 0; }
+    // Throws CudaError.
+    virtual void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const = 0;
+
+    const DeviceContext& context_;
+
+private:
+    const char* name_;
+    int least_, most_;
+};
+
+class FlashSm80 final : public FusedKernel {
+public:
+    explicit FlashSm80(const DeviceContext& context) : FusedKernel(context, "cuda-flash-sm80", 80) {}
+    // nullptr, or why not this problem.
+    static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }
     std::string describe(const AttentionProblem& p, bool staged) const override;
 
 private:
-    const DeviceContext& context_;
+    void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const override;
 };
 
 // The smallest compiled tile that holds both head dimensions; 0: none.

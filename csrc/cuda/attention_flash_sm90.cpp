@@ -1,7 +1,6 @@
 #include "cuda/attention_flash_sm90.h"
 
 #include <cstddef>
-#include <iterator>
 
 #include "cuda/errors.h"
 #include "cuda/operands.h"
@@ -23,7 +22,7 @@ constexpr TileSizes kTiles[] = {
 #undef FASTATTN_HOPPER_TILE
 };
 
-// The first that holds both head dimensions; as many as there are: none.
+// The first that holds both head dimensions, which are at most 256.
 std::size_t tile_of(const AttentionProblem& p) noexcept {
     const bool plain = is_plain_flash(p);
     std::size_t n = 0;
@@ -58,36 +57,13 @@ TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& 
 
 }  // namespace
 
-const char* FlashSm90::refuses(const AttentionProblem& p) {
-    if (p.weights.data != nullptr) return "does not return the weights";
-    if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) return "takes head dimensions that are multiples of 8";
-    if (tile_of(p) == std::size(kTiles)) return "takes head dimensions up to 256";
-    constexpr Index most = (Index{1} << 31) - 1024;
-    return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
-}
-
-std::size_t FlashSm90::workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
-                                       const Chunk& region) const {
-    Carver carver(nullptr);
-    const RegionOperands operands(host, device, region, carver);
-    return carver.used();
-}
-
-void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-                      std::byte* workspace, Stream stream) const {
-    if (context_.properties.major != 9 || context_.properties.minor != 0)
-        throw UnsupportedError("kernel: \"cuda-flash-sm90\" needs compute capability 9.0, " +
-                               std::string(context_.properties.name) + " has " +
-                               std::to_string(context_.properties.major) + "." +
-                               std::to_string(context_.properties.minor));
-    Carver carver(workspace);
-    const RegionOperands operands(host, device, region, carver);
-    operands.queue_copies_in(stream);
-    const AttentionProblem& p = operands.problem();
+void FlashSm90::launch(const FlashArgs& flash, std::byte*, Stream stream) const {
+    const AttentionProblem& p = flash.problem;
+    const Chunk& region = flash.region;
     const std::size_t number = tile_of(p);
     const TileSizes& tile = kTiles[number];
     HopperArgs args;
-    args.flash = {p, region};
+    args.flash = flash;
     args.order.pairs = region.batches * region.kv_heads;
     args.order.row_tiles = (region.rows * p.group + tile.rows - 1) / tile.rows;
     args.order.section =
@@ -99,11 +75,6 @@ void FlashSm90::queue(const AttentionProblem& host, const AttentionProblem& devi
         launch_flash_sm90(args, static_cast<int>(number), context_.properties.multiprocessors, stream),
         "asking for shared memory");
     throw_on_error(runtime::last_error(), "launching flash_forward_sm90");
-    if (is_restricted(host)) {
-        launch_recompute(args.flash, stream);
-        throw_on_error(runtime::last_error(), "launching recompute_rows");
-    }
-    operands.queue_copies_out(stream);
 }
 
 std::string FlashSm90::describe(const AttentionProblem& p, bool) const {

@@ -3,25 +3,20 @@
 
 #include <string>
 
-#include "cuda/context.h"
-#include "cuda/staging.h"
+#include "cuda/attention_flash.h"
 
 namespace fastattn::cuda {
 
-class FlashSm90 final : public DeviceKernel {
+class FlashSm90 final : public FusedKernel {
 public:
-    explicit FlashSm90(const DeviceContext& context) : context_(context) {}
+    // Its instructions are those of 9.0a: nothing newer has them.
+    explicit FlashSm90(const DeviceContext& context) : FusedKernel(context, "cuda-flash-sm90", 90, 90) {}
     // nullptr, or why not this problem.
-    static const char* refuses(const AttentionProblem& p);
-
-    std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
-                                const Chunk& region) const override;
-    void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-               std::byte* workspace, Stream stream) const override;
+    static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }
     std::string describe(const AttentionProblem& p, bool staged) const override;
 
 private:
-    const DeviceContext& context_;
+    void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const override;
 };
 
 }  // namespace fastattn::cuda

@@ -8,6 +8,7 @@
 #include "core/kernel.h"
 #include "core/scalar_access.h"
 #include "cuda/attention_cublas.h"
+#include "cuda/attention_decode.h"
 #include "cuda/attention_flash.h"
 #include "cuda/attention_flash_sm90.h"
 #include "cuda/backward_cublas.h"
@@ -166,48 +167,42 @@ void cublas_run(const AttentionProblem& p, const Target& target, const Workspace
     run_with(CublasAttention(device, environment().tf32), device, p, target, executor);
 }
 
-KernelPlan flash_sm80_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
-    return plan_with(FlashSm80(context(device.index)), p, threads, describe);
-}
-
-void flash_sm80_run(const AttentionProblem& p, const Target& target, const Workspace&, Executor& executor) {
-    const DeviceContext& device = context(target.device.index);
-    run_with(FlashSm80(device), device, p, target, executor);
-}
-
-KernelPlan flash_sm90_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
-    return plan_with(FlashSm90(context(device.index)), p, threads, describe);
-}
-
-void flash_sm90_run(const AttentionProblem& p, const Target& target, const Workspace&, Executor& executor) {
-    const DeviceContext& device = context(target.device.index);
-    run_with(FlashSm90(device), device, p, target, executor);
-}
-
 constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 constexpr const char* kUnproven =
     "no GPU has run it yet (docs/gpu_status.md), so it is taken only when asked for by name";
 
 const char* why_unavailable() { return unavailable(); }
 
+template <class Fused>
+KernelPlan fused_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
+    return plan_with(Fused(context(device.index)), p, threads, describe);
+}
+
+template <class Fused>
+void fused_run(const AttentionProblem& p, const Target& target, const Workspace&, Executor& executor) {
+    const DeviceContext& device = context(target.device.index);
+    run_with(Fused(device), device, p, target, executor);
+}
+
+template <class Fused>
+constexpr Kernel fused(const char* name) {
+    return {.name = name,
+            .device = DeviceType::cuda,
+            .dtypes = kHalfDtypes,
+            .unavailable = &why_unavailable,
+            .forward = {.refuses = &Fused::refuses, .plan = &fused_plan<Fused>, .run = &fused_run<Fused>},
+            .unproven = kUnproven};
+}
+
 }  // namespace
 }  // namespace cuda
 
 std::span<const Kernel> cuda_kernels() {
     using namespace cuda;
-    static constexpr std::array<Kernel, 3> table{
-        {{.name = "cuda-flash-sm90",
-          .device = DeviceType::cuda,
-          .dtypes = kHalfDtypes,
-          .unavailable = &why_unavailable,
-          .forward = {.refuses = &FlashSm90::refuses, .plan = &flash_sm90_plan, .run = &flash_sm90_run},
-          .unproven = kUnproven},
-         {.name = "cuda-flash-sm80",
-          .device = DeviceType::cuda,
-          .dtypes = kHalfDtypes,
-          .unavailable = &why_unavailable,
-          .forward = {.refuses = &FlashSm80::refuses, .plan = &flash_sm80_plan, .run = &flash_sm80_run},
-          .unproven = kUnproven},
+    static constexpr std::array<Kernel, 4> table{
+        {fused<FlashDecode>("cuda-decode"),
+         fused<FlashSm90>("cuda-flash-sm90"),
+         fused<FlashSm80>("cuda-flash-sm80"),
          {.name = "cuda-cublas",
           .device = DeviceType::cuda,
           .dtypes = kDtypes,

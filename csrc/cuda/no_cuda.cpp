@@ -18,8 +18,8 @@ constexpr Kernel absent(const char* name, std::span<const DType> dtypes) {
             .forward = {}};
 }
 
-constexpr Kernel kKernels[] = {absent("cuda-flash-sm90", kHalfDtypes), absent("cuda-flash-sm80", kHalfDtypes),
-                               absent("cuda-cublas", kDtypes)};
+constexpr Kernel kKernels[] = {absent("cuda-decode", kHalfDtypes), absent("cuda-flash-sm90", kHalfDtypes),
+                               absent("cuda-flash-sm80", kHalfDtypes), absent("cuda-cublas", kDtypes)};
 
 }  // namespace
 

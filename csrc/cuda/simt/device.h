@@ -12,10 +12,12 @@
 #include <cuda_fp16.h>
 #define FASTATTN_UNROLL _Pragma("unroll")
 #define FASTATTN_UNROLL_LITTLE _Pragma("unroll 2")
+#define FASTATTN_UNROLL_LOADS _Pragma("unroll 8")
 #else
 #include "cuda_shim.h"
 #define FASTATTN_UNROLL
 #define FASTATTN_UNROLL_LITTLE
+#define FASTATTN_UNROLL_LOADS
 #endif
 
 #include "core/half.h"

@@ -34,6 +34,12 @@ struct RowBlock {
         return {b, kv_head * p.group + (row - i * p.group), region_row + i};
     }
 
+    // Of its keys those from `begin` on and before `end`, a multiple of 8 the first.
+    __device__ __forceinline__ void restrict_keys(Index begin, Index end) {
+        key_begin = clamped(key_begin, begin, end);
+        key_end = clamped(key_end, begin, end);
+    }
+
     const AttentionProblem& p;
     Index first_row, region_row, b, kv_head;
     int rows;  // that are there
@@ -53,6 +59,26 @@ private:
         }
     }
 };
+
+// ---- the end of a row -------------------------------------------------------------------------------------------
+// What its sum of weighted values has to be multiplied by, where m = max x and l = sum 2^(x - m); the lse is stored on the way.
+__device__ __forceinline__ float finish_row(const AttentionProblem& p, const Row& row, float m, float l,
+                                            bool stores_lse) {
+    const Denominator<float> denominator(p, row, m, l);
+    if (stores_lse && p.lse.data != nullptr)
+        static_cast<float*>(p.lse.data)[row.offset(p.lse)] = static_cast<float>(denominator.log_sum());
+    // A row without keys is 0; one whose keys have no weight is NaN, or found by recompute_rows to have none.
+    const bool empty = row.range.begin >= row.range.end;
+    return empty ? 0.0f : denominator.factor / static_cast<float>(1.0 - p.dropout);
+}
+
+// Features d and d + 1 of the result, d even.
+template <class T>
+__device__ __forceinline__ void store_pair(const AttentionProblem& p, const RowPlace& at, int d, float low,
+                                           float high) {
+    T* out = static_cast<T*>(p.out.data) + at.b * p.out.batch + at.i * p.out.seq + at.h * p.out.head;
+    *reinterpret_cast<std::uint32_t*>(out + d) = pack<T>(low, high);
+}
 
 // m is the maximum so far, and all exponentials are the exponential unit's.
 struct ExactSoftmax {
@@ -105,8 +131,8 @@ public:
 
     __device__ __forceinline__ int local_row(int r) const { return first + r / 2 * 16 + g + 8 * (r % 2); }
 
-    // Products with the keys from `offset` on (counted from key_begin) become weights; `factor` is what the output so far has to be
-    // multiplied by.
+    // Products with the keys from `offset` on become weights; `factor` is what the output so far has to be multiplied by. The offset
+    // counts from key_begin, may be negative, and is a multiple of 8.
     __device__ __forceinline__ void to_weights(int offset, float (&s)[mt][nt][4], float (&factor)[kRows]) {
         FASTATTN_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -206,22 +232,13 @@ public:
             const int local = local_row(r);
             if (local >= block.rows) continue;
             const Row row(p, block.place(local));
-            const Denominator<float> denominator(p, row, m[r], l[r]);
-            // A row without keys is 0; one whose keys have no weight is NaN, or found by recompute_rows to have none.
-            const bool empty = row.range.begin >= row.range.end;
-            const float scale = empty ? 0.0f : denominator.factor / static_cast<float>(1.0 - p.dropout);
-            T* out = static_cast<T*>(p.out.data) + row.place.b * p.out.batch + row.place.i * p.out.seq +
-                     row.place.h * p.out.head;
+            const float scale = finish_row(p, row, m[r], l[r], t == 0);
             FASTATTN_UNROLL
             for (int d = 0; d < dt; ++d) {
                 if (8 * d >= p.value_dim) continue;
                 const float* from = o[r / 2][d] + 2 * (r % 2);
-                const std::uint32_t pair = pack<T>(from[0] * scale, from[1] * scale);
-                *reinterpret_cast<std::uint32_t*>(out + 8 * d + 2 * t) = pair;
+                store_pair<T>(p, row.place, 8 * d + 2 * t, from[0] * scale, from[1] * scale);
             }
-            if (t == 0 && p.lse.data != nullptr)
-                static_cast<float*>(p.lse.data)[row.offset(p.lse)] =
-                    static_cast<float>(denominator.log_sum());
         }
     }
 

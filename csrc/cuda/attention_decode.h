@@ -1,0 +1,22 @@
+// Fused attention for few query rows: tensor/decode.h on the device, this on the host.
+#pragma once
+
+#include <string>
+
+#include "cuda/attention_flash.h"
+
+namespace fastattn::cuda {
+
+class FlashDecode final : public FusedKernel {
+public:
+    explicit FlashDecode(const DeviceContext& context) : FusedKernel(context, "cuda-decode", 80) {}
+    // nullptr, or why not this problem.
+    static const char* refuses(const AttentionProblem& p);
+    std::string describe(const AttentionProblem& p, bool staged) const override;
+
+private:
+    std::size_t scratch_bytes(const AttentionProblem& host, const Chunk& region) const override;
+    void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const override;
+};
+
+}  // namespace fastattn::cuda
