@@ -61,16 +61,18 @@ def test_it_reads_kernel_types_and_arguments() -> None:
     assert function.instructions == SM80
 
 
-@pytest.mark.parametrize(("kernel", "good"), [("flash_forward", SM80), ("flash_forward_sm90", SM90)])
-def test_what_is_missing_is_said(kernel: str, good: list[str]) -> None:
-    assert faults_of(kernel, good) == []
-    for product in ("HMMA", "HGMMA"):
-        without = [text for text in good if product not in text]
-        if without != good:
-            assert "no HMMA" in str(faults_of(kernel, without)) or "no HGMMA" in str(
-                faults_of(kernel, without)
-            )
-    assert "no LDSM" in str(faults_of("flash_forward", [text for text in SM80 if "LDSM" not in text]))
+@pytest.mark.parametrize(
+    ("name", "good", "product"),
+    [
+        ("flash_forward", SM80, "HMMA"),
+        ("decode_forward", SM80, "HMMA"),
+        ("flash_forward_sm90", SM90, "HGMMA"),
+    ],
+)
+def test_what_is_missing_is_said(name: str, good: list[str], product: str) -> None:
+    assert faults_of(name, good) == []
+    for word in (product, good[0].split(".")[0], good[1].split(".")[0]):
+        assert f"no {word}" in str(faults_of(name, [text for text in good if word not in text]))
 
 
 def test_local_memory_between_products_is_a_spill() -> None:

@@ -2,12 +2,13 @@
 
     python tools/sass_check.py build/ci/libfastattn.a
 
-For each kernel of each architecture: the tensor-core and copy instructions that it is written for are there; its main loop,
-which is what lies between its first and its last product, keeps everything in registers; and Hopper's products run
-asynchronously (the compiler serialises them, with no more than a remark, where it does not see that it need not).
+For each kernel of each architecture: the tensor-core and copy instructions that it is written for are there;
+its main loop, which is what lies between its first and its last product, keeps everything in registers; and
+Hopper's products run asynchronously (the compiler serialises them, with no more than a remark, where it does
+not see that it need not).
 
-Needs ``cuobjdump`` and ``nvdisasm``, in PATH, beside ``$CUDACXX`` or from the packages nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm.
+Needs ``cuobjdump`` and ``nvdisasm``, in PATH, beside ``$CUDACXX`` or from the packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Rule:
 
     product: str  # the tensor-core instruction
     others: tuple[str, ...]
-    # Products that end a group, each of which is waited for: one a place in the source where products are queued.
+    # Products that end a group, which is waited for: one for each place in the source that queues products.
     groups: int | None = None
 
 
@@ -37,8 +38,8 @@ RULES = {
     "flash_forward": Rule("HMMA.16816.F32", ("LDSM", "LDGSTS")),
     "flash_forward_sm90": Rule("HGMMA", ("UTMALDG", "SYNCS", "USETMAXREG"), groups=4),
 }
-# Accesses to local memory in a main loop that are known, by kernel and the tile's template arguments. Everything else is 0, or,
-# with elementwise arguments, whose rows' addresses come on top, at most ELEMENTWISE_LOCAL.
+# Accesses to local memory in a main loop that are known, by kernel and the tile's template arguments. All else
+# is 0, or, with elementwise arguments, whose rows' addresses come on top, at most ELEMENTWISE_LOCAL.
 ELEMENTWISE_LOCAL = 8
 KNOWN_LOCAL = {
     # 160 registers for a thread of three computing warp groups: counters of tiles wait in memory.
@@ -56,9 +57,7 @@ def find(program: str) -> str:
     folders = [os.environ.get("PATH", ""), str(beside), "/usr/local/cuda/bin", str(wheels)]
     found = shutil.which(program, path=os.pathsep.join(folders))
     if found is None:
-        sys.exit(
-            f"{program} is not here; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or a CUDA toolkit"
-        )
+        sys.exit(f"{program} is not here: see the extra cuda-inspect, or a CUDA toolkit")
     return found
 
 
