@@ -38,8 +38,8 @@ RULES = {
     "flash_forward": Rule("HMMA.16816.F32", ("LDSM", "LDGSTS")),
     "flash_forward_sm90": Rule("HGMMA", ("UTMALDG", "SYNCS", "USETMAXREG"), groups=4),
 }
-# Accesses to local memory in a main loop that are known, by kernel and the tile's template arguments. All else
-# is 0, or, with elementwise arguments, whose rows' addresses come on top, at most ELEMENTWISE_LOCAL.
+# Accesses to local memory in a main loop that are known, by kernel and the tile's template arguments. Else
+# it is 0, or, with elementwise arguments, whose rows' addresses come on top, at most ELEMENTWISE_LOCAL.
 ELEMENTWISE_LOCAL = 8
 KNOWN_LOCAL = {
     # 160 registers for a thread of three computing warp groups: counters of tiles wait in memory.
@@ -87,7 +87,7 @@ def parse(listing: str) -> list[Function]:
                 ("true" if n == "1" else "false") if kind == "b" else n for kind, n in numbers
             )
             kind = "bf16" if "BF16" in mangled else "f16"
-            instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", text)
+            instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;", text)
             functions.append(Function(f"{architecture} {kind}", kernel, arguments, instructions))
     return functions
 
