@@ -7,7 +7,6 @@ Unusable kernels show up once, skipped with their reason, in test_entry_points.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +44,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     error = outcome.excinfo[1] if outcome.excinfo else None
     if isinstance(error, fastattn.UnsupportedError):
         for name in PARTIAL:
-            if re.match(rf'kernel: "{name}" (cannot compute|needs compute capability)', str(error)):
+            if f'kernel: "{name}" cannot compute' in str(error):
                 outcome.force_exception(pytest.skip.Exception(str(error)))
 
 

@@ -172,15 +172,19 @@ const char* refusal_of_pass(const Kernel& kernel, const Problem& problem) {
     return pass.refuses == nullptr ? "it has no backward pass" : pass.refuses(problem);
 }
 
+std::string refusal_of_device(const Kernel& kernel, Device device) {
+    return kernel.refuses_device == nullptr ? std::string() : kernel.refuses_device(device);
+}
+
 template <class Problem>
-bool supports(const Kernel& kernel, const Problem& problem) {
+bool supports(const Kernel& kernel, const Problem& problem, Device device) {
     return kernel.unavailable() == nullptr && takes_dtype(kernel, forward_of(problem).dtype) &&
-           refusal_of_pass(kernel, problem) == nullptr;
+           refusal_of_pass(kernel, problem) == nullptr && refusal_of_device(kernel, device).empty();
 }
 
 // Why supports() is false; empty when it is true.
 template <class Problem>
-std::string refusal(const Kernel& kernel, const Problem& problem) {
+std::string refusal(const Kernel& kernel, const Problem& problem, Device device) {
     if (const char* reason = kernel.unavailable()) return reason;
     const DType dtype = forward_of(problem).dtype;
     if (!takes_dtype(kernel, dtype)) {
@@ -189,8 +193,8 @@ std::string refusal(const Kernel& kernel, const Problem& problem) {
             takes += (takes.empty() ? "" : ", ") + std::string(dtype_name(known));
         return "takes " + takes + ", not " + dtype_name(dtype);
     }
-    const char* reason = refusal_of_pass(kernel, problem);
-    return reason == nullptr ? "" : reason;
+    if (const char* reason = refusal_of_pass(kernel, problem)) return reason;
+    return refusal_of_device(kernel, device);
 }
 
 template <class Problem>
@@ -203,7 +207,7 @@ const Kernel& forced_kernel(const Problem& problem, Device device, std::string_v
             if (type != device.type)
                 throw UnsupportedError("kernel: " + quoted(name) + " does not run on device " +
                                        device_string(device));
-            const std::string reason = refusal(kernel, problem);
+            const std::string reason = refusal(kernel, problem, device);
             if (reason.empty()) return kernel;
             throw UnsupportedError("kernel: " + quoted(name) + " cannot compute this call: " + reason);
         }
@@ -216,10 +220,11 @@ const Kernel& choose_kernel(const Problem& problem, Device device, const RunOpti
     const std::string_view asked = asked_kernel(options);
     if (!asked.empty()) return forced_kernel(problem, device, asked);
     for (const Kernel& kernel : kernels_of(device.type))
-        if (kernel.unproven == nullptr && supports(kernel, problem)) return kernel;
+        if (kernel.unproven == nullptr && supports(kernel, problem, device)) return kernel;
     std::string reasons;
     for (const Kernel& kernel : kernels_of(device.type))
-        reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + refusal(kernel, problem);
+        reasons +=
+            std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + refusal(kernel, problem, device);
     throw UnsupportedError("device: no kernel on " + device_string(device) + " can compute this call (" +
                            reasons + ")");
 }
@@ -368,7 +373,7 @@ Explanation explain(const AttentionProblem& problem, const RunOptions& options) 
             if (&kernel == plan.kernel) continue;
             std::string reason;
             if (type == plan.device.type) {
-                reason = refusal(kernel, problem);
+                reason = refusal(kernel, problem, plan.device);
             } else {
                 const char* unusable = kernel.unavailable();
                 reason = unusable != nullptr ? unusable : "the call runs on " + e.device;

@@ -9,7 +9,8 @@ namespace fastattn::cuda {
 
 class FlashDecode final : public FusedKernel {
 public:
-    explicit FlashDecode(const DeviceContext& context) : FusedKernel(context, "cuda-decode", 80) {}
+    static constexpr int kLeast = 80, kMost = 1000;
+    explicit FlashDecode(const DeviceContext& context) : FusedKernel(context) {}
     // nullptr, or why not this problem.
     static const char* refuses(const AttentionProblem& p);
     std::string describe(const AttentionProblem& p, bool staged) const override;

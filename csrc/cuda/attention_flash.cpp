@@ -35,13 +35,6 @@ std::size_t FusedKernel::workspace_bytes(const AttentionProblem& host, const Att
 
 void FusedKernel::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
                         std::byte* workspace, Stream stream) const {
-    const DeviceProperties& gpu = context_.properties;
-    const int capability = 10 * gpu.major + gpu.minor;
-    if (capability < least_ || capability > most_)
-        throw UnsupportedError("kernel: \"" + std::string(name_) + "\" needs compute capability " +
-                               std::to_string(least_ / 10) + "." + std::to_string(least_ % 10) +
-                               (most_ == least_ ? " alone, " : ", ") + std::string(gpu.name) + " has " +
-                               std::to_string(gpu.major) + "." + std::to_string(gpu.minor));
     Carver carver(workspace);
     const RegionOperands operands(host, device, region, carver);
     std::byte* const scratch = carver.take(scratch_bytes(host, region));

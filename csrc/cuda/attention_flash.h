@@ -10,7 +10,8 @@
 namespace fastattn::cuda {
 
 // What the fused kernels have in common: operands as their asynchronous copies can read them, and rows into which a masked NaN
-// leaked computed again. A kernel says how it is launched and what memory it needs beside that.
+// leaked computed again. A kernel says how it is launched, what memory it needs beside that, and as kLeast and kMost which
+// compute capabilities it runs on, 80 for 8.0.
 class FusedKernel : public DeviceKernel {
 public:
     std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
@@ -19,9 +20,7 @@ public:
                std::byte* workspace, Stream stream) const final;
 
 protected:
-    // `least`, `most`: the compute capabilities that it runs on, 80 for 8.0.
-    FusedKernel(const DeviceContext& context, const char* name, int least, int most = 1000)
-        : context_(context), name_(name), least_(least), most_(most) {}
+    explicit FusedKernel(const DeviceContext& context) : context_(context) {}
     // nullptr, or why none of them takes this problem.
     static const char* refuses(const AttentionProblem& p);
 
@@ -31,15 +30,12 @@ protected:
     virtual void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const = 0;
 
     const DeviceContext& context_;
-
-private:
-    const char* name_;
-    int least_, most_;
 };
 
 class FlashSm80 final : public FusedKernel {
 public:
-    explicit FlashSm80(const DeviceContext& context) : FusedKernel(context, "cuda-flash-sm80", 80) {}
+    static constexpr int kLeast = 80, kMost = 1000;
+    explicit FlashSm80(const DeviceContext& context) : FusedKernel(context) {}
     // nullptr, or why not this problem.
     static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }
     std::string describe(const AttentionProblem& p, bool staged) const override;

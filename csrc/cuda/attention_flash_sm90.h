@@ -9,8 +9,8 @@ namespace fastattn::cuda {
 
 class FlashSm90 final : public FusedKernel {
 public:
-    // Its instructions are those of 9.0a: nothing newer has them.
-    explicit FlashSm90(const DeviceContext& context) : FusedKernel(context, "cuda-flash-sm90", 90, 90) {}
+    static constexpr int kLeast = 90, kMost = 90;  // the instructions of 9.0a: nothing newer has them
+    explicit FlashSm90(const DeviceContext& context) : FusedKernel(context) {}
     // nullptr, or why not this problem.
     static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }
     std::string describe(const AttentionProblem& p, bool staged) const override;

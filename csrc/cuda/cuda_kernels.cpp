@@ -184,6 +184,20 @@ void fused_run(const AttentionProblem& p, const Target& target, const Workspace&
     run_with(Fused(device), device, p, target, executor);
 }
 
+std::string number_of(int capability) {
+    return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+template <class Fused>
+std::string fused_refuses_device(Device device) {
+    const DeviceProperties& gpu = context(device.index).properties;
+    const int capability = 10 * gpu.major + gpu.minor;
+    if (capability >= Fused::kLeast && capability <= Fused::kMost) return {};
+    return "needs compute capability " + number_of(Fused::kLeast) +
+           (Fused::kMost == Fused::kLeast ? " and no other, " : " or newer, ") + gpu.name + " has " +
+           number_of(capability);
+}
+
 template <class Fused>
 constexpr Kernel fused(const char* name) {
     return {.name = name,
@@ -191,6 +205,7 @@ constexpr Kernel fused(const char* name) {
             .dtypes = kHalfDtypes,
             .unavailable = &why_unavailable,
             .forward = {.refuses = &Fused::refuses, .plan = &fused_plan<Fused>, .run = &fused_run<Fused>},
+            .refuses_device = &fused_refuses_device<Fused>,
             .unproven = kUnproven};
 }
 

@@ -14,6 +14,7 @@ namespace fastattn::emulator {
 // ---- what the machine is; reset() restores the values named here ------------------------------------------
 void set_device_count(int count);  // 2
 void set_driver_version(int version);  // 13000; 0: no driver
+void set_compute_capability(int device, int major, int minor);  // 9.0
 void set_l2_bytes(std::size_t bytes);  // 1 MiB
 void set_memory_limit(std::size_t bytes);  // 2 GiB for each device; allocate() gives kNoMemory above it
 void set_capturing(bool capturing);  // false; whether streams are being captured into a graph

@@ -68,6 +68,7 @@ struct Settings {
     bool capturing = false;
     int devices = 2;
     int driver = 13000;
+    std::map<int, std::pair<int, int>> capabilities;  // of the devices that are not 9.0
     std::size_t l2_bytes = std::size_t{1} << 20, memory_limit = std::size_t{2} << 30;
 };
 
@@ -199,6 +200,10 @@ void set_driver_version(int version) {
     const Lock lock(mutex());
     state().settings.driver = version;
 }
+void set_compute_capability(int device, int major, int minor) {
+    const Lock lock(mutex());
+    state().settings.capabilities[device] = {major, minor};
+}
 void set_l2_bytes(std::size_t bytes) {
     const Lock lock(mutex());
     state().settings.l2_bytes = bytes;
@@ -323,8 +328,10 @@ int properties(int device, DeviceProperties* properties) noexcept {
     if (!is_device(device)) return kInvalidDevice;
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU (tests only)");
-    properties->major = 9;
-    properties->minor = 0;
+    const auto& set = state().settings.capabilities;
+    const auto [major, minor] = set.contains(device) ? set.at(device) : std::pair{9, 0};
+    properties->major = major;
+    properties->minor = minor;
     properties->multiprocessors = 3;  // few: blocks that stay for a whole launch then take several tiles
     properties->l2_bytes = state().settings.l2_bytes;
     return 0;

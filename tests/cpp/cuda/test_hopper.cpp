@@ -7,6 +7,7 @@
 #include <set>
 #include <vector>
 
+#include "arrays.h"
 #include "cuda/runtime.h"
 #include "cuda/tensor/flash_order.h"
 #include "cuda/tensor/hopper.h"
@@ -282,6 +283,34 @@ TEST_F(HopperDeathTest, BarriersThatAreMisusedAreReported) {
                      }
                  }),
                  "an arrival too many");
+}
+
+// ---- which devices the fused kernels run on -------------------------------------------------------------------------
+
+TEST(ComputeCapability, IsAskedForAndSaid) {
+    emulator::reset();
+    emulator::set_compute_capability(1, 8, 6);  // before anybody asks: what is known of a device is kept
+    testing::Array<std::uint16_t> in({1, 1, 1, 64}), out({1, 1, 1, 64});
+    AttentionParams params;
+    params.q = params.k = params.v = in.view(DType::f16);
+    params.out = out.view(DType::f16);
+    const AttentionProblem problem = make_problem(params);
+    const auto message = [&](const char* kernel, const char* device) -> std::string {
+        try {
+            explain(problem, {.kernel = kernel, .device = device});
+        } catch (const UnsupportedError& error) {
+            return error.what();
+        }
+        return "";
+    };
+    EXPECT_EQ(message("cuda-flash-sm90", "cuda:0"), "");
+    EXPECT_EQ(message("cuda-flash-sm80", "cuda:1"), "");
+    EXPECT_EQ(message("cuda-decode", "cuda:1"), "");
+    EXPECT_EQ(
+        message("cuda-flash-sm90", "cuda:1"),
+        "kernel: \"cuda-flash-sm90\" cannot compute this call: needs compute capability 9.0 and no other, "
+        "emulated GPU (tests only) has 8.6");
+    EXPECT_EQ(explain(problem, {.device = "cuda:1"}).kernel, "cuda-cublas");
 }
 
 }  // namespace
