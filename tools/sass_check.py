@@ -44,6 +44,8 @@ ELEMENTWISE_LOCAL = 8
 KNOWN_LOCAL = {
     # 160 registers for a thread of three computing warp groups: counters of tiles wait in memory.
     ("flash_forward_sm90", "true, 64, 64, 128, 3, 32, 160, 4"): 10,
+    # 88 registers are scores, 44 weights, 64 the output.
+    ("flash_forward_sm90", "true, 128, 128, 176, 2, 40, 232, 0"): 6,
     # 128 of the registers are the output.
     ("flash_forward_sm90", "true, 256, 256, 80, 2, 40, 232, 0"): 6,
     ("flash_forward_sm90", "false, 256, 256, 80, 2, 40, 232, 0"): 120,

@@ -1,6 +1,8 @@
 #include "cuda/attention_flash_sm90.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <iterator>
 
 #include "cuda/errors.h"
 #include "cuda/operands.h"
@@ -11,13 +13,13 @@ namespace {
 
 // A compiled tile, a row of flash_sm90_tiles.inc.
 struct TileSizes {
-    bool plain;
+    bool full, plain;
     int width, value_width, keys, rows;
 };
 constexpr TileSizes kTiles[] = {
-#define FASTATTN_HOPPER_TILE(plain, width, value_width, keys, groups, loader_registers, registers, \
-                             polynomial)                                                           \
-    {plain, width, value_width, keys, 64 * (groups)},
+#define FASTATTN_HOPPER_TILE(full, plain, width, value_width, keys, groups, loader_registers, registers, \
+                             polynomial)                                                                 \
+    {full, plain, width, value_width, keys, 64 * (groups)},
 #include "cuda/tensor/flash_sm90_tiles.inc"
 #undef FASTATTN_HOPPER_TILE
 };
@@ -25,11 +27,12 @@ constexpr TileSizes kTiles[] = {
 // The first that holds both head dimensions, which are at most 256.
 std::size_t tile_of(const AttentionProblem& p) noexcept {
     const bool plain = is_plain_flash(p);
-    std::size_t n = 0;
-    while (n < std::size(kTiles) &&
-           (kTiles[n].plain != plain || p.head_dim > kTiles[n].width || p.value_dim > kTiles[n].value_width))
-        ++n;
-    return n;
+    const bool full = !p.causal && p.window_left < 0 && p.window_right < 0;
+    const auto fits = [&](const TileSizes& tile) {
+        return tile.plain == plain && (full || !tile.full) && p.head_dim <= tile.width &&
+               p.value_dim <= tile.value_width;
+    };
+    return static_cast<std::size_t>(std::ranges::find_if(kTiles, fits) - std::begin(kTiles));
 }
 
 TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& x, Index dims, int rows) {

@@ -172,7 +172,7 @@ inline void wait_named(int id, int threads) {
 inline void copy_box(void* target, const TensorMap* map, int column, int row, int head, int batch,
                      Barrier* barrier) {
     BoxCopy copy{static_cast<unsigned char*>(target), {}, {column, row, head, batch}};
-    std::memcpy(&copy.from, map, sizeof copy.from);
+    std::memcpy(static_cast<void*>(&copy.from), map, sizeof copy.from);
     if (shared_address(target) % kSwizzleBytes != 0)
         misuse("a box that does not begin at a multiple of 1024");
     emulator::atomically([&] { barrier_states().at(barrier).copies.push_back(copy); });

@@ -21,7 +21,7 @@ int launch(const HopperArgs& a, int blocks, Stream stream) {
 
 int launch_flash_sm90(const HopperArgs& a, int tile, int blocks, Stream stream) {
     int number = 0;
-#define FASTATTN_HOPPER_TILE(...)                                                           \
+#define FASTATTN_HOPPER_TILE(full, ...)                                                     \
     if (tile == number++) {                                                                 \
         using Tile = HopperTile<__VA_ARGS__>;                                               \
         return a.flash.problem.dtype == DType::f16 ? launch<F16, Tile>(a, blocks, stream)   \

@@ -194,7 +194,7 @@ private:
             pin(rows.o[0]);
             if (step > 0) release(&barriers.v_empty[stage_of(n - 1)]);
             rows.rescale(factor);
-            pack_all(rows, s, weights);
+            pack_all(s, weights);
             if (step + 1 == steps) break;
             wait(&barriers.k_full[stage_of(n + 1)], parity_of(n + 1));
             begin_turn(group);
@@ -241,10 +241,10 @@ private:
         commit_products();
     }
 
-    __device__ __forceinline__ void pack_all(const Rows& rows, const float (&s)[1][kNt][4],
+    __device__ __forceinline__ void pack_all(const float (&s)[1][kNt][4],
                                              std::uint32_t (&weights)[Tile::keys / 16][4]) {
         FASTATTN_UNROLL
-        for (int n = 0; n < Tile::keys / 16; ++n) rows.pack_weights(s, 0, n, weights[n]);
+        for (int n = 0; n < Tile::keys / 16; ++n) pack_weights<T>(s[0][2 * n], s[0][2 * n + 1], weights[n]);
     }
 
     // This warp has read a stage.
