@@ -80,6 +80,16 @@ __device__ __forceinline__ void store_pair(const AttentionProblem& p, const RowP
     *reinterpret_cast<std::uint32_t*>(out + d) = pack<T>(low, high);
 }
 
+// Two neighbouring tiles of eight keys of the weights, in 16 bits, as the left operand of a product with values.
+template <class T>
+__device__ __forceinline__ void pack_weights(const float (&low)[4], const float (&high)[4],
+                                             std::uint32_t (&to)[4]) {
+    to[0] = pack<T>(low[0], low[1]);
+    to[1] = pack<T>(low[2], low[3]);
+    to[2] = pack<T>(high[0], high[1]);
+    to[3] = pack<T>(high[2], high[3]);
+}
+
 // A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
 //   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
 // The block is a variable beside this object, not in one object with it: an object that holds its own address stays in local
@@ -186,15 +196,6 @@ public:
                 o[r / 2][d][2 * (r % 2) + 1] *= factor[r];
             }
         }
-    }
-
-    // Keys 16 k .. 16 k + 15 of the weights, in 16 bits, as the left operand of a product with values.
-    __device__ __forceinline__ void pack_weights(const float (&s)[mt][nt][4], int i, int k,
-                                                 std::uint32_t (&to)[4]) const {
-        to[0] = pack<T>(s[i][2 * k][0], s[i][2 * k][1]);
-        to[1] = pack<T>(s[i][2 * k][2], s[i][2 * k][3]);
-        to[2] = pack<T>(s[i][2 * k + 1][0], s[i][2 * k + 1][1]);
-        to[3] = pack<T>(s[i][2 * k + 1][2], s[i][2 * k + 1][3]);
     }
 
     // The four threads of a row have parts of its sum until then.

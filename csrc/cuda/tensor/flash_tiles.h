@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_values(const std::uint16_t* values, con
     for (int k = 0; k < nt / 2; ++k) {
         std::uint32_t weights[mt][4];  // sixteen keys of s as the left operand
         FASTATTN_UNROLL
-        for (int i = 0; i < mt; ++i) rows.pack_weights(s, i, k, weights[i]);
+        for (int i = 0; i < mt; ++i) pack_weights<T>(s[i][2 * k], s[i][2 * k + 1], weights[i]);
         FASTATTN_UNROLL
         for (int d = 0; d < dt; d += 2) {
             std::uint32_t v[4];  // sixteen keys by two times eight features
