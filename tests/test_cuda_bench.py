@@ -103,7 +103,15 @@ def test_the_list_has_what_it_promises() -> None:
         "d128-8k-causal",
     ):
         assert {f"{shape}-f16", f"{shape}-bf16"} <= set(names)
-    for shape in ("d64-8k", "d256-4k", "decode-4k", "decode-32k", "decode-b32-4k", "decode-b32-32k"):
+    for shape in (
+        "d64-8k",
+        "d256-4k",
+        "decode-1k",
+        "decode-4k",
+        "decode-32k",
+        "decode-b32-4k",
+        "decode-b32-32k",
+    ):
         assert {f"{shape}-f16", f"{shape}-bf16"} <= set(names)
     assert {"bert-f32", "bert-tf32", "bert-f64"} <= set(names)
     by_name = {case.name: case for case in cuda_cases.CASES}

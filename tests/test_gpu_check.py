@@ -440,7 +440,7 @@ def test_the_short_run_checks_each_problem(
 ) -> None:
     options = ["--problems", *gpu_check.SMALL_PROBLEMS, "--dtypes", "float32", "float64"]
     assert gpu_short_run.main(options) == 0
-    assert capsys.readouterr().out == "6 problems, 0 wrong\n"
+    assert capsys.readouterr().out == "8 problems, 0 wrong\n"
     honest = fastattn.mha
 
     def mha(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
@@ -455,7 +455,23 @@ def test_the_short_run_checks_each_problem(
     (kernel,) = fastattn.kernels()
     assert f"WRONG {kernel.name} float32 odd sizes, mask: CudaError: an illegal memory access" in text
     assert "dropout: " in text
-    assert text.endswith("6 problems, 4 wrong\n")
+    assert text.endswith("8 problems, 4 wrong\n")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_short_run_leaves_out_what_a_kernel_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = fastattn.mha
+
+    def mha(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        if q.shape[1] > 16:
+            raise fastattn.UnsupportedError("takes up to 16 query rows")
+        return honest(q, k, v, **kwargs)
+
+    monkeypatch.setattr(fastattn, "mha", mha)
+    assert gpu_short_run.main(["--problems", *gpu_check.SMALL_PROBLEMS, "--dtypes", "float32"]) == 0
+    assert capsys.readouterr().out == "1 problems, 0 wrong\n"
 
 
 @pytest.mark.usefixtures("cuda")
@@ -536,12 +552,14 @@ def test_the_bench_step_keeps_every_document(context: Any, monkeypatch: pytest.M
     context.quick = True
     step = gpu_check.bench(context)
     assert step.status == "partial"
-    assert set(step.results) == {"tune", "bench", "fused", "transfers"}
+    assert set(step.results) == {"tune", "bench", "hopper", "fused", "decode", "transfers"}
     assert "bench passed, 2 cases, faster than every peer in 1 of 2" in step.summary
     assert "transfers partial" in step.summary
     assert asked[1][1:7] == ["-m", "fastattn", "bench", "--device", "cuda", "--quick"]
-    assert "cuda-flash-sm80" in asked[2]
-    assert "--transfers" in asked[3]
+    assert "cuda-flash-sm90" in asked[2]
+    assert "cuda-flash-sm80" in asked[3]
+    assert asked[4][asked[4].index("--kernel") + 1 :][:3] == ["cuda-decode", "--cases", "decode-*-bf16"]
+    assert "--transfers" in asked[5]
     # Files of an earlier run do not count.
     monkeypatch.setattr(gpu_check.Context, "run", lambda *a, **kw: [done("gone", rc=2)])
     step = gpu_check.bench(context)

@@ -26,7 +26,7 @@ The file:
               test: passed, failed, errors, skipped, skip_reasons, seconds_of_slowest
               sanitize: for each run its tool, arrays, verdict, reason, errors, reports, seconds, and ours:
               how many reports name a function of fastattn
-              bench: the documents of `tune`, `bench --device cuda`, of the fused kernel, and `--transfers`
+              bench: the documents of `tune`, `bench --device cuda`, of each fused kernel, and `--transfers`
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ PACKAGES = (
     *("scikit-build-core", "pybind11", "cmake", "ninja", "nvidia-cublas", "cuda-pathfinder"),
 )
 SELECTED_TESTS = "cuda- or test_cuda_"  # ids have the kernel's name; and the files about CUDA
-FUSED_CASES = "*-bf16"
-SMALL_PROBLEMS = ("odd sizes, mask", "bias, alibi, negative scale", "dropout")
+FUSED = {  # kernel, cases
+    "hopper": ("cuda-flash-sm90", "*-bf16"),
+    "fused": ("cuda-flash-sm80", "*-bf16"),
+    "decode": ("cuda-decode", "decode-*-bf16"),
+}
+SMALL_PROBLEMS = ("odd sizes, mask", "bias, alibi, negative scale", "dropout", "decode with lengths")
 FACTS = """
 import json, fastattn
 from fastattn import _core
@@ -537,8 +541,9 @@ def find_tool(name: str) -> str | None:
 
 # ---- bench --------------------------------------------------------------------------------------------
 def bench(context: Context) -> Step:
-    """tune, the benchmark beside torch, the same of the fused kernel by its name, the one with transfers."""
-    names = {"tune": 0.15, "bench": 0.6, "fused": 0.7, "transfers": 1.0}  # shares of the time that is left
+    """tune, the benchmark beside torch, the same of each fused kernel by its name, the one with transfers."""
+    # Shares of the time that is left.
+    names = {"tune": 0.15, "bench": 0.5, "hopper": 0.4, "fused": 0.4, "decode": 0.4, "transfers": 1.0}
     commands, failures = [], []
     results: dict[str, Any] = {}
     states = []
@@ -563,9 +568,10 @@ def bench_command(name: str, path: Path, quick: bool) -> list[str]:
     if name == "tune":
         return [*module, "tune"]
     command = [*module, "bench", "--device", "cuda"]
-    if name == "fused":
+    if name in FUSED:
+        kernel, cases = FUSED[name]
         peers = ["--peers", "torch-flash,torch-cudnn"]
-        options = ["--kernel", "cuda-flash-sm80", "--cases", FUSED_CASES, *peers, "--rounds", "5"]
+        options = ["--kernel", kernel, "--cases", cases, *peers, "--rounds", "5"]
     else:
         options = ["--quick"] * quick + ["--transfers"] * (name == "transfers")
     return [*command, *options, "--json", str(path)]

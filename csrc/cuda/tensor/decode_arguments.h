@@ -16,9 +16,9 @@ inline constexpr Index kDecodeStep = 64;
 // Keys of a piece, by the problem of one kv head alone: `rows` = Sq * G, `keys` = Sk. Whatever else is in the batch and whatever GPU it is,
 // a row is summed in the same order. What it weighs up, with an H200 (132 SMs, 2 to 4 blocks on each) in mind:
 //   - One batch entry with 8 kv heads should reach all SMs: 16 pieces (128 blocks) from 1k keys on, 64 (512 blocks) from 32k on.
-//   - A piece costs writing and reading its sums: 16 bytes for each row and feature, where a key costs 4 for each feature. Eight
-//     keys for each row bound that by half of the traffic, which mostly stays in the second-level cache; pieces of 512 keys make it 6 %
-//     with 8 rows, 256 keys (32 entries of 4k keys) 12 %. Beyond 512 keys only the number of pieces to merge still counts.
+//   - A piece costs writing and reading its sums: 8 bytes for each row and feature, where a key costs 4 for each feature. Eight keys
+//     for each row bound that by a quarter of the traffic, and it mostly stays in the second-level cache; with 8 rows, pieces of 256
+//     keys (32 entries of 4k keys) make it 6 %, 512 keys 3 %. Beyond that only the number of pieces to merge still counts.
 constexpr Index piece_keys(Index rows, Index keys) noexcept {
     const Index spread = std::clamp<Index>((keys + 15) / 16, kDecodeStep, 512);
     const Index merged = (keys + 63) / 64;

@@ -41,11 +41,11 @@ def _shapes() -> list[Case]:
         replace(full, name="d256-4k", title="32 heads of 256", head_dim=256, q_size=4096, kv_size=4096),
     ]
     decode = []
-    for batch, prefix in ((1, "decode"), (32, "decode-b32")):
-        for label, size in (("4k", 4096), ("32k", 32768)):
-            title = f"Llama-3-8B decode, {label} keys"
+    for prefix, batch, sizes in (("decode", 1, (1, 4, 32)), ("decode-b32", 32, (4, 32))):
+        for size in sizes:
+            title = f"Llama-3-8B decode, {size}k keys"
             decode.append(
-                Case(f"{prefix}-{label}", title, "LLM decode", "decode", batch, 32, 8, 1, size, 128)
+                Case(f"{prefix}-{size}k", title, "LLM decode", "decode", batch, 32, 8, 1, 1024 * size, 128)
             )
     return [*encoders, *prefill, *long, *decode]
 
