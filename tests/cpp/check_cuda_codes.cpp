@@ -22,7 +22,7 @@ static_assert(sizeof(Event) == sizeof(cudaEvent_t));
 static_assert(sizeof(Pool) == sizeof(cudaMemPool_t));
 
 #if defined(FASTATTN_HAS_DRIVER_HEADER)
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) == alignof(CUtensorMap));
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 static_assert(tile_map_codes::kF16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
 static_assert(tile_map_codes::kBf16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
 static_assert(tile_map_codes::kNoInterleave == CU_TENSOR_MAP_INTERLEAVE_NONE);

@@ -5,8 +5,8 @@
 
 namespace fastattn::cuda {
 
-// CUtensorMap: opaque, made by runtime::encode_tile_map().
-struct alignas(64) TensorMap {
+// CUtensorMap: opaque, made by runtime::encode_tile_map(). CUDA 12 aligns it to 64 bytes, CUDA 13 to 128.
+struct alignas(128) TensorMap {
     unsigned char bytes[128];
 };
 
