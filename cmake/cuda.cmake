@@ -260,7 +260,7 @@ function(fastattn_add_cuda_room target kind build)
   set_source_files_properties(${room}/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "FASTATTN_CUDA_BUILD=\"${build}\"")
   if(kind STREQUAL "emulated")
     target_include_directories(${target} PRIVATE ${emulator})
-    target_compile_definitions(${target} PRIVATE ${FASTATTN_EMULATOR_DEFINITIONS})
+    target_compile_definitions(${target} PRIVATE ${FASTATTN_EMULATOR_DEFINITIONS} FASTATTN_HAS_SM90A=1)
   elseif(kind STREQUAL "cuda")
     # SYSTEM: NVIDIA's headers are not ours to keep free of warnings.
     target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
@@ -277,11 +277,13 @@ function(fastattn_add_cuda_room target kind build)
     endif()
     fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/decode.cu
       ${room}/tensor/flash_sm80.cu)
-    # Hopper's own instructions are in 9.0a alone, which no other architecture runs. Without 9.0 the code is empty, and refused.
+    # Hopper's own instructions are in 9.0a alone, which no other architecture runs. Without 9.0 the code is empty, and the kernel
+    # refuses every device.
     set(hopper ${CMAKE_CUDA_ARCHITECTURES})
     list(FILTER hopper INCLUDE REGEX "^90")
     if(hopper)
       set(hopper 90a-real)
+      target_compile_definitions(${target} PRIVATE FASTATTN_HAS_SM90A=1)
     else()
       list(GET tensor 0 hopper)
     endif()

@@ -43,6 +43,14 @@ def pending() -> int:
     return int(LIBRARY.fastattn_emulator_pending())
 
 
+def set_copies_eager(eager: bool) -> None:
+    LIBRARY.fastattn_emulator_set_copies_eager(int(eager))
+
+
+def set_threads_reversed(reversed_: bool) -> None:
+    LIBRARY.fastattn_emulator_set_threads_reversed(int(reversed_))
+
+
 def live_allocations() -> int:
     return int(LIBRARY.fastattn_emulator_live_allocations())
 

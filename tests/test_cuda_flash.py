@@ -13,6 +13,14 @@ from inputs import DTYPES, qkv
 
 import fastattn
 
+from emulated_gpu import (  # isort: skip
+    DeviceArray,
+    needs_emulated_gpu,
+    set_copies_eager,
+    set_threads_reversed,
+    synchronize,
+)
+
 KERNELS = ("cuda-flash-sm80", "cuda-flash-sm90")
 INFO = next(kernel for kernel in fastattn.kernels() if kernel.name == KERNELS[0])
 pytestmark = [
@@ -79,6 +87,35 @@ def test_masks_and_biases(flash, half, name):
     check(flash, q, k, v, **{name: side})
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("names", [("softcap", "alibi"), ("mask", "dropout"), ("bias",)], ids=str)
+def test_elementwise_arguments_in_wide_tiles(flash, names, D, Dv):
+    q, k, v = qkv(np.float16, B=1, Sq=70, Sk=150, Hq=2, Hkv=1, D=D, Dv=Dv)
+    rng = np.random.default_rng(0)
+    all_ = {
+        "softcap": {"softcap": 2.0},
+        "alibi": {"alibi_slopes": [0.5, 0.25]},
+        "mask": {"mask": rng.random((70, 150)) < 0.5},
+        "dropout": {"dropout": 0.3, "seed": 5},
+        "bias": {"bias": rng.standard_normal((2, 70, 150)).astype(np.float32)},
+    }
+    check(flash, q, k, v, causal=True, **{key: x for name in names for key, x in all_[name].items()})
+
+
+@pytest.mark.parametrize("D", [8, 64, 128])
+@pytest.mark.parametrize("size", [1000.0, 4000.0, 20000.0])
+def test_scores_of_any_size(flash, D, size):
+    """A row's maximum is rounded, a product in an FMA is not: of large scores their difference is large."""
+    rng = np.random.default_rng(1)
+    q = (size * (1 + rng.random((1, 40, 1, D)))).astype(np.float16)
+    k = np.zeros((1, 400, 1, D), np.float16)
+    rise = np.linspace(0.1, 1, 400) * size
+    k[0, :, 0] = rise[:, None]
+    v = qkv(np.float16, Sq=1, Sk=400, D=D)[2]
+    out = fastattn.mha(q, k, v[:, :, :1], kernel=flash, scale=0.9876)
+    np.testing.assert_allclose(out.astype(float), np.repeat(v[:, 399:, :1], 40, 1).astype(float), atol=2e-3)
+
+
 def test_masked_nan_does_not_leak(flash):
     q, k, v = qkv(np.float16, Sq=70, Sk=150, Hq=2, Hkv=1, D=64)
     want = fastattn.mha(q, k, v, causal=True, q_offset=20, kernel=flash)
@@ -89,10 +126,48 @@ def test_masked_nan_does_not_leak(flash):
     assert np.isnan(got[:, 20:].astype(float)).all()
 
 
-def test_entries_that_are_the_same_memory(flash):
-    q, k, v = qkv(np.float16, B=1, Sq=40, Sk=150, Hq=4, Hkv=1, D=64)
-    k = np.broadcast_to(k, (3, 150, 2, 64))
-    check(flash, np.repeat(q, 3, axis=0), k, np.broadcast_to(v, k.shape), causal=True)
+@needs_emulated_gpu
+@pytest.mark.parametrize("case", ["bshd", "bhsd", "broadcast", "one entry", "one key", "slice", "one head"])
+def test_arrays_on_the_device_are_read_where_they_lie(flash, case):
+    half = np.float16
+    B, Sk, Hkv = (
+        1 if case == "one entry" else 3,
+        1 if case == "one key" else 150,
+        1 if case == "one head" else 2,
+    )
+    q, k, v = qkv(half, B=B, Sq=40, Sk=Sk, Hq=2 * Hkv, Hkv=Hkv, D=64)
+    layout = "bshd"
+    if case == "bhsd":
+        q, k, v = (x.transpose(0, 2, 1, 3).copy() for x in (q, k, v))
+        layout = "bhsd"
+    elif case == "broadcast":  # the same memory for all entries of k, and for all heads of v
+        k, v = np.broadcast_to(k[:1], k.shape), np.broadcast_to(v[:, :, :1], v.shape)
+    elif case == "slice":
+        wide = [np.full((*x.shape[:3], 3 * 64), np.nan, half) for x in (q, k, v)]
+        for x, to in zip((q, k, v), wide, strict=True):
+            to[..., 64:128] = x
+        q, k, v = (x[..., 64:128] for x in wide)
+    want = fastattn.mha(q, k, v, layout=layout, causal=True, device="cpu").astype(float)
+    out = np.full(q.shape, 7, half)
+    fastattn.mha(*map(DeviceArray, (q, k, v)), out=DeviceArray(out), layout=layout, causal=True, kernel=flash)
+    synchronize()
+    np.testing.assert_allclose(out.astype(float), want, atol=2e-3)
+
+
+@needs_emulated_gpu
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("reversed_", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+def test_copies_early_and_late_and_threads_in_both_orders(flash, eager, reversed_, D):
+    q, k, v = qkv(np.float16, B=1, Sq=150, Sk=900, Hq=4, Hkv=2, D=D)
+    set_copies_eager(eager)
+    set_threads_reversed(reversed_)
+    try:
+        check(flash, q, k, v, causal=True)
+        check(flash, q, k, v, softcap=3.0)
+    finally:
+        set_copies_eager(False)
+        set_threads_reversed(False)
 
 
 def test_same_bits_again(flash):

@@ -90,6 +90,15 @@ def test_serialised_products_are_found() -> None:
     assert "products are serialised: 8 groups" in str(faults_of("flash_forward_sm90", serialised))
 
 
+def test_warp_groups_must_find_their_registers() -> None:
+    name = mangled("flash_forward_sm90", arguments="Lb1ELi64ELi64ELi128ELi3ELi32ELi160ELi4EEELb1")
+    (function,) = sass_check.parse(listing({name: SM90}))
+    usage = f" Function {name}:\n  REG:128 STACK:0 SHARED:1024 LOCAL:0\n"
+    assert sass_check.registers(usage) == {name: 128}
+    assert sass_check.faults_of_pool(function, 128) == []
+    assert "want 512 registers, the launch has 480" in str(sass_check.faults_of_pool(function, 120))
+
+
 def test_a_kernel_without_code_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

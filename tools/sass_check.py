@@ -68,6 +68,7 @@ class Function:
     """One kernel's code for one architecture."""
 
     architecture: str
+    name: str  # mangled
     kernel: str
     arguments: str  # of its tile
     instructions: list[str]
@@ -90,7 +91,7 @@ def parse(listing: str) -> list[Function]:
             )
             kind = "bf16" if "BF16" in mangled else "f16"
             instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;", text)
-            functions.append(Function(f"{architecture} {kind}", kernel, arguments, instructions))
+            functions.append(Function(f"{architecture} {kind}", mangled, kernel, arguments, instructions))
     return functions
 
 
@@ -115,6 +116,20 @@ def faults(function: Function) -> list[str]:
     return wrong
 
 
+def registers(usage: str) -> dict[str, int]:
+    """Registers of a thread by mangled name, of what ``cuobjdump -res-usage`` prints."""
+    return {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
+
+
+def faults_of_pool(function: Function, given: int) -> list[str]:
+    """What warp groups ask for beyond the `given` registers a thread of the launch; they would wait for ever."""
+    if function.kernel != "flash_forward_sm90":
+        return []
+    groups, loader, computing = (int(x) for x in function.arguments.split(", ")[4:7])
+    wanted, pool = loader + groups * computing, given * (1 + groups)
+    return [] if wanted <= pool else [f"warp groups want {wanted} registers, the launch has {pool}"]
+
+
 def main(paths: list[str]) -> int:
     """Prints a line for each kernel; 1 when one is wrong."""
     environment = os.environ | {
@@ -123,12 +138,20 @@ def main(paths: list[str]) -> int:
     failed = False
     seen: set[str] = set()
     for path in paths:
-        listing = subprocess.run(
-            [find("cuobjdump"), "-sass", path], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        for function in parse(listing):
+        said = [
+            subprocess.run(
+                [find("cuobjdump"), option, path],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for option in ("-sass", "-res-usage")
+        ]
+        given = registers(said[1])
+        for function in parse(said[0]):
             seen.add(function.kernel)
-            wrong = faults(function)
+            wrong = faults(function) + faults_of_pool(function, given.get(function.name, 0))
             failed = failed or bool(wrong)
             print(
                 f"{function.architecture:12} {function.kernel:20} {function.arguments:40} "

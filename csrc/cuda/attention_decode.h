@@ -10,6 +10,7 @@ namespace fastattn::cuda {
 class FlashDecode final : public FusedKernel {
 public:
     static constexpr int kLeast = 80, kMost = 1000;
+    static constexpr bool kBuilt = true;
     explicit FlashDecode(const DeviceContext& context) : FusedKernel(context) {}
     // nullptr, or why not this problem.
     static const char* refuses(const AttentionProblem& p);

@@ -11,7 +11,7 @@ namespace fastattn::cuda {
 
 // What the fused kernels have in common: operands as their asynchronous copies can read them, and rows into which a masked NaN
 // leaked computed again. A kernel says how it is launched, what memory it needs beside that, and as kLeast and kMost which
-// compute capabilities it runs on, 80 for 8.0.
+// compute capabilities it runs on, 80 for 8.0, and as kBuilt whether this build has code for them.
 class FusedKernel : public DeviceKernel {
 public:
     std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
@@ -35,6 +35,7 @@ protected:
 class FlashSm80 final : public FusedKernel {
 public:
     static constexpr int kLeast = 80, kMost = 1000;
+    static constexpr bool kBuilt = true;
     explicit FlashSm80(const DeviceContext& context) : FusedKernel(context) {}
     // nullptr, or why not this problem.
     static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }

@@ -46,8 +46,8 @@ TileMap tile_map(const AttentionProblem& p, const Chunk& region, const Operand& 
     const auto set_axis = [&](int axis, Index size, Index stride) {
         const bool repeats = stride == 0;
         layout.size[axis] = static_cast<std::uint64_t>(repeats ? 1 : size);
-        layout.stride[axis - 1] = static_cast<std::uint64_t>(
-            size == 1 || repeats ? 16 : stride * static_cast<Index>(item_size(p.dtype)));
+        layout.stride[axis - 1] =
+            static_cast<std::uint64_t>(size == 1 || repeats ? round_up(2 * dims, 16) : 2 * stride);
         return repeats ? 0 : 1;
     };
     layout.size[0] = static_cast<std::uint64_t>(dims);

@@ -13,6 +13,7 @@
 #include "cuda/attention_flash_sm90.h"
 #include "cuda/backward_cublas.h"
 #include "cuda/backward_staging.h"
+#include "cuda/build_info.h"
 #include "cuda/errors.h"
 #include "cuda/staging.h"
 
@@ -192,6 +193,9 @@ template <class Fused>
 std::string fused_refuses_device(Device device) {
     const DeviceProperties& gpu = context(device.index).properties;
     const int capability = 10 * gpu.major + gpu.minor;
+    if (!Fused::kBuilt)
+        return "this build has no code for compute capability " + number_of(Fused::kLeast) + " (" +
+               build_info() + ")";
     if (capability >= Fused::kLeast && capability <= Fused::kMost) return {};
     return "needs compute capability " + number_of(Fused::kLeast) +
            (Fused::kMost == Fused::kLeast ? " and no other, " : " or newer, ") + gpu.name + " has " +

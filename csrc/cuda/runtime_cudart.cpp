@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -99,17 +100,21 @@ using EncodeTiled = int (*)(void* map, int type, unsigned rank, void* data, cons
 }  // namespace
 
 int encode_tile_map(const TileMapLayout& layout, TensorMap* map) noexcept {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    static std::atomic<void*> known{nullptr};
+    void* function = known.load(std::memory_order_acquire);
+    if (function == nullptr) {
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    const int status = forget(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &found));
+        const int status = forget(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                                   cudaEnableDefault, &found));
 #else
-    const int status =
-        forget(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+        const int status =
+            forget(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
-    if (status != 0) return status;
-    if (found != cudaDriverEntryPointSuccess) return kNotSupported;
+        if (status != 0) return status;
+        if (found != cudaDriverEntryPointSuccess) return kNotSupported;
+        known.store(function, std::memory_order_release);
+    }
     const unsigned box[4] = {64, layout.rows, 1, 1}, step[4] = {1, 1, 1, 1};
     return reinterpret_cast<EncodeTiled>(function)(
         map, layout.bf16 ? tile_map_codes::kBf16 : tile_map_codes::kF16, 4, layout.data, layout.size,

@@ -23,6 +23,10 @@ void set_cublas_version(std::size_t version);  // 130002
 void set_pointer_arrays_supported(bool supported);  // true; else the heuristic answers kNotSupported
 // false; else the threads of a block start from the last one: a missing barrier shows in one order or the other.
 void set_threads_reversed(bool reversed);
+// false; else copies of the copy engine happen when they are asked for, the earliest that the rules allow: a stage that is
+// given back too early shows.
+void set_copies_eager(bool eager);
+bool copies_eager();
 
 // Call number `after` + 1 from now of `function` does nothing but return `code`. Names: the functions of
 // runtime.h, those of cublas::Table, "open" (any code: no library), "launch" (last_error() has the code),
@@ -71,6 +75,8 @@ FASTATTN_EMULATOR_EXPORT void fastattn_emulator_reset();
 FASTATTN_EMULATOR_EXPORT void fastattn_emulator_fail_next(const char* function, int code);
 FASTATTN_EMULATOR_EXPORT void fastattn_emulator_set_memory_limit(std::size_t bytes);
 FASTATTN_EMULATOR_EXPORT void fastattn_emulator_set_device_count(int count);
+FASTATTN_EMULATOR_EXPORT void fastattn_emulator_set_copies_eager(int eager);
+FASTATTN_EMULATOR_EXPORT void fastattn_emulator_set_threads_reversed(int reversed);
 FASTATTN_EMULATOR_EXPORT std::size_t fastattn_emulator_live_allocations();
 FASTATTN_EMULATOR_EXPORT std::size_t fastattn_emulator_pending();
 FASTATTN_EMULATOR_EXPORT void* fastattn_emulator_create_stream();  // null on failure

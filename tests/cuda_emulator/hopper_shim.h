@@ -1,5 +1,6 @@
 // The names of csrc/cuda/tensor/hopper.h for the emulated GPU. Everything asynchronous happens as late as its waits allow: a copy
-// when somebody waits for its barrier, a product when its warp group waits for it. So a wait too few reads old data here.
+// when somebody waits for its barrier, a product when its warp group waits for it. So a wait too few reads old data here; and with
+// set_copies_eager(), a stage given back too early is overwritten. Fences, pin() and the numbers of registers do nothing.
 //
 // An address of shared memory is the distance from begin_shared()'s.
 #pragma once
@@ -9,6 +10,8 @@
 #include <deque>
 #include <map>
 #include <vector>
+
+#include "emulator.h"
 
 #include "cuda/tensor/hopper_layout.h"
 #include "cuda/tensor/tensor_core.h"
@@ -46,6 +49,7 @@ struct BoxCopy {
     unsigned char* target;
     TileMapLayout from;
     std::int64_t at[4];  // element of each axis
+    bool done = false;
 
     std::int64_t bytes() const { return std::int64_t{from.rows} * kChunkRowBytes; }
     void run() const {
@@ -122,7 +126,8 @@ inline bool end_phase(Barrier* barrier, BarrierState& state, bool somebody_waits
         std::int64_t bytes = 0;
         for (const BoxCopy& copy : state.copies) bytes += copy.bytes();
         if (bytes != state.expected) return false;  // the rest may still be asked for
-        for (const BoxCopy& copy : state.copies) copy.run();
+        for (const BoxCopy& copy : state.copies)
+            if (!copy.done) copy.run();
     } else if (state.expected != 0) {
         return false;
     }
@@ -171,11 +176,15 @@ inline void wait_named(int id, int threads) {
 // ---- copies -------------------------------------------------------------------------------------------------------
 inline void copy_box(void* target, const TensorMap* map, int column, int row, int head, int batch,
                      Barrier* barrier) {
-    BoxCopy copy{static_cast<unsigned char*>(target), {}, {column, row, head, batch}};
+    BoxCopy copy{static_cast<unsigned char*>(target), {}, {column, row, head, batch}, false};
     std::memcpy(static_cast<void*>(&copy.from), map, sizeof copy.from);
     if (shared_address(target) % kSwizzleBytes != 0)
         misuse("a box that does not begin at a multiple of 1024");
-    emulator::atomically([&] { barrier_states().at(barrier).copies.push_back(copy); });
+    emulator::atomically([&] {
+        copy.done = emulator::copies_eager();
+        if (copy.done) copy.run();
+        barrier_states().at(barrier).copies.push_back(copy);
+    });
 }
 inline void publish_to_products() {}
 

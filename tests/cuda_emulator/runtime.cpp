@@ -5,6 +5,7 @@
 #include "cuda/tensor/tile_map.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -222,6 +223,12 @@ void set_threads_reversed(bool reversed) {
     set_threads_reversed_locked(reversed);
 }
 
+namespace {
+std::atomic<bool> g_copies_eager{false};
+}  // namespace
+void set_copies_eager(bool eager) { g_copies_eager = eager; }
+bool copies_eager() { return g_copies_eager; }
+
 void fail_next(const char* function, int code, std::size_t after) {
     const Lock lock(mutex());
     state().failures.push_back({function, code, after});
@@ -234,6 +241,7 @@ void reset() {
     state().failures.clear();
     state().calls.clear();
     set_threads_reversed_locked(false);
+    g_copies_eager = false;
     reset_cublas();
 }
 
@@ -593,6 +601,10 @@ void fastattn_emulator_fail_next(const char* function, int code) {
 }
 void fastattn_emulator_set_memory_limit(std::size_t bytes) { fastattn::emulator::set_memory_limit(bytes); }
 void fastattn_emulator_set_device_count(int count) { fastattn::emulator::set_device_count(count); }
+void fastattn_emulator_set_copies_eager(int eager) { fastattn::emulator::set_copies_eager(eager != 0); }
+void fastattn_emulator_set_threads_reversed(int reversed) {
+    fastattn::emulator::set_threads_reversed(reversed != 0);
+}
 std::size_t fastattn_emulator_live_allocations() { return fastattn::emulator::live_allocations(); }
 std::size_t fastattn_emulator_pending() { return fastattn::emulator::pending(); }
 void* fastattn_emulator_create_stream() {

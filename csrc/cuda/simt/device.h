@@ -92,7 +92,7 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 #endif
 }
 
-// 2^x for x < 128 without the unit for exponentials, which has a quarter of the multipliers' rate (as in Cody and Waite 1980): 2^x is
+// 2^x for x <= 127 without the unit for exponentials, which has a quarter of the multipliers' rate (as in Cody and Waite 1980): 2^x is
 // 2^n 2^f with n the nearest integer, and the polynomial, whose largest relative error on [-1/2, 1/2] is the least possible, 2.7e-6.
 // Below 2^-126: 0.
 __device__ __forceinline__ float power2_by_polynomial(float x) {

@@ -85,9 +85,9 @@ struct ExactSoftmax {
     static constexpr float slack = 0;
     static constexpr int polynomial = 0;
 };
-// m stays while the maximum is at most 2^8 times as much, which float16 weights can bear: the output is rescaled rarely, and
-// most warps skip it (FlashAttention-4). One in four exponentials is a polynomial's: at head dimension 64 the unit takes as
-// long as the tensor cores do.
+// m stays while the maximum is above it by at most 8, so weights are up to 2^8, which float16 can bear: the output is rescaled
+// rarely, and most warps skip it (FlashAttention-4). One in `polynomial` exponentials is a polynomial's: at head dimension 64 the
+// unit takes as long as the tensor cores do.
 template <int polynomial_>
 struct LazySoftmax {
     static constexpr float slack = 8;
@@ -173,25 +173,29 @@ public:
             peak = larger(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
             peak = larger(m[r], times(peak, scale));
             if constexpr (Softmax::slack > 0) {
-                if (peak <= m[r] + Softmax::slack) peak = m[r];
+                if (plus(peak, -m[r]) <= Softmax::slack) peak = m[r];  // a sum m + slack may be rounded up
             }
             const float shift = peak == -infinity<float>() ? 0.0f : peak;
             factor[r] = m[r] == -infinity<float>() ? 0.0f : power2(m[r] - shift);
             m[r] = peak;
             float sum = 0;
-            FASTATTN_UNROLL
-            for (int j = 0; j < nt; ++j) {
+            const auto to_powers = [&](auto shifted) {
                 FASTATTN_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                    float& x = s[r / 2][j][2 * (r % 2) + e];
-                    x = fused(x, scale, -shift);
-                    if (by_polynomial(j)) {
-                        x = power2_by_polynomial(x);
-                    } else {
-                        x = power2(x);
+                for (int j = 0; j < nt; ++j) {
+                    FASTATTN_UNROLL
+                    for (int e = 0; e < 2; ++e) {
+                        float& x = s[r / 2][j][2 * (r % 2) + e];
+                        x = by_polynomial(j) ? power2_by_polynomial(shifted(x)) : power2(shifted(x));
+                        sum += x;
                     }
-                    sum += x;
                 }
+            };
+            // One FMA scales and shifts; but m is rounded and the product in an FMA is not, and of large scores their difference is no
+            // longer small.
+            if (plain && fabsf(shift) < 1048576.0f) {
+                to_powers([&](float x) { return fused(x, scale, -shift); });
+            } else {
+                to_powers([&](float x) { return plus(times(x, scale), -shift); });
             }
             l[r] = l[r] * factor[r] + sum;  // this thread's part; the four are added at the end
             if constexpr (!plain) {

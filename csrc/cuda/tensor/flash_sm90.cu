@@ -29,7 +29,7 @@ int launch_flash_sm90(const HopperArgs& a, int tile, int blocks, Stream stream) 
     }
 #include "cuda/tensor/flash_sm90_tiles.inc"
 #undef FASTATTN_HOPPER_TILE
-    return 0;
+    return kNotSupported;
 }
 
 }  // namespace fastattn::cuda

@@ -4,12 +4,14 @@
 // - One warp group loads: a thread has the copy engine bring K and V in two stages, three warps bring q, of which the rows of a
 //   group of heads are packed and no box of the copy engine. The others compute, with the registers that it gives away.
 // - S of the next keys and P v of the last ones are in the tensor cores at once; while P v runs, S becomes weights.
+// - The copy engine brings what is there: keys that no row attends too, if they lie in a tile with some that are. A NaN among them
+//   costs a second look at the tile's rows (recompute.h), where flash_sm80.h has zeros.
 // - The warp groups take turns in handing products over, so that one's softmax runs beside another's products.
 #pragma once
 
 #include "cuda/tensor/flash_order.h"
-#include "cuda/tensor/flash_rows.h"
 #include "cuda/tensor/flash_sm90_arguments.h"
+#include "cuda/tensor/flash_tiles.h"
 #include "cuda/tensor/hopper.h"
 
 namespace fastattn::cuda {
@@ -62,7 +64,7 @@ public:
         if (group == 0) {
             shrink_registers<Tile::loader_registers>();
             if (threadIdx.x == 0) load_keys_and_values();
-            if (threadIdx.x >= kWarpGroup - kQueryThreads) load_queries();
+            if (threadIdx.x >= kWarpGroup - kQueryThreads) load_all_queries();
         } else {
             grow_registers<Tile::registers>();
             compute_tiles(group - 1);
@@ -130,25 +132,17 @@ private:
         });
     }
 
-    __device__ void load_queries() {
+    __device__ void load_all_queries() {
         begin_copies();
-        constexpr int pieces = Tile::width / 8;
-        const int used = static_cast<int>(p.head_dim / 8);
         int parity = 1;
         for_each_tile([&](const RowBlock& block, int steps) {
             if (steps == 0) return;
             wait(&barriers.q_empty, parity);
             parity ^= 1;
-            FASTATTN_UNROLL_LITTLE
-            for (int n = static_cast<int>(threadIdx.x) - (kWarpGroup - kQueryThreads);
-                 n < Tile::rows * pieces; n += kQueryThreads) {
-                const int row = n / pieces, piece = n % pieces;
-                const RowPlace at = block.place(row);
-                const auto* source = static_cast<const std::uint16_t*>(p.q.data) + at.b * p.q.batch +
-                                     at.i * p.q.seq + at.h * p.q.head + piece * 8;
-                copy_async(shared + swizzled_128(tile_offset(Tile::rows, row, piece * 8)), source,
-                           row < block.rows && piece < used);
-            }
+            load_queries<Tile::width, Tile::rows, kQueryThreads>(
+                block, static_cast<int>(threadIdx.x) - (kWarpGroup - kQueryThreads), [&](int row, int piece) {
+                    return shared + swizzled_128(tile_offset(Tile::rows, row, piece * 8));
+                });
             commit_copies();
             wait_copies<0>();
             publish_to_products();

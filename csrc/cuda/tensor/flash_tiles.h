@@ -8,20 +8,27 @@ namespace fastattn::cuda {
 namespace {
 
 // ---- loading: begun, not waited for ---------------------------------------------------------------------------
-// The rows of a block, zeros below them, by all of its `threads`.
-template <int width, int count, int threads>
-__device__ void load_queries(const RowBlock& block, std::uint16_t* to) {
+// The rows of a block, zeros below them, by `threads` threads of which this is number `thread`; place(row, piece) is where 16 bytes
+// go.
+template <int width, int count, int threads, class Place>
+__device__ void load_queries(const RowBlock& block, int thread, Place place) {
     constexpr int pieces = width / 8;
     const AttentionProblem& p = block.p;
     const int used = static_cast<int>(p.head_dim / 8);
     FASTATTN_UNROLL_LITTLE
-    for (int n = static_cast<int>(threadIdx.x); n < count * pieces; n += threads) {
+    for (int n = thread; n < count * pieces; n += threads) {
         const int row = n / pieces, piece = n % pieces;
         const RowPlace at = block.place(row);
         const auto* source = static_cast<const std::uint16_t*>(p.q.data) + at.b * p.q.batch + at.i * p.q.seq +
                              at.h * p.q.head + piece * 8;
-        copy_async(to + swizzled<width>(row, piece), source, row < block.rows && piece < used);
+        copy_async(place(row, piece), source, row < block.rows && piece < used);
     }
+}
+// By all threads, as rows of `width` elements.
+template <int width, int count, int threads>
+__device__ void load_queries(const RowBlock& block, std::uint16_t* to) {
+    load_queries<width, count, threads>(block, static_cast<int>(threadIdx.x),
+                                        [&](int row, int piece) { return to + swizzled<width>(row, piece); });
 }
 
 // `count` keys (or values) from `first` on, zeros for those that no row of the block attends, by `threads` threads of which this
