@@ -122,7 +122,7 @@ def registers(usage: str) -> dict[str, int]:
 
 
 def faults_of_pool(function: Function, given: int) -> list[str]:
-    """What warp groups ask for beyond the `given` registers a thread of the launch; they would wait for ever."""
+    """Whether the warp groups find the registers that they ask for; else they would wait for ever."""
     if function.kernel != "flash_forward_sm90":
         return []
     groups, loader, computing = (int(x) for x in function.arguments.split(", ")[4:7])
