@@ -145,11 +145,17 @@ TEST(Decode, SaysWhichKernelDidNotStart) {
     }
 }
 
-// Results do not depend on which thread of a block comes first. (Missing barriers are for the thread sanitizer to find.)
+// Results do not depend on which thread of a block comes first. (Missing barriers are for the thread sanitizer to find, for which
+// a thread of the machine is a thread of the block: minutes for each head dimension.)
 TEST(Fused, SameBitsInEveryOrderOfThreads) {
     emulator::reset();
-    for (const std::string kernel : {"cuda-decode", "cuda-flash-sm80"}) {
-        for (const Index D : {64, 96, 128, 192, 256}) {
+#if defined(FASTATTN_EMULATOR_THREADS)
+    const std::vector<Index> dims{64};
+#else
+    const std::vector<Index> dims{64, 96, 128, 192, 256};
+#endif
+    for (const std::string kernel : {"cuda-decode", "cuda-flash-sm80", "cuda-flash-sm90"}) {
+        for (const Index D : dims) {
             for (const Index Sk : {60, 300}) {
                 for (const bool plain : {true, false}) {
                     HalfCall call(9, Sk, D);
