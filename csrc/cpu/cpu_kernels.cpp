@@ -89,7 +89,7 @@ void flash_run(const AttentionProblem& p, const Target&, const Workspace& worksp
         kernel.forward(call, item,
                        workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
     };
-    executor.for_each(plan.items, forward);
+    executor.for_each(plan.items, forward, plan.groups);
     if (plan.merge_items > 0) {
         auto merge = [&](std::int64_t item, int) { kernel.merge(call, item); };
         executor.for_each(plan.merge_items, merge);
@@ -117,19 +117,20 @@ void backward_run(const BackwardProblem& p, const Target&, const Workspace& work
     const DtypeKernel& kernel = table().of(p.forward.dtype);
     const BackwardPlan plan = plan_backward(p, kernel.prefill, executor.threads());
     const BackwardCall call{p, plan, workspace.shared, executor};
-    const auto for_each = [&](BackwardPhase phase, std::int64_t items) {
+    const auto for_each = [&](BackwardPhase phase, std::int64_t items, std::int64_t groups) {
         auto run = [&](std::int64_t item, int slot) {
             kernel.backward(
                 call, phase, item,
                 workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
         };
-        if (items > 0) executor.for_each(items, run);
+        if (items > 0) executor.for_each(items, run, groups);
     };
-    for_each(BackwardPhase::prepare, plan.prepare_items);
-    for_each(BackwardPhase::gradients, plan.items);
-    for_each(BackwardPhase::merge, plan.merge_items);
-    for_each(BackwardPhase::heads, plan.head_items);
-    for_each(BackwardPhase::bias, plan.bias_items);
+    const std::int64_t heads = p.forward.batch * p.forward.q_heads;
+    for_each(BackwardPhase::prepare, plan.prepare_items, heads);
+    for_each(BackwardPhase::gradients, plan.items, plan.split ? 1 : plan.items);
+    for_each(BackwardPhase::merge, plan.merge_items, heads);
+    for_each(BackwardPhase::heads, plan.head_items, 1);
+    for_each(BackwardPhase::bias, plan.bias_items, 1);
 }
 
 // A kernel that this build does not hold is listed all the same, with the reason.

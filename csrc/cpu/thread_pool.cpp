@@ -1,6 +1,7 @@
 #include "cpu/thread_pool.h"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cfenv>
 #include <chrono>
@@ -68,15 +69,90 @@ private:
 #endif
 };
 
+// The items of a job, in runs of neighbouring groups. A thread takes items from the run of its slot and, when that is
+// at its end, from the one with the most left.
+class ItemRuns {
+public:
+    ItemRuns(Index items, Index groups, int threads) noexcept : items_(items) {
+        groups = std::clamp<Index>(groups, 1, items);
+        count_ = static_cast<int>(std::min<Index>(std::min(threads, kMostRuns), groups));
+        threads_per_run_ = (threads + count_ - 1) / count_;
+        const Index group = items / groups;
+        for (Index i = 0, begin = 0; i < count_; ++i) {
+            Run& run = runs_[static_cast<std::size_t>(i)];
+            run.next.store(begin, std::memory_order_relaxed);
+            run.end = begin = i + 1 == count_ ? items : (i + 1) * groups / count_ * group;
+        }
+    }
+
+    // -1: there is none left.
+    Index claim(int slot) noexcept {
+        Run* run = &own(slot);
+        while (true) {
+            const Index item = run->next.fetch_add(1, std::memory_order_relaxed);
+            if (item < run->end) return item;
+            Index most = 0;
+            for (int i = 0; i < count_; ++i) {
+                if (runs_[static_cast<std::size_t>(i)].left() <= most) continue;
+                run = &runs_[static_cast<std::size_t>(i)];
+                most = run->left();
+            }
+            if (most == 0) return -1;
+        }
+    }
+
+    // What claim() would give to a thread that goes on in its own run. Set aside for it, unless threads that come to
+    // the run's end before it may want it.
+    Index look_ahead(int slot, Index& claimed) noexcept {
+        Run& run = own(slot);
+        const Index left = run.left();
+        if (left == 0) return items_;
+        if (left <= threads_per_run_) return run.end - left;
+        claimed = claim(slot);
+        return claimed < 0 ? items_ : claimed;
+    }
+
+    bool any_left() const noexcept {
+        for (int i = 0; i < count_; ++i) {
+            if (runs_[static_cast<std::size_t>(i)].left() > 0) return true;
+        }
+        return false;
+    }
+
+    void drop() noexcept {
+        for (int i = 0; i < count_; ++i) {
+            Run& run = runs_[static_cast<std::size_t>(i)];
+            run.next.store(run.end, std::memory_order_relaxed);
+        }
+    }
+
+private:
+    static constexpr int kMostRuns = 64;  // an executor has more threads rarely; they share runs
+
+    // A cache line each: threads count in their own.
+    struct alignas(64) Run {
+        std::atomic<Index> next;
+        Index end;
+        Index left() const noexcept {
+            const Index n = next.load(std::memory_order_relaxed);
+            return n < end ? end - n : 0;
+        }
+    };
+
+    Run& own(int slot) noexcept { return runs_[static_cast<std::size_t>(slot % count_)]; }
+
+    const Index items_;
+    int count_, threads_per_run_;
+    std::array<Run, kMostRuns> runs_;
+};
+
 // Which item this thread is in: a parallel_for from inside an item runs inline, in the item's slot.
 struct CurrentItem {
     const Executor* executor = nullptr;
     int slot = 0;
     Index item = 0;
-    std::atomic<Index>* next = nullptr;  // shared by the threads of a job; inline: the one after `item`
-    Index last_early =
-        0;  // items before it may be claimed ahead; those at the end wait for whoever is free first
-    Index claimed = -1;    // ahead, by next_item()
+    ItemRuns* runs = nullptr;  // of a job; inline: next is the one after `item`
+    Index claimed = -1;        // ahead, by next_item()
 };
 thread_local CurrentItem current_item;
 
@@ -95,13 +171,12 @@ struct ThreadPoolExecutor::Job {
     ThreadPoolExecutor& executor;
     const ItemFn fn;
     void* const context;
-    const Index items;
     const int max_helpers;
+    ItemRuns runs;
     const int caller_cpu = current_cpu();
     const unsigned generation = fork_generation.load(std::memory_order_relaxed);
     std::fenv_t float_environment{};  // the caller's: an item's result may not depend on its thread
 
-    std::atomic<Index> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error{};  // written by whoever set failed
 
@@ -111,8 +186,6 @@ struct ThreadPoolExecutor::Job {
     std::condition_variable all_left{};
     Job* following = nullptr;
 
-    Index claim() noexcept { return next.fetch_add(1, std::memory_order_relaxed); }
-    void drop_rest() noexcept { next.store(items, std::memory_order_relaxed); }
     bool forked_away() const noexcept {
         return generation != fork_generation.load(std::memory_order_relaxed);
     }
@@ -167,7 +240,7 @@ public:
             if (job.active == 0) break;
             lock.unlock();
             job.executor.calls_until_clock_ = 0;
-            if (job.executor.stop_requested()) job.drop_rest();
+            if (job.executor.stop_requested()) job.runs.drop();
             if (job.forked_away()) return false;
             lock.lock();
         }
@@ -198,19 +271,14 @@ private:
         *link = job.following;
     }
 
-    // An item of the job with the fewest workers; called under the mutex.
-    bool claim(Job*& chosen, Index& item) noexcept {
-        while (true) {
-            chosen = nullptr;
-            for (Job* job = first_; job != nullptr; job = job->following) {
-                if (job->helpers == job->max_helpers) continue;
-                if (job->next.load(std::memory_order_relaxed) >= job->items) continue;
-                if (chosen == nullptr || job->active < chosen->active) chosen = job;
-            }
-            if (chosen == nullptr) return false;
-            item = chosen->claim();
-            if (item < chosen->items) return true;
+    // The job with the fewest workers of those that have items left; called under the mutex.
+    Job* find_job() const noexcept {
+        Job* chosen = nullptr;
+        for (Job* job = first_; job != nullptr; job = job->following) {
+            if (job->helpers == job->max_helpers || !job->runs.any_left()) continue;
+            if (chosen == nullptr || job->active < chosen->active) chosen = job;
         }
+        return chosen;
     }
 
     void work() {
@@ -218,9 +286,8 @@ private:
         std::unique_lock lock(mutex_);
         me.placement.start();
         while (true) {
-            Job* job = nullptr;
-            Index item = 0;
-            if (!claim(job, item)) {
+            Job* const job = find_job();
+            if (job == nullptr) {
                 // The last to fall asleep is the first to be woken: its caches and its CPU are the warmest.
                 me.idle = true;
                 me.next_idle = idle_;
@@ -233,7 +300,7 @@ private:
             me.placement.leave(job->caller_cpu);  // it may not be the one that woke this worker
             lock.unlock();
             std::fesetenv(&job->float_environment);
-            job->executor.run_items(*job, item, slot);
+            job->executor.run_items(*job, slot);
             lock.lock();
             // Under the lock: once the caller sees 0 the job is gone.
             if (--job->active == 0) job->all_left.notify_one();
@@ -265,18 +332,22 @@ ThreadPoolExecutor::ThreadPoolExecutor(int threads, Poll poll, void* poll_contex
     if (poll_ != nullptr) next_poll_ms_ = now_ms() + kPollMilliseconds;
 }
 
-void ThreadPoolExecutor::parallel_for(Index items, ItemFn fn, void* context) {
+void ThreadPoolExecutor::parallel_for(Index items, ItemFn fn, void* context, Index groups) {
     if (stop_.load(std::memory_order_relaxed)) throw Cancelled();
     const CurrentItem outer = current_item;
     if (items <= 1 || threads_ == 1 || outer.executor != nullptr)
         return run_inline(items, fn, context, outer.executor == this ? outer.slot : 0);
 
     const auto helpers = static_cast<int>(std::min<Index>(threads_, items) - 1);
-    Job job{.executor = *this, .fn = fn, .context = context, .items = items, .max_helpers = helpers};
+    Job job{.executor = *this,
+            .fn = fn,
+            .context = context,
+            .max_helpers = helpers,
+            .runs = ItemRuns(items, groups, helpers + 1)};
     std::fegetenv(&job.float_environment);
     ThreadPool& pool = ThreadPool::get();
     pool.submit(job);
-    run_items(job, job.claim(), 0);
+    run_items(job, 0);
     if (!pool.finish(job)) {
         stop_.store(true, std::memory_order_relaxed);
         throw Error("fastattn: the process was forked from within a call, which cannot go on in the child");
@@ -287,7 +358,7 @@ void ThreadPoolExecutor::parallel_for(Index items, ItemFn fn, void* context) {
 
 void ThreadPoolExecutor::run_inline(Index items, ItemFn fn, void* context, int slot) {
     const RestoreCurrent restore;
-    current_item.next = nullptr;
+    current_item.runs = nullptr;
     for (Index item = 0; item < items; ++item) {
         current_item.item = item;
         fn(context, item, slot);
@@ -295,37 +366,36 @@ void ThreadPoolExecutor::run_inline(Index items, ItemFn fn, void* context, int s
     }
 }
 
-void ThreadPoolExecutor::run_items(Job& job, Index item, int slot) noexcept {
+void ThreadPoolExecutor::run_items(Job& job, int slot) noexcept {
     const RestoreCurrent restore;
-    current_item = {this, slot, 0, &job.next, job.items - threads_, -1};
-    for (; item < job.items; item = next_of(job)) {
+    current_item = {this, slot, 0, &job.runs, -1};
+    while (true) {
+        const Index item = next_of(job);
+        if (item < 0) return;
         try {
             job.fn(job.context, item, slot);
         } catch (...) {
             if (!job.failed.exchange(true, std::memory_order_acq_rel)) job.error = std::current_exception();
             stop_.store(true, std::memory_order_relaxed);
         }
-        if (stop_requested() || job.forked_away()) job.drop_rest();
+        if (stop_requested() || job.forked_away()) job.runs.drop();
     }
 }
 
-// The item that next_item() has claimed, unless the rest was dropped since, or a new one.
+// The item that next_item() has claimed, unless the rest was dropped since, or a new one; -1: none left.
 Index ThreadPoolExecutor::next_of(Job& job) noexcept {
     const Index claimed = std::exchange(current_item.claimed, -1);
-    if (claimed < 0) return job.claim();
-    return stop_.load(std::memory_order_relaxed) || job.forked_away() ? job.items : claimed;
+    if (claimed < 0) return job.runs.claim(current_item.slot);
+    return stop_.load(std::memory_order_relaxed) || job.forked_away() ? -1 : claimed;
 }
 
 // Claims it, so that what is prefetched is what this thread computes: of two threads that look at the same
 // counter, one would be wrong.
 Index ThreadPoolExecutor::next_item() noexcept {
     CurrentItem& current = current_item;
-    if (current.next == nullptr) return current.item + 1;
+    if (current.runs == nullptr) return current.item + 1;
     if (current.claimed >= 0) return current.claimed;
-    const Index next = current.next->load(std::memory_order_relaxed);
-    if (next >= current.last_early) return next;
-    current.claimed = current.next->fetch_add(1, std::memory_order_relaxed);
-    return current.claimed;
+    return current.runs->look_ahead(current.slot, current.claimed);
 }
 
 bool ThreadPoolExecutor::stop_requested() noexcept {

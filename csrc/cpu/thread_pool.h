@@ -25,7 +25,7 @@ public:
     ThreadPoolExecutor& operator=(const ThreadPoolExecutor&) = delete;
 
     int threads() const noexcept override { return threads_; }
-    void parallel_for(std::int64_t items, ItemFn fn, void* context) override;
+    void parallel_for(std::int64_t items, ItemFn fn, void* context, std::int64_t groups) override;
     bool stop_requested() noexcept override;
     std::int64_t next_item() noexcept override;
 
@@ -34,7 +34,7 @@ private:
     friend class ThreadPool;
 
     void run_inline(std::int64_t items, ItemFn fn, void* context, int slot);
-    void run_items(Job& job, std::int64_t item, int slot) noexcept;
+    void run_items(Job& job, int slot) noexcept;
     std::int64_t next_of(Job& job) noexcept;
     void poll_if_due() noexcept;
 

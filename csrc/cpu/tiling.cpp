@@ -85,6 +85,7 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const 
     }
     plan.head_items = ceil_div(p.kv_heads, plan.heads_per_item);
     plan.items = p.batch * plan.head_items * plan.row_items * plan.key_splits;
+    plan.groups = plan.decode ? 1 : std::max<std::int64_t>(p.batch * plan.head_items, 1);
     if (plan.key_splits > 1) {
         plan.merge_items = heads * plan.rows;
         plan.shared_bytes =

@@ -40,6 +40,7 @@ struct FlashPlan {
     std::int64_t split_keys = 0;      // keys of a split (a multiple of kKeyBlock when key_splits > 1)
     std::int64_t key_block = 0;
     std::int64_t items = 0;           // batch * head_items * row_items * key_splits
+    std::int64_t groups = 1;          // neighbouring items that two threads should not share: see Executor
     std::int64_t merge_items = 0;     // second phase, when key_splits > 1
     std::int64_t q_stride = 0;        // units of a packed q row
     std::int64_t o_stride = 0;        // accumulators of an output row

@@ -468,29 +468,79 @@ TEST(CpuPlacement, KeepsWhatOthersAllow) {
 }
 #endif
 
-// Far from the end it is exactly what this thread computes next; and asking loses no item and repeats none.
+// Far from the end of a run it is exactly what this thread computes next; and asking loses no item and repeats none.
 TEST(ThreadPool, NextItemIsWhatComesNext) {
     constexpr std::int64_t kItems = 1000;
-    for (const int threads : {1, 2, 3}) {
-        ThreadPoolExecutor executor(threads);
-        std::atomic<int> wrong{0};
-        std::vector<std::atomic<int>> runs(kItems);
-        std::vector<std::int64_t> expected(static_cast<std::size_t>(threads), -1);
+    for (const std::int64_t groups : {1, 2, 8, 1000}) {
+        for (const int threads : {1, 2, 3}) {
+            const std::int64_t runs = std::min<std::int64_t>(threads, groups),
+                               sharing = (threads + runs - 1) / runs;
+            const auto may_go_elsewhere = [&](std::int64_t next) {
+                for (std::int64_t r = 1; r <= runs; ++r) {
+                    const std::int64_t end = r * groups / runs * (kItems / groups);
+                    if (next >= end - sharing && next < end) return true;
+                }
+                return next >= kItems;
+            };
+            ThreadPoolExecutor executor(threads);
+            std::atomic<int> wrong{0};
+            std::vector<std::atomic<int>> times(kItems);
+            std::vector<std::int64_t> expected(static_cast<std::size_t>(threads), -1);
+            auto item = [&](std::int64_t i, int slot) {
+                ++times[static_cast<std::size_t>(i)];
+                std::int64_t& mine = expected[static_cast<std::size_t>(slot)];
+                if (mine >= 0 && mine != i) ++wrong;
+                mine = -1;
+                if (i % 7 == 0) return;  // not every item asks
+                const std::int64_t next = executor.next_item();
+                if (next < 0) ++wrong;
+                if (threads > 1 && may_go_elsewhere(next)) return;
+                if ((threads == 1 && next != i + 1) || next != executor.next_item()) ++wrong;
+                mine = next;
+            };
+            executor.for_each(kItems, item, groups);
+            EXPECT_EQ(wrong, 0) << threads << " threads, groups " << groups;
+            for (const std::atomic<int>& n : times) EXPECT_EQ(n, 1) << threads << " threads";
+        }
+    }
+}
+
+TEST(ThreadPool, ThreadsBeginInDifferentGroups) {
+    constexpr std::int64_t kItems = 60;
+    for (const std::int64_t groups : {2, 3, 20}) {
+        const std::int64_t half = groups / 2 * (kItems / groups);  // where the second run begins
+        ThreadPoolExecutor executor(2);
+        std::vector<std::int64_t> by_slot[2];
         auto item = [&](std::int64_t i, int slot) {
-            ++runs[static_cast<std::size_t>(i)];
-            std::int64_t& mine = expected[static_cast<std::size_t>(slot)];
-            if (mine >= 0 && mine != i) ++wrong;
-            mine = -1;
-            if (i % 7 == 0) return;  // not every item asks
-            const std::int64_t next = executor.next_item();
-            if (next <= i || next != executor.next_item()) {
-                if (next < kItems - threads) ++wrong;  // at the end it may move on
-            }
-            if (threads == 1 || next < kItems - threads) mine = next;
+            by_slot[slot].push_back(i);
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
         };
-        executor.for_each(kItems, item);
-        EXPECT_EQ(wrong, 0) << threads;
-        for (const std::atomic<int>& n : runs) EXPECT_EQ(n, 1) << threads;
+        executor.for_each(kItems, item, groups);
+        ASSERT_FALSE(by_slot[0].empty());
+        EXPECT_EQ(by_slot[0][0], 0);
+        ASSERT_FALSE(by_slot[1].empty());
+        EXPECT_EQ(by_slot[1][0], half);
+        for (std::size_t i = 1; i < 10; ++i) {  // no other thread is done so soon
+            EXPECT_EQ(by_slot[0][i], std::int64_t(i)) << groups;
+            EXPECT_EQ(by_slot[1][i], half + std::int64_t(i)) << groups;
+        }
+    }
+}
+
+TEST(ThreadPool, AThreadWithoutItemsTakesThoseOfOthers) {
+    constexpr std::int64_t kItems = 40;
+    for (const std::int64_t groups : {1, 4, 40}) {
+        ThreadPoolExecutor executor(2);
+        std::atomic<int> done{0};
+        std::atomic<bool> one_waits{false};
+        auto item = [&](std::int64_t, int) {
+            if (!one_waits.exchange(true)) {  // the first to come: until the other has done all the rest
+                while (done < kItems - 1) std::this_thread::yield();
+            }
+            ++done;
+        };
+        executor.for_each(kItems, item, groups);
+        EXPECT_EQ(done, kItems);
     }
 }
 
