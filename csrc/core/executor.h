@@ -28,7 +28,8 @@ public:
     template <class F>
     void for_each(std::int64_t items, F& f, std::int64_t groups = 1) {
         parallel_for(
-            items, [](void* c, std::int64_t item, int slot) { (*static_cast<F*>(c))(item, slot); }, &f, groups);
+            items, [](void* c, std::int64_t item, int slot) { (*static_cast<F*>(c))(item, slot); }, &f,
+            groups);
     }
 };
 
