@@ -71,19 +71,19 @@ std::string describe(const AttentionProblem& p, const FlashPlan& plan, const Til
 template <TableFn table>
 KernelPlan flash_plan(const AttentionProblem& p, Device, int threads, bool with_text) {
     const DtypeKernel& kernel = table().of(p.dtype);
-    const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, threads);
+    const FlashPlan plan = plan_flash(p, kernel.tile, threads);
     KernelPlan result;
     result.shared_bytes = plan.shared_bytes;
     result.per_thread_bytes = plan.per_thread_bytes;
     result.work_items = plan.items;
-    if (with_text) result.algorithm = describe(p, plan, plan.decode ? kernel.decode : kernel.prefill);
+    if (with_text) result.algorithm = describe(p, plan, kernel.tile);
     return result;
 }
 
 template <TableFn table>
 void flash_run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = table().of(p.dtype);
-    const FlashPlan plan = plan_flash(p, kernel.prefill, kernel.decode, executor.threads());
+    const FlashPlan plan = plan_flash(p, kernel.tile, executor.threads());
     const FlashCall call{p, plan, workspace.shared, executor};
     auto forward = [&](std::int64_t item, int slot) {
         kernel.forward(call, item,
@@ -98,7 +98,7 @@ void flash_run(const AttentionProblem& p, const Target&, const Workspace& worksp
 
 template <TableFn table>
 KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool with_text) {
-    const TileShape& tile = table().of(p.forward.dtype).prefill;
+    const TileShape& tile = table().of(p.forward.dtype).tile;
     const BackwardPlan plan = plan_backward(p, tile, threads);
     KernelPlan result;
     result.shared_bytes = plan.shared_bytes;
@@ -115,7 +115,7 @@ KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool wit
 template <TableFn table>
 void backward_run(const BackwardProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = table().of(p.forward.dtype);
-    const BackwardPlan plan = plan_backward(p, kernel.prefill, executor.threads());
+    const BackwardPlan plan = plan_backward(p, kernel.tile, executor.threads());
     const BackwardCall call{p, plan, workspace.shared, executor};
     const auto for_each = [&](BackwardPhase phase, std::int64_t items, std::int64_t groups) {
         auto run = [&](std::int64_t item, int slot) {

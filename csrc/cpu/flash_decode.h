@@ -26,28 +26,32 @@ FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
     }
 }
 
-// E: engine of the values, Q: engine of q . k.
-template <class E, class Q, class S>
+// E: engine of q . k and of the weights' sums; of the values, too, where it takes pairs of keys and there is more than
+// one row to use them. Else these are multiplied by F, by fused multiply-add.
+template <class E, class F, class S>
 class Decode {
     using V = typename E::V;
     using Acc = typename E::Acc;
     static constexpr int w = V::width;
     static constexpr std::int64_t block = kDecodeBlock;
     static constexpr int most_rows = w < 4 ? w : 4;  // rows of a register tile: 1, 2 or 4
-    static constexpr std::int64_t kValueKeys = 8;  // O is loaded and stored once for so many
+    static constexpr std::int64_t kScoreKeys = 16;  // of a head at a time
+    static constexpr std::int64_t kValueKeys = 32;  // O is loaded and stored once for so many
 
 public:
     Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
         : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
         rows_ = item_.rows * item_.heads;
         one_row_ = item_.rows == 1 && item_.heads > 1 && item_.heads <= kDecodeBlock;
+        // Not by what an item happens to hold: bits must not depend on the other heads.
+        pairs_ = E::scalars == 2 && item_.rows > 1 && p_.value_dim % (2 * w) == 0;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
         clear_output(x_, 0, rows_);
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
         v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
         for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<Q>(at_.q + r * call_.plan.q_stride,
+            pack_row<E>(at_.q + r * call_.plan.q_stride,
                         row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
@@ -56,10 +60,12 @@ public:
         pass(false);
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
+            pairs_ = false;
             start_item<E>(call_, item_, rows_, workspace, x_, at_);
             clear_output(x_, 0, rows_);
             pass(true);
         }
+        if (pairs_) restore_columns();
         end_item<E, S>(call_, item_, x_);
     }
 
@@ -70,10 +76,10 @@ private:
             const std::int64_t n = block_keys(j);
             if (masked(j, n)) continue;
             const int vectors = static_cast<int>((n + w - 1) / w);
-            next_ = {v_ + j * p_.v.seq, p_.v.seq, p_.v.head, p_.value_dim, n};
+            next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n);
             if (one_row_) {
                 score_keys(j, n);
-            } else if (p_.head_dim % (w * Q::scalars) == 0) {
+            } else if (p_.head_dim % (w * E::scalars) == 0) {
                 score_block<false>(k_ + j * p_.k.seq, n);
             } else {
                 score_block<true>(k_ + j * p_.k.seq, n);
@@ -82,7 +88,7 @@ private:
                 Acc* s = at_.scores + r * block;
                 const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
                 follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
-                store_weights(r, s, at_.p + r * block, j, vectors);
+                store_weights(r, s, j, vectors);
             }
             next_ = keys_after(j);
             const S* v = v_ + j * p_.v.seq;
@@ -100,45 +106,71 @@ private:
     std::int64_t block_keys(std::int64_t j) const { return keys_.end - j < block ? keys_.end - j : block; }
 
     // What is read after the present part of a block: the values of its keys, then the keys of the next block. Asked
-    // for row by row while the present part is computed, into L2: L1 has room for neither, and its few pending
-    // misses would be the limit.
-    struct Ahead {
-        const S* rows = nullptr;
-        std::int64_t seq = 0, head = 0, dim = 0, n = 0;
+    // for row by row, in the order of the addresses, while the present part is computed.
+    using Ahead = RowPrefetch<false>;
 
-        FASTATTN_INLINE void fetch(std::int64_t k, std::int64_t h) const {
-            if (k >= n) return;
-            const char* row = reinterpret_cast<const char*>(rows + k * seq + h * head);
-            const char* line = row - reinterpret_cast<std::uintptr_t>(row) % 64;
-            const char* end = row + dim * static_cast<std::int64_t>(sizeof(S));
-            for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
-        }
-    };
+    Ahead rows_ahead(const Operand& x, const S* first, std::int64_t dim, std::int64_t n) const {
+        constexpr auto size = static_cast<std::int64_t>(sizeof(S));
+        return {first, dim * size, x.seq * size, n, item_.heads, x.head * size};
+    }
 
     Ahead keys_after(std::int64_t j) const {
         j += block;
-        if (j < keys_.end) return {k_ + j * p_.k.seq, p_.k.seq, p_.k.head, p_.head_dim, block_keys(j)};
+        if (j < keys_.end) return rows_ahead(p_.k, k_ + j * p_.k.seq, p_.head_dim, block_keys(j));
         const std::int64_t next = call_.executor.next_item();
         if (next >= call_.plan.items) return {};
         const ItemRange item = item_range(call_, next);
         const std::int64_t n = item.key_end - item.key_begin;
-        return {row_pointer<const S>(p_.k, item.batch, item.key_begin, item.kv_head), p_.k.seq, p_.k.head,
-                p_.head_dim, n < block ? n : block};
+        return rows_ahead(p_.k, row_pointer<const S>(p_.k, item.batch, item.key_begin, item.kv_head),
+                          p_.head_dim, n < block ? n : block);
     }
 
-    // x (in s) of row r becomes weights, and its sum follows.
-    void store_weights(std::int64_t r, const Acc* s, Acc* p, std::int64_t j, int vectors) {
+    // x (in s) of row r becomes weights, and its sums follow.
+    void store_weights(std::int64_t r, Acc* s, std::int64_t j, int vectors) {
         const V shift = row_shift(x_, r);
-        Acc* const memory = x_.row_sum + r * w;
-        V sum = V::load(memory);
-        for (int c = 0; c < vectors; ++c) {
-            const V weight = exp2(V::load(s + c * w) - shift);
-            sum = sum + weight;
-            weight.store(p + c * w);
+        Acc* const sums = x_.row_sum + r * E::sums * w;
+        Acc* const p = at_.p + r * block;
+        for (int c = 0; c < vectors; c += E::nv) {
+            V weights[E::nv];
+#pragma GCC unroll 8
+            for (int n = 0; n < E::nv; ++n) {
+                const V x = V::load(s + (c + n) * w) - shift;
+                weights[n] = c + n >= vectors ? V::zero() : pairs_ ? exp2<E::accuracy>(x) : exp2(x);
+            }
+            // Before dropout: the denominator knows nothing of it.
+            if (pairs_) {
+                E::add_weights(weights, sums);
+            } else {
+                F::add_weights(weights, sums);
+                if constexpr (E::sums > 1) F::add_weights(weights, sums + w);
+            }
+            if (p_.dropout > 0) [[unlikely]] {
+#pragma GCC unroll 8
+                for (int n = 0; n < E::nv; ++n) weights[n].store(s + (c + n) * w);
+            } else {
+                store_vectors(weights, p, c);
+            }
         }
-        sum.store(memory);
-        // After the sum: the denominator knows nothing of it.
-        if (p_.dropout > 0) drop_weights(x_, x_.info[r], p, j, vectors * w);
+        if (p_.dropout > 0) [[unlikely]] {
+            drop_weights(x_, x_.info[r], s, j, vectors * w);
+            for (int c = 0; c < vectors; c += E::nv) {
+                V weights[E::nv];
+                for (int n = 0; n < E::nv; ++n) weights[n] = V::load(s + (c + n) * w);
+                store_vectors(weights, p, c);
+            }
+        }
+    }
+
+    // Vectors of a row of weights from vector c on, as the product with v takes them.
+    FASTATTN_INLINE void store_vectors(const V (&weights)[E::nv], Acc* p, int c) const {
+#pragma GCC unroll 8
+        for (int n = 0; n < E::nv; n += 2) {
+            if (pairs_) {
+                E::store_weights(weights[n], weights[n + 1], p, (c + n) * w);
+            } else {
+                F::store_weights(weights[n], weights[n + 1], p, (c + n) * w);
+            }
+        }
     }
 
     bool masked(std::int64_t j, std::int64_t n) const {
@@ -161,8 +193,8 @@ private:
     }
 
     // f(row, Count<rows>) over the rows of a head, in tiles of 4, 2 and 1.
-    template <class F>
-    FASTATTN_INLINE void for_row_tiles(std::int64_t first, F&& f) {
+    template <class Tile>
+    FASTATTN_INLINE void for_row_tiles(std::int64_t first, Tile&& f) {
         std::int64_t r = first;
         const std::int64_t end = first + item_.rows;
         if constexpr (most_rows == 4) {
@@ -172,25 +204,19 @@ private:
         if (r < end) f(r, Count<1>{});
     }
 
-    // Keys of a step: read for all heads before the next ones, so that memory is read in the order of the
-    // addresses. As many as the narrowest tile of rows takes.
-    std::int64_t step_keys() const {
-        const std::int64_t narrow = item_.rows % 4 == 0 ? 4 : item_.rows % 2 == 0 ? 2 : 1;
-        return w / (narrow < most_rows ? narrow : most_rows);
-    }
-
     // scores[r][0..n) = q_r . k_j for all rows. has_tail: D is not a multiple of the width; code of its own, so
     // that the sums stay in registers without.
     template <bool has_tail>
     void score_block(const S* block_begin, std::int64_t n) {
-        const std::int64_t step = step_keys();
-        for (std::int64_t begin = 0; begin < n; begin += step) {
+        for (std::int64_t begin = 0; begin < n; begin += kScoreKeys) {
+            const std::int64_t end = n - begin < kScoreKeys ? n : begin + kScoreKeys;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                for (std::int64_t k = begin; k < begin + step; ++k) next_.fetch(k, h);
                 const S* keys_begin = block_begin + h * p_.k.head;
-                for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
+                const std::int64_t first = h * item_.rows;
+                for_row_tiles(first, [&](std::int64_t r, auto rows) {
                     constexpr int heads = decltype(rows)::value, keys = w / heads;
-                    for (std::int64_t c = begin; c < begin + step && c < n; c += keys) {
+                    for (std::int64_t c = begin; c < end; c += keys) {
+                        if (r == first) next_.advance(keys);
                         const S* k[keys];
 #pragma GCC unroll 16
                         for (int i = 0; i < keys; ++i)
@@ -221,7 +247,7 @@ private:
                     V sums[w];
                     for (int m = 0; m < w; ++m) sums[m] = V::zero();
                     for (int m = 0; m < heads; ++m) {
-                        next_.fetch(c + i, h + m);
+                        next_.advance(1);
                         sums[m] = dot(at_.q + (h + m) * call_.plan.q_stride, key + (h + m) * p_.k.head);
                     }
                     reduce_each(sums).store(at_.v + (h * w) + i * w);  // (heads / width, keys, width)
@@ -240,10 +266,10 @@ private:
     FASTATTN_INLINE V dot(const Acc* q, const S* k) const {
         V sum = V::zero();
         std::int64_t u = 0;
-        for (; (u + w) * Q::scalars <= p_.head_dim; u += w)
-            sum = Q::mma(V::load(q + u), Q::load_whole(k, u), sum);
-        if (u * Q::scalars < p_.head_dim)
-            sum = Q::mma(V::load(q + u), Q::load_units(k, 1, u, p_.head_dim), sum);
+        for (; (u + w) * E::scalars <= p_.head_dim; u += w)
+            sum = E::mma(V::load(q + u), E::load_whole(k, u), sum);
+        if (u * E::scalars < p_.head_dim)
+            sum = E::mma(V::load(q + u), E::load_units(k, 1, u, p_.head_dim), sum);
         return sum;
     }
 
@@ -253,8 +279,7 @@ private:
         for (std::int64_t k = 0; k < n; k += 2) {
             const bool two = k + 1 < n;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                next_.fetch(k, h);
-                next_.fetch(k + 1, h);
+                next_.advance(2);
                 const S* v = v_ + (j + k) * p_.v.seq + h * p_.v.head;
                 const S* next = v + (two ? p_.v.seq : 0);
                 const Acc* p = at_.p + h * block + k;
@@ -286,37 +311,45 @@ private:
             for (int i = 0; i < keys; ++i) {
                 const V x = load_key(k[i], u);
 #pragma GCC unroll 4
-                for (int h = 0; h < heads; ++h) acc[h * keys + i] = Q::mma(qs[h], x, acc[h * keys + i]);
+                for (int h = 0; h < heads; ++h) acc[h * keys + i] = E::mma(qs[h], x, acc[h * keys + i]);
             }
         };
         std::int64_t u = 0;
-        for (; (u + w) * Q::scalars <= p_.head_dim; u += w)
-            step(u, [](const S* x, std::int64_t at) { return Q::load_whole(x, at); });
+        for (; (u + w) * E::scalars <= p_.head_dim; u += w)
+            step(u, [](const S* x, std::int64_t at) { return E::load_whole(x, at); });
         if constexpr (has_tail)
-            step(u, [&](const S* x, std::int64_t at) { return Q::load_units(x, 1, at, p_.head_dim); });
+            step(u, [&](const S* x, std::int64_t at) { return E::load_units(x, 1, at, p_.head_dim); });
         return reduce_each(acc);
     }
 
-    // O[r] += sum_j p[r][j] v_j for all rows, kValueKeys keys of all heads at a time
+    // A tile of the values' product asks for some of the next rows, step by step: too many at once would wait.
+    struct FetchAhead {
+        static constexpr int steps = 4;
+        Ahead& next;
+        const std::int64_t rows;
+        FASTATTN_INLINE void operator()(int) const { next.advance(rows); }
+    };
+
+    // O[r] += sum_j p[r][j] v_j for all rows, kValueKeys keys of all heads at a time. With pairs_ O has its columns as
+    // the engine pairs them, until restore_columns().
     void add_values(const S* v, std::int64_t n) {
         const std::int64_t whole = p_.value_dim / w * w;
+        const std::int64_t row_tiles = item_.rows / most_rows + item_.rows % most_rows / 2 + item_.rows % 2,
+                           tiles = row_tiles * ((whole + F::nr - 1) / F::nr),
+                           steps = tiles * FetchAhead::steps;
+        FetchAhead ahead{next_, steps == 0 ? 0 : (kValueKeys + steps - 1) / steps};
         for (std::int64_t k = 0; k < n; k += kValueKeys) {
             const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                for (std::int64_t i = k; i < k + kValueKeys; ++i) next_.fetch(i, h);
                 const S* rows_begin = v + k * p_.v.seq + h * p_.v.head;
                 for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
                     constexpr int m = decltype(rows)::value;
-                    const auto add = [&](std::int64_t c, auto count) {
-                        gemm_accumulate<E, m, decltype(count)::value>(x_.o + r * x_.o_stride + c, x_.o_stride,
-                                                                      at_.p + r * block + k, block,
-                                                                      rows_begin + c, p_.v.seq, depth);
-                    };
-                    std::int64_t c = 0;
-                    for (; c + E::nr <= whole; c += E::nr) add(c, Count<E::nv>{});
-                    if (c < whole)
-                        with_count<E::nv>(static_cast<int>((whole - c) / w),
-                                          [&](auto count) { add(c, count); });
+                    for (std::int64_t c = 0; c < whole; c += F::nr) {
+                        const int vectors = whole - c < F::nr ? static_cast<int>((whole - c) / w) : F::nv;
+                        with_count<F::nv>(vectors, [&](auto count) {
+                            add_tile<m, decltype(count)::value>(r, c, k, rows_begin + c, depth, ahead);
+                        });
+                    }
                 });
             }
         }
@@ -324,9 +357,41 @@ private:
         for (std::int64_t h = 0; h < item_.heads; ++h) {
             pack_tail(v + h * p_.v.head + whole, n, p_.value_dim - whole);
             for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
-                gemm_accumulate<E, decltype(rows)::value, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride,
+                gemm_accumulate<F, decltype(rows)::value, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride,
                                                              at_.p + r * block, block, at_.v, w, n);
             });
+        }
+    }
+
+    // O[r .. r+MR)[c .. c + NV*width) += p . v over `depth` keys from k on; v: the first of them, column c.
+    template <int MR, int NV>
+    FASTATTN_INLINE void add_tile(std::int64_t r, std::int64_t c, std::int64_t k, const S* v,
+                                  std::int64_t depth, FetchAhead& ahead) {
+        Acc* const o = x_.o + r * x_.o_stride + c;
+        if constexpr (E::scalars == 2 && NV % 2 == 0) {
+            if (pairs_) {
+                const std::int64_t pairs = (depth + 1) / 2;
+                gemm_accumulate_with<E, MR, NV>(o, x_.o_stride, at_.p + r * block + k / 2, block,
+                                                PairedRows<S>{v, depth}, p_.v.seq, pairs, pairs, ahead, 1,
+                                                false);
+                return;
+            }
+        }
+        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, at_.p + r * block + k, block, v, p_.v.seq, depth,
+                                        depth, ahead, 1, false);
+    }
+
+    void restore_columns() {
+        if constexpr (E::scalars == 2) {
+            for (std::int64_t r = 0; r < rows_; ++r) {
+                Acc* const o = x_.o + r * x_.o_stride;
+                for (std::int64_t c = 0; c < p_.value_dim; c += 2 * w) {
+                    V first = V::load(o + c), second = V::load(o + c + w);
+                    E::restore_columns(first, second);
+                    first.store(o + c);
+                    second.store(o + c + w);
+                }
+            }
         }
     }
 
@@ -359,13 +424,14 @@ private:
     std::int64_t rows_ = 0;  // of all heads
     Ahead next_;
     bool one_row_ = false;  // of each of several heads
+    bool pairs_ = false;  // keys two at a time in the product with v
     const S* k_ = nullptr;
     const S* v_ = nullptr;
 };
 
-template <class E, class Q, class S>
+template <class E, class F, class S>
 void decode_item(const FlashCall& call, std::int64_t item, std::byte* workspace) {
-    Decode<E, Q, S>(call, item, workspace).run(workspace);
+    Decode<E, F, S>(call, item, workspace).run(workspace);
 }
 
 }  // namespace

@@ -56,6 +56,20 @@ struct Bf16DotEngine {
         const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[1].v));
         return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
     }
+    // 32 columns of two rows, as two vectors of units; their products need restore_columns() at the end.
+    static FASTATTN_INLINE void pair_rows(const bf16_t* a, const bf16_t* b, V& first, V& second) {
+        const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+        first.v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+        second.v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
+    }
+    // Unpacking is within 128 bits: `first` has the lower four columns of each eight.
+    static FASTATTN_INLINE void restore_columns(V& first, V& second) {
+        const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        const __m512 a = first.v, b = second.v;
+        first.v = _mm512_permutex2var_ps(a, low, b);
+        second.v = _mm512_permutex2var_ps(a, high, b);
+    }
     static FASTATTN_INLINE float scalar_of(const Unit* unit, std::int64_t k) { return weight(unit, k); }
     static FASTATTN_INLINE V load_whole(const bf16_t* row, std::int64_t u) {
         return {_mm512_loadu_ps(reinterpret_cast<const float*>(row + 2 * u))};

@@ -6,18 +6,41 @@
 namespace fastattn::cpu {
 namespace {
 
+// NV vectors of units of row k of b: packed units, or numbers of any storage type as they lie in memory.
+template <class E, int NV, class B>
+FASTATTN_INLINE void load_columns(const B* b, std::int64_t b_row, std::int64_t k,
+                                  typename E::V (&column)[NV]) {
+    using V = typename E::V;
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
+}
+
+// Rows in memory of which a unit takes two. The columns come as the engine pairs them; an odd last row counts twice.
+template <class S>
+struct PairedRows {
+    const S* first;
+    std::int64_t rows;
+};
+template <class E, int NV, class S>
+FASTATTN_INLINE void load_columns(const PairedRows<S>& b, std::int64_t b_row, std::int64_t k,
+                                  typename E::V (&column)[NV]) {
+    const S* const row = b.first + 2 * k * b_row;
+    const S* const next = row + (2 * k + 1 < b.rows ? b_row : 0);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n += 2)
+        E::pair_rows(row + n * E::V::width, next + n * E::V::width, column[n], column[n + 1]);
+}
+
 // acc[m][n] += sum_{k=first}^{last-1} a[m*a_row + k*a_step] . b[k*b_row + n*width ...]
-//   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, any storage type
-//   that Vec loads (packed units, or k and v as they lie in memory)
+//   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, as load_columns takes it
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::Unit* a, std::int64_t a_row,
-                               const B* b, std::int64_t b_row, std::int64_t first, std::int64_t last,
+                               B b, std::int64_t b_row, std::int64_t first, std::int64_t last,
                                std::int64_t a_step = 1) {
     using V = typename E::V;
     for (std::int64_t k = first; k < last; ++k) {
         V column[NV];
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
+        load_columns<E, NV>(b, b_row, k, column);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
             const V x = V::set1(a[m * a_row + k * a_step]);
@@ -36,7 +59,7 @@ struct NoSide {
 // for the work on the side, so the CPU runs both at once.
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename E::Unit* a,
-                                    std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
+                                    std::int64_t a_row, B b, std::int64_t b_row, std::int64_t depth,
                                     bool alone, Side& side) {
     std::int64_t done = 0;
     if constexpr (Side::steps > 0) {
@@ -55,7 +78,7 @@ FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename
 // first `before` of depth, whose results the rest may need.
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out_row,
-                                          const typename E::Unit* a, std::int64_t a_row, const B* b,
+                                          const typename E::Unit* a, std::int64_t a_row, B b,
                                           std::int64_t b_row, std::int64_t depth, std::int64_t before,
                                           Side& side, std::int64_t a_step, bool fresh) {
     using V = typename E::V;
@@ -83,7 +106,7 @@ FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out
 }
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_accumulate(typename E::Acc* out, std::int64_t out_row, const typename E::Unit* a,
-                                     std::int64_t a_row, const B* b, std::int64_t b_row, std::int64_t depth,
+                                     std::int64_t a_row, B b, std::int64_t b_row, std::int64_t depth,
                                      std::int64_t a_step = 1, bool fresh = false) {
     NoSide none;
     gemm_accumulate_with<E, MR, NV>(out, out_row, a, a_row, b, b_row, depth, 0, none, a_step, fresh);

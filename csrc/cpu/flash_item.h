@@ -67,25 +67,37 @@ inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t 
 }
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
-// often a page apart, which no hardware prefetcher follows. Into L2, whose pending misses are more than L1's.
+// often a page apart, which no hardware prefetcher follows. With several heads: all heads of a row, then the next row.
+// Into L2, whose pending misses are more than L1's.
 template <bool for_writing>
 class RowPrefetch {
 public:
     RowPrefetch() = default;
-    RowPrefetch(const void* first, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t n)
-        : at_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_(stride_bytes), left_(n) {}
+    RowPrefetch(const void* first, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t n,
+                std::int64_t heads = 1, std::int64_t head_bytes = 0)
+        : row_(static_cast<const char*>(first)),
+          row_bytes_(row_bytes),
+          stride_(stride_bytes),
+          left_(n),
+          heads_(heads),
+          head_stride_(head_bytes) {}
 
-    void advance(std::int64_t rows) {
-        for (; rows > 0 && left_ > 0; --rows, --left_, at_ += stride_) {
-            const char* line = at_ - reinterpret_cast<std::uintptr_t>(at_) % 64;
-            for (const char* end = at_ + row_bytes_; line < end; line += 64)
+    FASTATTN_INLINE void advance(std::int64_t rows) {
+        for (; rows > 0 && left_ > 0; --rows) {
+            const char* at = row_ + head_ * head_stride_;
+            const char* line = at - reinterpret_cast<std::uintptr_t>(at) % 64;
+            for (const char* end = at + row_bytes_; line < end; line += 64)
                 __builtin_prefetch(line, for_writing, 2);
+            if (++head_ < heads_) continue;
+            head_ = 0;
+            row_ += stride_;
+            --left_;
         }
     }
 
 private:
-    const char* at_ = nullptr;
-    std::int64_t row_bytes_ = 0, stride_ = 0, left_ = 0;
+    const char* row_ = nullptr;
+    std::int64_t row_bytes_ = 0, stride_ = 0, left_ = 0, heads_ = 1, head_stride_ = 0, head_ = 0;
 };
 
 // The buffers of an item, from the thread's workspace; sums are cleared.

@@ -10,21 +10,19 @@
 namespace fastattn::cpu {
 namespace {
 
-// E: engine of prefill and of decode's q . k, D: engine of decode's values (fused multiply-add always), S: storage
-// type.
-template <class E, class D, class S>
+// E: the engine, F: that of decode's values where E does not take them (fused multiply-add), S: storage type.
+template <class E, class F, class S>
 void flash_forward(const FlashCall& call, std::int64_t item, std::byte* workspace) {
     if (call.plan.decode) {
-        decode_item<D, E, S>(call, item, workspace);
+        decode_item<E, F, S>(call, item, workspace);
     } else {
         prefill_item<E, S>(call, item, workspace);
     }
 }
 
-template <class E, class D, class S>
+template <class E, class F, class S>
 constexpr DtypeKernel dtype_kernel() {
-    return {tile_shape<E>(), tile_shape<D>(), &flash_forward<E, D, S>, &flash_merge<D, S>,
-            &flash_backward<E, S>};
+    return {tile_shape<E>(), &flash_forward<E, F, S>, &flash_merge<E, S>, &flash_backward<E, S>};
 }
 
 // Register tiles of `rows` rows and `vectors` vectors; the FMA burst has as many accumulators as a tile.

@@ -33,11 +33,11 @@ struct BackwardCall {
 enum class BackwardPhase { prepare, gradients, merge, heads, bias };
 
 struct DtypeKernel {
-    TileShape prefill, decode;
+    TileShape tile;
     // Items [0, plan.items), then [0, plan.merge_items). workspace: plan.per_thread_bytes, 64-byte aligned.
     void (*forward)(const FlashCall& call, std::int64_t item, std::byte* workspace) = nullptr;
     void (*merge)(const FlashCall& call, std::int64_t item) = nullptr;
-    // Items of a phase: see BackwardPlan. Tiles as in prefill.
+    // Items of a phase: see BackwardPlan.
     void (*backward)(const BackwardCall& call, BackwardPhase phase, std::int64_t item,
                      std::byte* workspace) = nullptr;
 };

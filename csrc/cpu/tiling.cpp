@@ -52,12 +52,10 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 
 }  // namespace
 
-FlashPlan plan_flash(const AttentionProblem& p, const TileShape& prefill, const TileShape& decode,
-                     int threads) {
+FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threads) {
     FlashPlan plan;
     plan.rows = p.q_size * p.group;
     plan.decode = plan.rows <= kDecodeRows && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
-    const TileShape& tile = plan.decode ? decode : prefill;
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;

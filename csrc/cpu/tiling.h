@@ -49,7 +49,6 @@ struct FlashPlan {
     std::size_t shared_bytes = 0;
 };
 
-FlashPlan plan_flash(const AttentionProblem& problem, const TileShape& prefill, const TileShape& decode,
-                     int threads);
+FlashPlan plan_flash(const AttentionProblem& problem, const TileShape& tile, int threads);
 
 }  // namespace fastattn::cpu

@@ -26,7 +26,7 @@ TEST(Tiling, ItemsCoverEveryRowOnce) {
                 for (std::int64_t heads : {1, 4}) {
                     for (int threads : {1, 2, 64}) {
                         const AttentionProblem p = problem(2, heads * 2, 2, q, keys, 80, 33);
-                        const FlashPlan plan = plan_flash(p, tile, tile, threads);
+                        const FlashPlan plan = plan_flash(p, tile, threads);
                         EXPECT_EQ(plan.rows, q * heads);
                         EXPECT_GE(plan.row_items * plan.rows_per_item, plan.rows);
                         if (plan.row_items > 0) {
@@ -53,11 +53,10 @@ TEST(Tiling, ItemsCoverEveryRowOnce) {
 TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
     for (std::int64_t q : {1, 8, 9, 40, 700}) {
         for (std::int64_t keys : {100, 4095, 4096, 100000}) {
-            const FlashPlan one = plan_flash(problem(1, 8, 8, q, keys, 64, 64), kWide, kWide, 1);
+            const FlashPlan one = plan_flash(problem(1, 8, 8, q, keys, 64, 64), kWide, 1);
             for (std::int64_t batch : {1, 3, 64}) {
                 for (int threads : {1, 2, 7, 128}) {
-                    const FlashPlan plan =
-                        plan_flash(problem(batch, 8, 8, q, keys, 64, 64), kWide, kWide, threads);
+                    const FlashPlan plan = plan_flash(problem(batch, 8, 8, q, keys, 64, 64), kWide, threads);
                     EXPECT_EQ(plan.decode, one.decode);
                     EXPECT_EQ(plan.key_block, one.key_block);
                     EXPECT_EQ(plan.key_splits, one.key_splits);
@@ -70,12 +69,11 @@ TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
 
 TEST(Tiling, WorkspaceDoesNotGrowWithTheSequence) {
     const auto bytes = [](std::int64_t s) {
-        return plan_flash(problem(1, 8, 8, s, s, 128, 128), kWide, kWide, 2).per_thread_bytes;
+        return plan_flash(problem(1, 8, 8, s, s, 128, 128), kWide, 2).per_thread_bytes;
     };
     EXPECT_LT(bytes(4096), std::size_t{2} << 20);
     EXPECT_LT(bytes(1 << 20), std::size_t{2} << 20);
-    EXPECT_LT(plan_flash(problem(1, 1, 1, 8, 8, 16, 16), kWide, kWide, 2).per_thread_bytes,
-              std::size_t{16} << 10);
+    EXPECT_LT(plan_flash(problem(1, 1, 1, 8, 8, 16, 16), kWide, 2).per_thread_bytes, std::size_t{16} << 10);
 }
 
 TEST(Tiling, BuffersDoNotOverlap) {
@@ -83,7 +81,7 @@ TEST(Tiling, BuffersDoNotOverlap) {
         for (std::int64_t dv : {1, 33, 128}) {
             const AttentionProblem p = problem(1, 2, 2, q, 500, 40, dv);
             for (const TileShape& tile : {kWide, kPairs, kNarrow}) {
-                const FlashPlan plan = plan_flash(p, tile, tile, 2);
+                const FlashPlan plan = plan_flash(p, tile, 2);
                 const FlashOffsets at = flash_offsets(p, plan, tile);
                 EXPECT_EQ(at.total, plan.per_thread_bytes);
                 EXPECT_LE(at.q, at.k);
