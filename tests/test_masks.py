@@ -154,6 +154,15 @@ def test_windows(kernel, dtype, window, causal, Sq, Sk):
         check(kernel, q, k, v, window=window, causal=causal, q_offset=q_offset, weights=offset == 7)
 
 
+# Over several blocks of keys and of rows; every tile begins at a key of its own.
+@pytest.mark.parametrize("window", [(0, 0), (40, 9), (17, 300)], ids=str)
+def test_windows_over_blocks(kernel, dtype, window):
+    q, k, v = qkv(dtype, B=1, Sq=300, Sk=560, D=32)
+    check(kernel, q, k, v, window=window, q_offset=250)
+    check(kernel, q, k, v, window=window, causal=True, q_offset=3, dropout=0.2, seed=4)
+    check(kernel, q[:, 200:], k, v, window=window, kv_lens=[501], q_offset=400, weights=True)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("lens", ["q", "kv", "both"])
 @pytest.mark.parametrize("window", [None, (4, 3)], ids=str)

@@ -27,6 +27,7 @@ public:
           x_(make_block<E>(p_, item_.batch)),
           drops_(p_.dropout > 0) {
         padded_ = (item_.rows + E::mr - 1) / E::mr * E::mr;
+        p_stride_ = weight_stride(call.plan, tile_shape<E>());
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
@@ -43,11 +44,7 @@ public:
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
             if (block_masked(j, n)) continue;
-            pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
-            const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
-            v_units_ = padded / E::scalars;
-            has_bad_ = pack_values<E>(at_.v, at_.bad, v_ + j * p_.v.seq, p_.v.seq, p_.v.dim, n,
-                                      (n + w - 1) / w * w, padded, p_.value_dim);
+            pack_block(j, n);
             if (large_) plan_prefetch(j + block);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
                 if (call_.executor.stop_requested()) return;
@@ -61,7 +58,7 @@ public:
             }
         }
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
-            if (!at_.tiles[r / E::mr].started) clear_output(x_, r, E::mr);
+            if (!tile_of(r).started) clear_output(x_, r, E::mr);
         }
         end_item<E, S>(call_, item_, x_);
         if (p_.weights.data != nullptr) write_weights();
@@ -105,6 +102,18 @@ private:
         return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n};
     }
 
+    // Keys [j, j + n), less the panels before the first that anybody attends.
+    void pack_block(std::int64_t j, std::int64_t n) {
+        const std::int64_t skip = keys_.begin > j ? (keys_.begin - j) / E::nr * E::nr : 0, left = n - skip;
+        pack_keys<E>(at_.k + skip * d_units_, k_ + (j + skip) * p_.k.seq, p_.k.seq, p_.k.dim, left,
+                     p_.head_dim);
+        const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
+        v_units_ = padded / E::scalars;
+        has_bad_ =
+            pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, v_ + (j + skip) * p_.v.seq,
+                           p_.v.seq, p_.v.dim, left, (left + w - 1) / w * w, padded, p_.value_dim);
+    }
+
     void pack_queries() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             const RowInfo& row = x_.info[r];
@@ -129,10 +138,12 @@ private:
     }
     bool block_masked(std::int64_t j, std::int64_t n) const { return rows_masked(0, item_.rows, j, n); }
 
+    TileKeys& tile_of(std::int64_t r) { return at_.tiles[r / E::mr]; }
+
     // The keys of each tile of rows, once for all blocks.
     void find_tile_keys() {
         for (std::int64_t r = 0; r < padded_; ++r) {
-            TileKeys& t = at_.tiles[r / E::mr];
+            TileKeys& t = tile_of(r);
             if (r % E::mr == 0) t = {p_.kv_size, 0, 0, p_.kv_size, false};
             const RowInfo& row = x_.info[r];
             if (row.end > row.begin) {
@@ -147,34 +158,41 @@ private:
     // One row tile against one packed block. The weights of each panel of keys are computed beside the products
     // of the next one, those of the last beside the first products with v.
     void attend_tile(std::int64_t r, std::int64_t j, std::int64_t n) {
-        TileKeys& tile = at_.tiles[r / E::mr];
+        TileKeys& tile = tile_of(r);
         // Columns of the block that any row may attend, and those that every row may attend.
         const std::int64_t begin = tile.begin > j ? tile.begin - j : 0;
         const std::int64_t end = tile.end - j < n ? tile.end - j : n;
         const std::int64_t all_begin = tile.all_begin - j, all_end = tile.all_end - j;
         if (begin >= end) return;
-        const std::int64_t first = begin / E::nr * E::nr;
+        // The panels are packed from multiples of nr on; the first one may be used from one of its vectors on.
+        const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
         PanelWeights weights{*this, r, j, first};
         std::int64_t last = first;
         bool waiting = false;  // a panel has scores but no weights yet
-        for (std::int64_t c = first; c < end; c += E::nr) {
-            const std::int64_t left = end - c;
-            const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
+        for (std::int64_t c = first, width; c < end; c += width) {
+            width = E::nr - c % E::nr;
+            const std::int64_t left = end - c < width ? end - c : width;
+            const int vectors = static_cast<int>((left + w - 1) / w);
             const bool ranged = all_begin > c || all_end < c + vectors * w;
             last = c + vectors * w;
             if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
-            if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left < E::nr ? left : E::nr)) {
+            if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left)) {
                 if (waiting) weights.all();
                 waiting = false;
                 clear_weights(c);
                 continue;
             }
+            weights.bias_row = r;
+            weights.bias_key = j + c + width;
             with_count<E::nv>(vectors, [&](auto count) {
                 score_panel<decltype(count)::value>(r, j, first, c, ranged, waiting, weights);
             });
             waiting = true;
             weights.column = c;
+            weights.half = vectors <= E::nv / 2;
         }
+        weights.bias_row = r + E::mr < padded_ ? r + E::mr : 0;
+        weights.bias_key = j + (weights.bias_row > 0 ? first : n);
         multiply_values(r, first, last, waiting, weights, !tile.started);
         tile.started = true;
         if (has_bad_) add_bad_values(r, j, first, last < n ? last : n);
@@ -188,7 +206,7 @@ private:
         }
     }
 
-    Unit* weights_row(int m) const { return at_.p + m * (call_.plan.key_block / E::scalars); }
+    Unit* weights_row(int m) const { return at_.p + m * p_stride_; }
 
     // The scores x of one panel become weights, and the sums follow; a row at a time.
     struct PanelWeights {
@@ -196,17 +214,32 @@ private:
         Prefill& self;
         const std::int64_t r, j;
         std::int64_t column;
+        std::int64_t bias_row = 0, bias_key = 0;  // where the next panel's bias begins
+        bool half = false;  // of the panel: the second one has no scores
 
         FASTATTN_INLINE void operator()(int m) {
+            if (self.x_.bias) self.fetch_bias(bias_row + m, bias_key);
+            if (half) {
+                of_row<E::nv / 2>(m);
+            } else {
+                of_row<E::nv>(m);
+            }
+        }
+
+        template <int NV>
+        FASTATTN_INLINE void of_row(int m) {
             Acc* const s = self.at_.scores + m * E::nr;
             Unit* const p = self.weights_row(m) + column / E::scalars;
             const V shift = row_shift(self.x_, r + m);
             V weights[E::nv];
 #pragma GCC unroll 8
             for (int n = 0; n < E::nv; n += 2) {
-                weights[n] = exp2<E::accuracy>(V::load(s + n * w) - shift);
-                weights[n + 1] = exp2<E::accuracy>(V::load(s + (n + 1) * w) - shift);
-                E::store_weights(weights[n], weights[n + 1], p, n * w);
+                const auto weight = [&](int i) {
+                    return i < NV ? exp2<E::accuracy>(V::load(s + i * w) - shift) : V::zero();
+                };
+                weights[n] = weight(n);
+                weights[n + 1] = weight(n + 1);
+                if (n < NV) E::store_weights(weights[n], weights[n + 1], p, n * w);
             }
             E::add_weights(weights, self.x_.row_sum + (r + m) * E::sums * w);
             if (self.drops_) [[unlikely]] {
@@ -241,15 +274,25 @@ private:
             for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
         }
         gemm_tile_with<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
-                                     at_.k + c * d_units_, E::nr, d_units_, !waiting, weights);
+                                     at_.k + (c - c % E::nr) * d_units_ + c % E::nr, E::nr, d_units_,
+                                     !waiting, weights);
         if (x_.elementwise) {
-            store_scores<NV>(acc, V::zero());
+            store_scores<NV, E::nv>(acc, V::zero());
             for (int m = 0; m < E::mr; ++m) transform_scores(m, r, j, first, c);
         } else if (ranged) {
             scale_scores<NV, true>(r, j, first, c, acc);
         } else {
             scale_scores<NV, false>(r, j, first, c, acc);
         }
+    }
+
+    // Row r of the bias of the panel from key j on.
+    FASTATTN_INLINE void fetch_bias(std::int64_t r, std::int64_t j) const {
+        if (p_.bias.key != 1 || j >= p_.kv_size) return;
+        const auto size = static_cast<std::int64_t>(item_size(p_.bias.dtype));
+        const std::int64_t keys = p_.kv_size - j < E::nr ? p_.kv_size - j : E::nr;
+        const char* const at = static_cast<const char*>(p_.bias.data) + (x_.info[r].bias + j) * size;
+        RowPrefetch<false>(at, keys * size, 0, 1).advance(1);
     }
 
     // Row m of the products q.k in memory becomes scores, with all arguments.
@@ -273,7 +316,7 @@ private:
             if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
-        store_scores<NV>(acc);
+        store_scores<NV, (NV > E::nv / 2 ? E::nv : E::nv / 2)>(acc, V::set1(-kInf<Acc>));
         if (V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
             for (int m = 0; m < E::mr; ++m) {
                 V row = V::load(at_.scores + m * E::nr);
@@ -283,14 +326,14 @@ private:
         }
     }
 
-    // A panel that is not full is filled up: with -inf for keys that no row may attend, or with any number where
-    // the key ranges are applied afterwards.
-    template <int NV>
-    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV], V fill = V::set1(-kInf<Acc>)) {
+    // A panel that is not full is filled up to `filled` vectors: with -inf for keys that no row may attend, or with any
+    // number where the key ranges are applied afterwards.
+    template <int NV, int filled>
+    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV], V fill) {
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {
 #pragma GCC unroll 8
-            for (int n = 0; n < E::nv; ++n) {
+            for (int n = 0; n < filled; ++n) {
                 (n < NV ? acc[m][n < NV ? n : 0] : fill).store(at_.scores + m * E::nr + n * w);
             }
         }
@@ -308,7 +351,6 @@ private:
     // panel are computed on the way.
     void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last, bool waiting,
                          PanelWeights& weights, bool fresh) {
-        const std::int64_t p_stride = call_.plan.key_block / E::scalars;
         const std::int64_t begin = first / E::scalars, depth = (last - first) / E::scalars;
         std::int64_t before = waiting ? (weights.column - first) / E::scalars : 0;
         if (waiting && (before == 0 || p_.value_dim < E::nr)) {
@@ -321,12 +363,12 @@ private:
             const Unit* panel = at_.v + c * v_units_ + begin * E::nr;
             Acc* const o = x_.o + r * x_.o_stride + c;
             if (c == 0 && before > 0) {
-                gemm_accumulate_with<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride, panel, E::nr,
+                gemm_accumulate_with<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride_, panel, E::nr,
                                                       depth, before, weights, 1, fresh);
                 continue;
             }
             with_count<E::nv>(vectors, [&](auto count) {
-                gemm_accumulate<E, E::mr, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride,
+                gemm_accumulate<E, E::mr, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride_,
                                                                   panel, E::nr, depth, 1, fresh);
             });
         }
@@ -369,7 +411,7 @@ private:
         V acc[E::mr][E::nv] = {};
         gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
                                    at_.k + c * d_units_, E::nr, 0, d_units_);
-        store_scores<E::nv>(acc);
+        store_scores<E::nv, E::nv>(acc, V::zero());
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores + m * E::nr;
             transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv);
@@ -399,7 +441,7 @@ private:
     FlashBlock<E> x_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
-    std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0;
+    std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0, p_stride_ = 0;
     bool has_bad_ = false, large_ = false;
     const bool drops_;
     RowPrefetch<false> next_q_, next_k_, next_v_;

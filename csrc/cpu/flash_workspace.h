@@ -31,6 +31,11 @@ struct FlashOffsets {
     std::size_t total;
 };
 
+// Units of a row of weights in prefill. A panel that begins within one of the packed ones may write beyond its end.
+inline std::int64_t weight_stride(const FlashPlan& plan, const TileShape& t) {
+    return (plan.key_block + t.nr) / t.scalars;
+}
+
 inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPlan& plan,
                                   const TileShape& t) {
     std::size_t at = 0;
@@ -50,7 +55,7 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     if (!plan.decode) {
         f.k = take(keys * d_units * u);
         f.v = take(panels * t.nr * (keys / t.scalars) * u);
-        f.p = take(t.mr * keys / t.scalars * u);
+        f.p = take(t.mr * weight_stride(plan, t) * u);
         f.scores = take(t.mr * t.nr * u);
     } else {
         f.v = take(keys * t.width * u);  // the columns of v beyond whole vectors
