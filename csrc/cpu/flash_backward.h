@@ -442,6 +442,7 @@ private:
     // The weights of a row, beside the products of dout with v.
     struct PanelWeights {
         static constexpr int steps = E::mr;
+        static constexpr bool vectors = true;
         Backward& self;
         const std::int64_t r;
 
@@ -488,9 +489,10 @@ private:
             }
         }
         {
+            PanelWeights weights{*this, r};
+            run_before<E>(weights);
             V acc[E::mr][NV];
             zero(acc);
-            PanelWeights weights{*this, r};
             gemm_tile_with<E, E::mr, NV>(acc, dout_rows_ + r * plan_.v_units, plan_.v_units,
                                          v_panels_ + c * v_units_, E::nr, v_units_, false, weights);
             store_tile<NV>(dp_tile_, acc, V::zero());

@@ -325,6 +325,7 @@ private:
     // A tile of the values' product asks for some of the next rows, step by step: too many at once would wait.
     struct FetchAhead {
         static constexpr int steps = 4;
+        static constexpr bool vectors = false;
         Ahead& next;
         const std::int64_t rows;
         FASTATTN_INLINE void operator()(int) const { next.advance(rows); }

@@ -50,19 +50,33 @@ FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::U
     }
 }
 
-// No work on the side of a product.
+// Work on the side of a product, in steps side(0) .. side(Side::steps - 1); `vectors`: it computes with them. None:
 struct NoSide {
     static constexpr int steps = 0;
+    static constexpr bool vectors = false;
+    FASTATTN_INLINE void operator()(int) const {}
 };
 
-// The same with other work spread over it: side(0) .. side(Side::steps - 1), unless `alone`. Nothing here waits
-// for the work on the side, so the CPU runs both at once.
+// With 16 registers a tile's sums would go to memory at every step of it.
+template <class E, class Side>
+inline constexpr bool runs_beside = Side::steps > 0 && (!Side::vectors || E::V::registers >= 32);
+
+// What cannot run beside a product runs before it.
+template <class E, class Side>
+FASTATTN_INLINE void run_before(Side& side) {
+    if constexpr (!runs_beside<E, Side>) {
+        for (int s = 0; s < Side::steps; ++s) side(s);
+    }
+}
+
+// The same with other work spread over it, unless `alone`. Nothing here waits for the work on the side, so the CPU runs
+// both at once. Where it cannot, the caller has used run_before().
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename E::Unit* a,
                                     std::int64_t a_row, B b, std::int64_t b_row, std::int64_t depth,
                                     bool alone, Side& side) {
     std::int64_t done = 0;
-    if constexpr (Side::steps > 0) {
+    if constexpr (runs_beside<E, Side>) {
         if (!alone) {
             const std::int64_t chunk = depth / Side::steps;
             for (int s = 0; s < Side::steps; ++s, done += chunk) {
@@ -82,6 +96,7 @@ FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out
                                           std::int64_t b_row, std::int64_t depth, std::int64_t before,
                                           Side& side, std::int64_t a_step, bool fresh) {
     using V = typename E::V;
+    run_before<E>(side);
     V acc[MR][NV];
     if (fresh) {
 #pragma GCC unroll 8
@@ -96,7 +111,11 @@ FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out
             for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
         }
     }
-    if constexpr (Side::steps > 0) gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
+    if constexpr (runs_beside<E, Side>) {
+        gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
+    } else {
+        before = 0;
+    }
     gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, before, depth, a_step);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {

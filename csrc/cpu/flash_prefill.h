@@ -211,6 +211,7 @@ private:
     // The scores x of one panel become weights, and the sums follow; a row at a time.
     struct PanelWeights {
         static constexpr int steps = E::mr;
+        static constexpr bool vectors = true;
         Prefill& self;
         const std::int64_t r, j;
         std::int64_t column;
@@ -267,6 +268,7 @@ private:
     template <int NV>
     void score_panel(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, bool ranged,
                      bool waiting, PanelWeights& weights) {
+        if (waiting) run_before<E>(weights);
         V acc[E::mr][NV];
 #pragma GCC unroll 8
         for (int m = 0; m < E::mr; ++m) {

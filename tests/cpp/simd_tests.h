@@ -230,8 +230,10 @@ void check_philox() {
     }
 }
 
+template <bool uses_vectors>
 struct SideSteps {
     static constexpr int steps = 5;
+    static constexpr bool vectors = uses_vectors;
     int done = 0;
     void operator()(int step) { EXPECT_EQ(step, done++); }
 };
@@ -258,14 +260,21 @@ void check_packed_product(std::int64_t keys, std::int64_t d, std::int64_t dim_st
     pack_keys<E>(kp.data(), k.data(), row_stride, dim_stride, keys, d);
     for (std::int64_t c = 0; c < padded; c += E::nr) {
         V acc[E::mr][E::nv];
-        for (auto& row : acc) {
-            for (auto& x : row) x = V::zero();
+        // Work on the side changes nothing, and each step of it is done once, beside the product or before it.
+        const auto multiply = [&](auto side, bool alone) {
+            if (!alone) run_before<E>(side);
+            for (auto& row : acc) {
+                for (auto& x : row) x = V::zero();
+            }
+            gemm_tile_with<E, E::mr, E::nv>(acc, qp.data(), q_stride, kp.data() + c * units, E::nr, units,
+                                            alone, side);
+            EXPECT_EQ(side.done, alone ? 0 : side.steps);
+        };
+        if (c % (2 * E::nr) == 0) {
+            multiply(SideSteps<true>{}, false);
+        } else {
+            multiply(SideSteps<false>{}, c % (3 * E::nr) != 0);
         }
-        // Work on the side changes nothing, and each step of it is done once.
-        SideSteps side;
-        gemm_tile_with<E, E::mr, E::nv>(acc, qp.data(), q_stride, kp.data() + c * units, E::nr, units,
-                                        c % (2 * E::nr) != 0, side);
-        EXPECT_EQ(side.done, c % (2 * E::nr) != 0 ? 0 : SideSteps::steps);
         for (int m = 0; m < E::mr; ++m) {
             // Keys beyond the last one are zeros up to a whole vector.
             const std::int64_t filled = (keys + V::width - 1) / V::width * V::width;

@@ -5,6 +5,7 @@
 // anonymous namespace: each ISA file is compiled with its own instruction set, and nothing of it may
 // be merged by the linker into code for another CPU.
 //
+//   width registers                   lanes; vectors that the instruction set has names for
 //   zero() set1(x) iota()             constants; iota = 0, 1, 2, ...
 //   load(p) store(p)                  p: T*, f16_t*, bf16_t* (conversion rounds to nearest even)
 //   mask_bytes(p)                     the mask of the bytes that are not 0
@@ -88,6 +89,7 @@ FASTATTN_INLINE void store_strided(V x, S* p, std::int64_t stride, std::int64_t 
 template <class T>
 struct Vec<T, Scalar> {
     static constexpr int width = 16 / sizeof(T);
+    static constexpr int registers = 16;  // those of x86-64 without more
     using value_type = T;
     typedef T Lanes __attribute__((vector_size(16)));
     using Mask = decltype(Lanes{} > Lanes{});  // lanes of all ones or zeros

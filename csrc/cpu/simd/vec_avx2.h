@@ -13,6 +13,7 @@ struct Avx2 {};
 template <>
 struct Vec<float, Avx2> {
     static constexpr int width = 8;
+    static constexpr int registers = 16;
     using value_type = float;
     using Mask = __m256;
     __m256 v;
@@ -109,6 +110,7 @@ struct Vec<float, Avx2> {
 template <>
 struct Vec<double, Avx2> {
     static constexpr int width = 4;
+    static constexpr int registers = 16;
     using value_type = double;
     using Mask = __m256d;
     __m256d v;

@@ -33,6 +33,7 @@ FASTATTN_INLINE __m256i avx512_f32_to_bf16(__m512 x) {
 template <>
 struct Vec<float, Avx512> {
     static constexpr int width = 16;
+    static constexpr int registers = 32;
     using value_type = float;
     using Mask = __mmask16;
     __m512 v;
@@ -135,6 +136,7 @@ struct Vec<float, Avx512> {
 template <>
 struct Vec<double, Avx512> {
     static constexpr int width = 8;
+    static constexpr int registers = 32;
     using value_type = double;
     using Mask = __mmask8;
     __m512d v;

@@ -13,6 +13,7 @@ struct Neon {};
 template <>
 struct Vec<float, Neon> {
     static constexpr int width = 4;
+    static constexpr int registers = 32;
     using value_type = float;
     using Mask = uint32x4_t;
     float32x4_t v;
@@ -89,6 +90,7 @@ struct Vec<float, Neon> {
 template <>
 struct Vec<double, Neon> {
     static constexpr int width = 2;
+    static constexpr int registers = 32;
     using value_type = double;
     using Mask = uint64x2_t;
     float64x2_t v;
