@@ -58,3 +58,30 @@ def test_what_lies_beyond_the_keys(kernel, dtype, Sq, group):
                 got = fastattn.mha(q, keys, values, kernel=kernel, return_lse=True, **kw)
                 for a, b in zip(got, expected, strict=True):
                     assert np.array_equal(a, b), (n, poison, kw.keys())
+
+
+# NaN and Inf among the values send an item through a second pass: nobody else's bits may change.
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize(("Sq", "group"), ROWS)
+def test_masked_values_change_no_bit(kernel, dtype, Sq, group, poison):
+    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=131, Hq=2 * group, Hkv=2, D=32, Dv=96)
+    mask = np.arange(131) % 7 != 3
+    clean = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)
+    v[:, ~mask] = poison
+    got = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)
+    for a, b in zip(got, clean, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(("Sq", "group"), ROWS)
+def test_attended_poison_is_its_heads_alone(kernel, dtype, Sq, group):
+    q, k, v = qkv(dtype, B=1, Sq=Sq, Sk=131, Hq=3 * group, Hkv=3, D=32, Dv=64)
+    clean = fastattn.mha(q, k, v, kernel=kernel)
+    for value, column in ((np.nan, 5), (np.inf, 44), (-np.inf, 63)):
+        spoilt = v.copy()
+        spoilt[0, 70, 1, column] = value
+        out, _ = check(kernel, q, k, spoilt)
+        good = np.ones(out.shape, bool)
+        good[:, :, group : 2 * group, column] = False
+        assert np.array_equal(out[good], clean[good])
+        assert not np.isfinite(out[~good].astype(np.float32)).any()

@@ -35,6 +35,7 @@ class Decode {
     static constexpr int w = V::width;
     static constexpr std::int64_t block = kDecodeBlock;
     static constexpr int most_rows = w < 4 ? w : 4;  // rows of a register tile: 1, 2 or 4
+    static_assert(E::nv == F::nv && block % E::nr == 0);
     static constexpr std::int64_t kScoreKeys = 16;  // of a head at a time
     static constexpr std::int64_t kValueKeys = 32;  // O is loaded and stored once for so many
 
@@ -60,7 +61,6 @@ public:
         pass(false);
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
-            pairs_ = false;
             start_item<E>(call_, item_, rows_, workspace, x_, at_);
             clear_output(x_, 0, rows_);
             pass(true);
@@ -76,7 +76,7 @@ private:
             const std::int64_t n = block_keys(j);
             if (masked(j, n)) continue;
             const int vectors = static_cast<int>((n + w - 1) / w);
-            next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n);
+            next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
             if (one_row_) {
                 score_keys(j, n);
             } else if (p_.head_dim % (w * E::scalars) == 0) {
@@ -109,20 +109,25 @@ private:
     // for row by row, in the order of the addresses, while the present part is computed.
     using Ahead = RowPrefetch<false>;
 
-    Ahead rows_ahead(const Operand& x, const S* first, std::int64_t dim, std::int64_t n) const {
+    static Ahead rows_ahead(const Operand& x, const S* first, std::int64_t dim, std::int64_t n,
+                            std::int64_t heads) {
         constexpr auto size = static_cast<std::int64_t>(sizeof(S));
-        return {first, dim * size, x.seq * size, n, item_.heads, x.head * size};
+        return {first, dim * size, x.seq * size, n, heads, x.head * size};
     }
 
     Ahead keys_after(std::int64_t j) const {
         j += block;
-        if (j < keys_.end) return rows_ahead(p_.k, k_ + j * p_.k.seq, p_.head_dim, block_keys(j));
+        if (j < keys_.end)
+            return rows_ahead(p_.k, k_ + j * p_.k.seq, p_.head_dim, block_keys(j), item_.heads);
         const std::int64_t next = call_.executor.next_item();
         if (next >= call_.plan.items) return {};
         const ItemRange item = item_range(call_, next);
-        const std::int64_t n = item.key_end - item.key_begin;
-        return rows_ahead(p_.k, row_pointer<const S>(p_.k, item.batch, item.key_begin, item.kv_head),
-                          p_.head_dim, n < block ? n : block);
+        const KeyRange keys = p_.key_range(item.batch, 0);
+        const std::int64_t begin =
+                               (keys.begin > item.key_begin ? keys.begin : item.key_begin) / block * block,
+                           n = item.key_end - begin;
+        return rows_ahead(p_.k, row_pointer<const S>(p_.k, item.batch, begin, item.kv_head), p_.head_dim,
+                          n < block ? n : block, item.heads);
     }
 
     // x (in s) of row r becomes weights, and its sums follow.
@@ -402,6 +407,9 @@ private:
     }
 
     void add_values_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
+        if constexpr (E::scalars == 2) {
+            if (pairs_) return add_pairs_carefully(first, values, j, n);
+        }
         for (std::int64_t k = 0; k < n; ++k) {
             const S* v = values + k * p_.v.seq;
             for (std::int64_t r = first; r < first + item_.rows; ++r) {
@@ -415,6 +423,35 @@ private:
             }
         }
     }
+
+    // The sums of add_values to the last bit, with zeros for NaN and Inf; then these, for the rows that attend them.
+    void add_pairs_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
+        constexpr std::int64_t columns = 2 * w;
+        S* const strip = reinterpret_cast<S*>(at_.v);
+        for (std::int64_t c = 0; c < p_.value_dim; c += columns) {
+            for (std::int64_t i = 0; i < n * columns; ++i) {
+                const S x = values[i / columns * p_.v.seq + c + i % columns];
+                strip[i] = is_finite(x) ? x : S{};
+            }
+            for_row_tiles(first, [&](std::int64_t r, auto rows) {
+                gemm_accumulate<E, decltype(rows)::value, 2>(x_.o + r * x_.o_stride + c, x_.o_stride,
+                                                             at_.p + r * block, block,
+                                                             PairedRows<S>{strip, n}, columns, (n + 1) / 2);
+            });
+            for (std::int64_t i = 0; i < n * columns; ++i) {
+                const std::int64_t k = i / columns;
+                const S x = values[k * p_.v.seq + c + i % columns];
+                if (is_finite(x)) continue;
+                for (std::int64_t r = first; r < first + item_.rows; ++r) {
+                    if (!attends(x_, x_.info[r], j + k)) continue;
+                    x_.o[r * x_.o_stride + c + E::paired_column(i % columns)] +=
+                        E::weight(at_.p + r * block, k) * to_scalar(x);
+                }
+            }
+        }
+    }
+
+    static bool is_finite(S x) { return to_scalar(x) - to_scalar(x) == 0; }
 
     const FlashCall& call_;
     const AttentionProblem& p_;

@@ -63,6 +63,7 @@ struct Bf16DotEngine {
         second.v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
     }
     // Unpacking is within 128 bits: `first` has the lower four columns of each eight.
+    static std::int64_t paired_column(std::int64_t c) { return c / 8 * 4 + c % 4 + (c % 8 < 4 ? 0 : 16); }
     static FASTATTN_INLINE void restore_columns(V& first, V& second) {
         const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));

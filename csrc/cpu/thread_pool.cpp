@@ -73,7 +73,7 @@ private:
 // at its end, from the one with the most left.
 class ItemRuns {
 public:
-    ItemRuns(Index items, Index groups, int threads) noexcept : items_(items) {
+    ItemRuns(Index items, Index groups, int threads) noexcept : items_(items), threads_(threads) {
         groups = std::clamp<Index>(groups, 1, items);
         count_ = static_cast<int>(std::min<Index>(std::min(threads, kMostRuns), groups));
         threads_per_run_ = (threads + count_ - 1) / count_;
@@ -93,30 +93,30 @@ public:
             if (item < run->end) return item;
             Index most = 0;
             for (int i = 0; i < count_; ++i) {
-                if (runs_[static_cast<std::size_t>(i)].left() <= most) continue;
+                const Index left = runs_[static_cast<std::size_t>(i)].left();
+                if (left <= most) continue;
+                most = left;
                 run = &runs_[static_cast<std::size_t>(i)];
-                most = run->left();
             }
             if (most == 0) return -1;
         }
     }
 
-    // What claim() would give to a thread that goes on in its own run. Set aside for it, unless threads that come to
-    // the run's end before it may want it.
+    // What claim() would give to a thread that goes on in its own run. Set aside for it, unless it is one of the last,
+    // which are for whoever is free first.
     Index look_ahead(int slot, Index& claimed) noexcept {
         Run& run = own(slot);
         const Index left = run.left();
         if (left == 0) return items_;
-        if (left <= threads_per_run_) return run.end - left;
+        if (left <= threads_per_run_ || all_left() <= threads_) return run.end - left;
         claimed = claim(slot);
         return claimed < 0 ? items_ : claimed;
     }
 
-    bool any_left() const noexcept {
-        for (int i = 0; i < count_; ++i) {
-            if (runs_[static_cast<std::size_t>(i)].left() > 0) return true;
-        }
-        return false;
+    Index all_left() const noexcept {
+        Index left = 0;
+        for (int i = 0; i < count_; ++i) left += runs_[static_cast<std::size_t>(i)].left();
+        return left;
     }
 
     void drop() noexcept {
@@ -142,6 +142,7 @@ private:
     Run& own(int slot) noexcept { return runs_[static_cast<std::size_t>(slot % count_)]; }
 
     const Index items_;
+    const int threads_;
     int count_, threads_per_run_;
     std::array<Run, kMostRuns> runs_;
 };
@@ -275,7 +276,7 @@ private:
     Job* find_job() const noexcept {
         Job* chosen = nullptr;
         for (Job* job = first_; job != nullptr; job = job->following) {
-            if (job->helpers == job->max_helpers || !job->runs.any_left()) continue;
+            if (job->helpers == job->max_helpers || job->runs.all_left() == 0) continue;
             if (chosen == nullptr || job->active < chosen->active) chosen = job;
         }
         return chosen;
