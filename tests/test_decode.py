@@ -85,3 +85,20 @@ def test_attended_poison_is_its_heads_alone(kernel, dtype, Sq, group):
         good[:, :, group : 2 * group, column] = False
         assert np.array_equal(out[good], clean[good])
         assert not np.isfinite(out[~good].astype(np.float32)).any()
+
+
+# One row for each head: tiles of several heads, and of more keys for the heads left over. How many
+# heads an item has depends on layout and threads; no bit may.
+@pytest.mark.parametrize("heads", [1, 2, 4, 5, 9, 21])
+def test_one_row_for_each_head(kernel, dtype, heads, threads):
+    for D, Dv, Sk in ((32, 32, 700), (40, 72, 131), (8, 3, 1), (64, 64, 66)):
+        q, k, v = qkv(dtype, B=1, Sq=1, Sk=Sk, Hq=heads, Hkv=heads, D=D, Dv=Dv, seed=heads)
+        out, lse = check(kernel, q, k, v)
+        by_head = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+        for n, keys, values in ((1, k, v), (3, k, v), (2, *by_head)):
+            fastattn.set_num_threads(n)
+            got = fastattn.mha(q, keys, values, kernel=kernel, return_lse=True)
+            assert np.array_equal(got[0], out), n
+            assert np.array_equal(got[1], lse), n
+        alone = fastattn.mha(*(x[:, :, -1:].copy() for x in (q, k, v)), kernel=kernel)
+        assert np.array_equal(alone, out[:, :, -1:])

@@ -38,12 +38,18 @@ class Decode {
     static_assert(E::nv == F::nv && block % E::nr == 0);
     static constexpr std::int64_t kScoreKeys = 16;  // of a head at a time
     static constexpr std::int64_t kValueKeys = 32;  // O is loaded and stored once for so many
+    // With one row for each head: keys side by side, keys for one load and store of O, most bytes to ask ahead.
+    static constexpr int kSideBySide = w < 4 ? w : 4;
+    static constexpr std::int64_t kRowValueKeys = 8;
+    static constexpr std::int64_t kAheadBytes = 64 * 1024;
 
 public:
     Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
         : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
         rows_ = item_.rows * item_.heads;
-        one_row_ = item_.rows == 1 && item_.heads > 1 && item_.heads <= kDecodeBlock;
+        one_row_ = item_.rows == 1;
+        k_ahead_ = ahead(p_.k, p_.head_dim);
+        v_ahead_ = ahead(p_.v, p_.value_dim);
         // Not by what an item happens to hold: bits must not depend on the other heads.
         pairs_ = E::scalars == 2 && item_.rows > 1 && p_.value_dim % (2 * w) == 0;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
@@ -76,13 +82,11 @@ private:
             const std::int64_t n = block_keys(j);
             if (masked(j, n)) continue;
             const int vectors = static_cast<int>((n + w - 1) / w);
-            next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
-            if (one_row_) {
-                score_keys(j, n);
-            } else if (p_.head_dim % (w * E::scalars) == 0) {
-                score_block<false>(k_ + j * p_.k.seq, n);
+            if (!one_row_) next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
+            if (p_.head_dim % (w * E::scalars) == 0) {
+                score<false>(k_ + j * p_.k.seq, n);
             } else {
-                score_block<true>(k_ + j * p_.k.seq, n);
+                score<true>(k_ + j * p_.k.seq, n);
             }
             for (std::int64_t r = 0; r < rows_; ++r) {
                 Acc* s = at_.scores + r * block;
@@ -90,13 +94,11 @@ private:
                 follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
                 store_weights(r, s, j, vectors);
             }
-            next_ = keys_after(j);
+            if (!one_row_) next_ = keys_after(j);
             const S* v = v_ + j * p_.v.seq;
             if (careful) {
                 for (std::int64_t h = 0; h < item_.heads; ++h)
                     add_values_carefully(h * item_.rows, v + h * p_.v.head, j, n);
-            } else if (one_row_) {
-                add_rows(j, n);
             } else {
                 add_values(v, n);
             }
@@ -212,6 +214,15 @@ private:
     // scores[r][0..n) = q_r . k_j for all rows. has_tail: D is not a multiple of the width; code of its own, so
     // that the sums stay in registers without.
     template <bool has_tail>
+    void score(const S* block_begin, std::int64_t n) {
+        if (one_row_) {
+            score_rows<has_tail>(block_begin, n);
+        } else {
+            score_block<has_tail>(block_begin, n);
+        }
+    }
+
+    template <bool has_tail>
     void score_block(const S* block_begin, std::int64_t n) {
         for (std::int64_t begin = 0; begin < n; begin += kScoreKeys) {
             const std::int64_t end = n - begin < kScoreKeys ? n : begin + kScoreKeys;
@@ -238,68 +249,82 @@ private:
         }
     }
 
-    // With one row for each head the products cost next to nothing: k and v are used as they are read, all heads of
-    // a key, then the next key. The sums are those of score_block and add_values to the last bit.
+    // With one row for each head the products cost next to nothing, and the time is that of reading. Four keys are read
+    // side by side, all heads of these, then the next four, and each line asks for one further on: the pattern that
+    // comes nearest to what plain reading reaches. The sums are those of score_block and add_values to the last bit.
 
-    // scores[h][0..n) = q_h . k_jh for all heads, by squares of width keys and width heads
-    void score_keys(std::int64_t j, std::int64_t n) {
-        for (std::int64_t c = 0; c < n; c += w) {
-            const int keys = n - c < w ? static_cast<int>(n - c) : w;
-            for (int i = 0; i < keys; ++i) {
-                const S* key = k_ + (j + c + i) * p_.k.seq;
-                for (std::int64_t h = 0; h < item_.heads; h += w) {
-                    const int heads = item_.heads - h < w ? static_cast<int>(item_.heads - h) : w;
-                    V sums[w];
-                    for (int m = 0; m < w; ++m) sums[m] = V::zero();
-                    for (int m = 0; m < heads; ++m) {
-                        next_.advance(1);
-                        sums[m] = dot(at_.q + (h + m) * call_.plan.q_stride, key + (h + m) * p_.k.head);
-                    }
-                    reduce_each(sums).store(at_.v + (h * w) + i * w);  // (heads / width, keys, width)
+    // How much further on in x: kAheadBytes in the order of reading, but not beyond half a block, as the other
+    // tensor's comes between.
+    std::int64_t ahead(const Operand& x, std::int64_t dim) const {
+        const std::int64_t key_bytes = item_.heads * dim * static_cast<std::int64_t>(sizeof(S));
+        return (kAheadBytes < block / 2 * key_bytes ? (kAheadBytes + key_bytes - 1) / key_bytes : block / 2) *
+               x.seq;
+    }
+
+    // scores[h][0..n) = q_h . k_jh for all heads, one row each
+    template <bool has_tail>
+    void score_rows(const S* block_begin, std::int64_t n) {
+        constexpr int groups = w / kSideBySide;
+        const std::int64_t q_stride = call_.plan.q_stride, tiled = item_.heads / groups * groups;
+        const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * p_.k.seq; };
+        for (std::int64_t c = 0; c < n; c += kSideBySide) {
+            const S* k[kSideBySide];
+            for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
+            for (std::int64_t h = 0; h < tiled; h += groups) {
+                alignas(64) Acc sums[w];
+                dot_groups<has_tail>(at_.q + h * q_stride, q_stride, k, h * p_.k.head, p_.k.head).store(sums);
+                for (int g = 0; g < groups; ++g)
+                    std::memcpy(at_.scores + (h + g) * block + c, sums + g * kSideBySide,
+                                kSideBySide * sizeof(Acc));
+            }
+        }
+        // The heads that are left over: more keys of one head instead.
+        for (std::int64_t h = tiled; h < item_.heads; ++h) {
+            const Acc* q = at_.q + h * q_stride;
+            Acc* scores = at_.scores + h * block;
+            std::int64_t c = 0;
+            for (; c + w <= n; c += w) {
+                const S* k[kSideBySide];
+                for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
+                dot_groups<has_tail>(q, 0, k, h * p_.k.head, kSideBySide * p_.k.seq).store(scores + c);
+            }
+            if (c == n) continue;
+            const S* k[w];
+            for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * p_.k.head;
+            dot_tile<1, w, has_tail>(q, k).store(scores + c);
+        }
+    }
+
+    // Sums of width rows of k, kSideBySide in a group: group g begins at k[i] + first + g * k_step, and is multiplied
+    // with q + g * q_step.
+    template <bool has_tail>
+    FASTATTN_INLINE V dot_groups(const Acc* q, std::int64_t q_step, const S* const (&k)[kSideBySide],
+                                 std::int64_t first, std::int64_t k_step) const {
+        constexpr std::int64_t line = kLineBytes / static_cast<int>(sizeof(S)) / E::scalars;
+        V acc[w];
+#pragma GCC unroll 16
+        for (int g = 0; g < w; g += kSideBySide) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kSideBySide; ++i) acc[g + i] = V::zero();
+            std::int64_t u = 0;
+            for (; (u + w) * E::scalars <= p_.head_dim; u += w) {
+                const V x = V::load(q + u);
+#pragma GCC unroll 4
+                for (int i = 0; i < kSideBySide; ++i) {
+                    acc[g + i] = E::mma(x, E::load_whole(k[i] + first, u), acc[g + i]);
+                    if (line <= w || u % line == 0) fetch_line(k[i] + first + u * E::scalars + k_ahead_);
                 }
             }
-            for (std::int64_t h = 0; h < item_.heads; h += w) {
-                V square[w];
-                for (int i = 0; i < w; ++i) square[i] = i < keys ? V::load(at_.v + h * w + i * w) : V::zero();
-                transpose(square);
-                for (int m = 0; m < w && h + m < item_.heads; ++m)
-                    square[m].store(at_.scores + (h + m) * block + c);
+            if constexpr (has_tail) {
+                const V x = V::load(q + u);
+#pragma GCC unroll 4
+                for (int i = 0; i < kSideBySide; ++i)
+                    acc[g + i] = E::mma(x, E::load_units(k[i] + first, 1, u, p_.head_dim), acc[g + i]);
             }
+            q += q_step;
+            first += k_step;
         }
-    }
-
-    FASTATTN_INLINE V dot(const Acc* q, const S* k) const {
-        V sum = V::zero();
-        std::int64_t u = 0;
-        for (; (u + w) * E::scalars <= p_.head_dim; u += w)
-            sum = E::mma(V::load(q + u), E::load_whole(k, u), sum);
-        if (u * E::scalars < p_.head_dim)
-            sum = E::mma(V::load(q + u), E::load_units(k, 1, u, p_.head_dim), sum);
-        return sum;
-    }
-
-    // O[h] += sum_j p[h][j] v_jh for all heads, two keys at a time
-    void add_rows(std::int64_t j, std::int64_t n) {
-        const std::int64_t whole = p_.value_dim / w * w;
-        for (std::int64_t k = 0; k < n; k += 2) {
-            const bool two = k + 1 < n;
-            for (std::int64_t h = 0; h < item_.heads; ++h) {
-                next_.advance(2);
-                const S* v = v_ + (j + k) * p_.v.seq + h * p_.v.head;
-                const S* next = v + (two ? p_.v.seq : 0);
-                const Acc* p = at_.p + h * block + k;
-                const V a = V::set1(p[0]), b = V::set1(two ? p[1] : Acc(0));
-                Acc* o = x_.o + h * x_.o_stride;
-                const auto add = [&](std::int64_t c, auto load) {
-                    V sum = V::fma(a, load(v + c), V::load(o + c));
-                    if (two) sum = V::fma(b, load(next + c), sum);
-                    sum.store(o + c);
-                };
-                for (std::int64_t c = 0; c < whole; c += w) add(c, [](const S* x) { return V::load(x); });
-                if (whole < p_.value_dim)
-                    add(whole, [&](const S* x) { return load_n<V>(x, p_.value_dim - whole); });
-            }
-        }
+        return reduce_each(acc);
     }
 
     // Sums of `heads` rows of q with `keys` rows of k, heads-major; heads * keys = width.
@@ -336,16 +361,17 @@ private:
         FASTATTN_INLINE void operator()(int) const { next.advance(rows); }
     };
 
-    // O[r] += sum_j p[r][j] v_j for all rows, kValueKeys keys of all heads at a time. With pairs_ O has its columns as
-    // the engine pairs them, until restore_columns().
+    // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its columns as the
+    // engine pairs them, until restore_columns().
     void add_values(const S* v, std::int64_t n) {
         const std::int64_t whole = p_.value_dim / w * w;
         const std::int64_t row_tiles = item_.rows / most_rows + item_.rows % most_rows / 2 + item_.rows % 2,
                            tiles = row_tiles * ((whole + F::nr - 1) / F::nr),
                            steps = tiles * FetchAhead::steps;
         FetchAhead ahead{next_, steps == 0 ? 0 : (kValueKeys + steps - 1) / steps};
-        for (std::int64_t k = 0; k < n; k += kValueKeys) {
-            const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
+        const std::int64_t at_once = one_row_ ? kRowValueKeys : kValueKeys;
+        for (std::int64_t k = 0; k < n; k += at_once) {
+            const std::int64_t depth = n - k < at_once ? n - k : at_once;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
                 const S* rows_begin = v + k * p_.v.seq + h * p_.v.head;
                 for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
@@ -383,8 +409,15 @@ private:
                 return;
             }
         }
-        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, at_.p + r * block + k, block, v, p_.v.seq, depth,
-                                        depth, ahead, 1, false);
+        const Acc* p = at_.p + r * block + k;
+        if constexpr (MR == 1) {
+            if (one_row_) {
+                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<S>{v, v_ahead_}, p_.v.seq,
+                                          depth);
+                return;
+            }
+        }
+        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, p, block, v, p_.v.seq, depth, depth, ahead, 1, false);
     }
 
     void restore_columns() {
@@ -461,7 +494,8 @@ private:
     KeyRange keys_{};
     std::int64_t rows_ = 0;  // of all heads
     Ahead next_;
-    bool one_row_ = false;  // of each of several heads
+    bool one_row_ = false;  // of each head
+    std::int64_t k_ahead_ = 0, v_ahead_ = 0;
     bool pairs_ = false;  // keys two at a time in the product with v
     const S* k_ = nullptr;
     const S* v_ = nullptr;

@@ -10,6 +10,14 @@
 namespace fastattn::cpu {
 namespace {
 
+constexpr int kLineBytes = 64;
+
+// Asks for the line at p. Into L2, whose pending misses are more than L1's.
+template <bool for_writing = false>
+FASTATTN_INLINE void fetch_line(const void* p) {
+    __builtin_prefetch(p, for_writing, 2);
+}
+
 // Neighbours first.
 template <class V, int N>
 FASTATTN_INLINE V sum_of(const V (&x)[N]) {

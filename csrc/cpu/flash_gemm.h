@@ -15,6 +15,21 @@ FASTATTN_INLINE void load_columns(const B* b, std::int64_t b_row, std::int64_t k
     for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
 }
 
+// Rows in memory; each line that is loaded asks for the one `ahead` numbers further on.
+template <class S>
+struct RowsAhead {
+    const S* first;
+    std::int64_t ahead;
+};
+template <class E, int NV, class S>
+FASTATTN_INLINE void load_columns(const RowsAhead<S>& b, std::int64_t b_row, std::int64_t k,
+                                  typename E::V (&column)[NV]) {
+    load_columns<E, NV>(b.first, b_row, k, column);
+    const S* const next = b.first + k * b_row + b.ahead;
+#pragma GCC unroll 8
+    for (int c = 0; c < NV * E::V::width; c += kLineBytes / static_cast<int>(sizeof(S))) fetch_line(next + c);
+}
+
 // Rows in memory of which a unit takes two. The columns come as the engine pairs them; an odd last row counts twice.
 template <class S>
 struct PairedRows {

@@ -68,7 +68,6 @@ inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t 
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
 // often a page apart, which no hardware prefetcher follows. With several heads: all heads of a row, then the next row.
-// Into L2, whose pending misses are more than L1's.
 template <bool for_writing>
 class RowPrefetch {
 public:
@@ -85,9 +84,9 @@ public:
     FASTATTN_INLINE void advance(std::int64_t rows) {
         for (; rows > 0 && left_ > 0; --rows) {
             const char* at = row_ + head_ * head_stride_;
-            const char* line = at - reinterpret_cast<std::uintptr_t>(at) % 64;
-            for (const char* end = at + row_bytes_; line < end; line += 64)
-                __builtin_prefetch(line, for_writing, 2);
+            const char* line = at - reinterpret_cast<std::uintptr_t>(at) % kLineBytes;
+            for (const char* end = at + row_bytes_; line < end; line += kLineBytes)
+                fetch_line<for_writing>(line);
             if (++head_ < heads_) continue;
             head_ = 0;
             row_ += stride_;
