@@ -22,6 +22,18 @@ def test_rows_and_columns(kernel, dtype, Sq, group, D, Dv):
     check(kernel, q, k, v, causal=True, window=(333, 0), sinks=np.ones(3 * group, np.float32))
 
 
+# Up to 16 rows from 512 keys on and up to 32 from 2048 on are computed as these are.
+@pytest.mark.parametrize(("D", "Dv"), [(64, 32), (40, 80)])
+@pytest.mark.parametrize(("Sq", "group"), [(1, 16), (3, 4), (15, 1), (1, 23), (4, 8), (33, 1)])
+def test_many_rows(kernel, dtype, Sq, group, D, Dv):
+    for Sk in (511, 515, 2049):
+        q, k, v = qkv(dtype, B=1, Sq=Sq, Sk=Sk, Hq=2 * group, Hkv=2, D=D, Dv=Dv, seed=Sk)
+        check(kernel, q, k, v)
+        mask = np.arange(Sk) % 5 != np.arange(Sq)[:, None] % 5
+        check(kernel, q, k, v, causal=True, window=(600, 0), softcap=3.0, mask=mask)
+    check(kernel, q, k, v, dropout=0.3, seed=4)
+
+
 @pytest.mark.parametrize(("Sq", "group"), ROWS)
 def test_dropout(kernel, dtype, Sq, group):
     q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=205, Hq=2 * group, Hkv=2, D=64, Dv=32)

@@ -1,4 +1,4 @@
-// Decode: few query rows (R = Sq * G <= kDecodeRows) per head, so that reading k and v is what takes the
+// Decode: few query rows (R = Sq * G, see most_decode_rows) per head, so that reading k and v is what takes the
 // time. They are used where they lie, once for all rows, and in the order of the addresses: a few keys of all
 // the heads of the item, then the next ones. While the keys of a block of kDecodeBlock are computed its values
 // are on their way from memory, and then the keys of the next block.
@@ -239,10 +239,9 @@ private:
                             k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
                         alignas(64) Acc sums[w];
                         dot_tile<heads, keys, has_tail>(at_.q + r * call_.plan.q_stride, k).store(sums);
-                        for (int m = 0; m < heads; ++m) {
-                            for (int i = 0; i < keys; ++i)
-                                at_.scores[(r + m) * block + c + i] = sums[m * keys + i];
-                        }
+                        for (int m = 0; m < heads; ++m)
+                            std::memcpy(at_.scores + (r + m) * block + c, sums + m * keys,
+                                        keys * sizeof(Acc));
                     }
                 });
             }

@@ -35,6 +35,10 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
     return kKeyBlock * key_bytes > kBlockBytes ? kKeyBlock / 2 : kKeyBlock;
 }
 
+// Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing them for
+// prefill's larger tiles is as good, or better in bfloat16. Of the problem of one head alone, as it decides about bits.
+std::int64_t most_decode_rows(std::int64_t keys) { return keys >= 2048 ? 32 : keys >= 512 ? 16 : 8; }
+
 std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
 
 // Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
@@ -43,7 +47,8 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
     const bool side_by_side =
         magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
     if (!side_by_side) return 1;
-    std::int64_t heads = std::max<std::int64_t>(p.kv_heads, 1);
+    std::int64_t heads =
+        std::clamp<std::int64_t>(p.kv_heads, 1, kDecodeItemRows / std::max<std::int64_t>(plan.rows, 1));
     while (heads > 1 && p.batch * ceil_div(p.kv_heads, heads) * plan.key_splits < std::int64_t{4} * threads) {
         heads = ceil_div(heads, 2);
     }
@@ -55,7 +60,8 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threads) {
     FlashPlan plan;
     plan.rows = p.q_size * p.group;
-    plan.decode = plan.rows <= kDecodeRows && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
+    plan.decode =
+        plan.rows <= most_decode_rows(p.kv_size) && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;

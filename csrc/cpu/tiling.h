@@ -22,7 +22,7 @@ struct TileShape {
 
 inline constexpr std::int64_t kKeyBlock = 256;        // most keys packed at once (prefill)
 inline constexpr std::int64_t kDecodeBlock = 64;      // keys scored at once (decode)
-inline constexpr std::int64_t kDecodeRows = 8;        // at most so many rows (Sq * G) go to decode
+inline constexpr std::int64_t kDecodeItemRows = 256;  // most rows of all heads of an item of decode
 inline constexpr std::int64_t kSplitKeys = 2048;      // keys of one split (prefill of few rows)
 inline constexpr std::int64_t kDecodeSplitKeys = 512; // the same for decode
 inline constexpr std::int64_t kMostSplits = 256;      // bounds the partial results of long caches
