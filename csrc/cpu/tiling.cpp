@@ -25,7 +25,7 @@ constexpr std::int64_t kBlockBytes = 256 * 1024;
 std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
     std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
     length = std::max(length, round_up(ceil_div(p.kv_size, kMostSplits), kKeyBlock));
-    const bool pays = p.weights.data == nullptr && plan.rows <= 64 && p.kv_size > length;
+    const bool pays = p.weights.data == nullptr && plan.rows <= 256 && p.kv_size > length;
     return pays ? length : p.kv_size;
 }
 
@@ -36,8 +36,13 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
 }
 
 // Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing them for
-// prefill's larger tiles is as good, or better in bfloat16. Of the problem of one head alone, as it decides about bits.
-std::int64_t most_decode_rows(std::int64_t keys) { return keys >= 2048 ? 32 : keys >= 512 ? 16 : 8; }
+// prefill's larger tiles is as good from 16 rows on. Of the problem of one head alone, as it decides about bits.
+std::int64_t most_decode_rows(const AttentionProblem& p) {
+    constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
+    const std::int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<std::int64_t>(item_size(p.dtype));
+    if (p.kv_size * key_bytes >= kLargeHead) return 32;
+    return p.kv_size >= kFewKeys ? 16 : 8;
+}
 
 std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
 
@@ -61,7 +66,7 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threa
     FlashPlan plan;
     plan.rows = p.q_size * p.group;
     plan.decode =
-        plan.rows <= most_decode_rows(p.kv_size) && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
+        plan.rows <= most_decode_rows(p) && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;
@@ -81,7 +86,8 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threa
         const std::int64_t row_bytes = (plan.q_stride + plan.o_stride) * tile.unit_bytes;
         const std::int64_t most = std::max<std::int64_t>(bytes / row_bytes, tile.mr);
         std::int64_t blocks = ceil_div(plan.rows, most);
-        const std::int64_t wanted = ceil_div(std::int64_t{8} * threads, std::max<std::int64_t>(heads, 1));
+        const std::int64_t wanted =
+            ceil_div(std::int64_t{8} * threads, std::max<std::int64_t>(heads * plan.key_splits, 1));
         blocks = std::max(blocks, std::min(wanted, plan.rows / kMinRows));
         blocks = std::max<std::int64_t>(blocks, 1);
         plan.rows_per_item = std::max<std::int64_t>(round_up(ceil_div(plan.rows, blocks), tile.mr), tile.mr);
