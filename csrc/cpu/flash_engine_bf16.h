@@ -78,8 +78,10 @@ struct Bf16DotEngine {
     static FASTATTN_INLINE V load_units(const bf16_t* row, std::int64_t stride, std::int64_t u,
                                         std::int64_t n) {
         const std::int64_t first = 2 * u, left = n - first;
-        if (stride == 1 && left >= 2 * V::width) {
-            return load_whole(row, u);
+        if (stride == 1) {
+            if (left >= 2 * V::width) return load_whole(row, u);
+            const auto rest = static_cast<__mmask32>(left > 0 ? (1u << left) - 1 : 0);
+            return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(rest, row + first))};
         }
         alignas(64) bf16_t buffer[2 * V::width] = {};
         for (std::int64_t i = 0; i < left && i < 2 * V::width; ++i) buffer[i] = row[(first + i) * stride];

@@ -345,6 +345,26 @@ void check_engine() {
     }
 }
 
+// The first n numbers of a row, whatever lies beside them, and not a byte beyond.
+template <class V, class S>
+void check_parts() {
+    constexpr int w = V::width, around = 3;
+    for (int n = -1; n <= w; ++n) {
+        const int some = n > 0 ? n : 0;
+        std::vector<S> row(some + 2 * around);
+        for (S& x : row) from_scalar(std::numeric_limits<float>::quiet_NaN(), &x);
+        for (int i = 0; i < some; ++i) from_scalar(1.5f + static_cast<float>(i), &row[around + i]);
+        const V x = load_n<V>(row.data() + around, n);
+        for (int i = 0; i < w; ++i) EXPECT_EQ(lanes(x)[i], i < some ? 1.5f + static_cast<float>(i) : 0);
+        store_strided(x + V::set1(1), row.data() + around, 1, n);
+        for (int i = 0; i < some; ++i) EXPECT_EQ(to_scalar(row[around + i]), 2.5f + static_cast<float>(i));
+        for (int i = 0; i < around; ++i) {
+            EXPECT_TRUE(std::isnan(to_scalar(row[i])));
+            EXPECT_TRUE(std::isnan(to_scalar(row[around + some + i])));
+        }
+    }
+}
+
 }  // namespace
 }  // namespace fastattn::cpu
 
@@ -362,6 +382,10 @@ void check_engine() {
     TEST(Simd, Shuffles) { check_shuffles<F>(), check_shuffles<D>(); }                   \
     TEST(Simd, Loads) { check_loads<F>(), check_loads<D>(); }                            \
     TEST(Simd, Halves) { check_halves<F>(); }                                            \
+    TEST(Simd, Parts) {                                                                  \
+        check_parts<F, float>(), check_parts<F, f16_t>(), check_parts<F, bf16_t>();      \
+        check_parts<D, double>();                                                        \
+    }                                                                                    \
     TEST(Engine, F64) { check_engine<FmaEngine<double, Isa, rows, vectors>, double>(); } \
     TEST(Engine, F32) { check_engine<FmaEngine<float, Isa, rows, vectors>, float>(); }   \
     TEST(Engine, F16) { check_engine<FmaEngine<float, Isa, rows, vectors>, f16_t>(); }   \

@@ -8,6 +8,7 @@
 //   width registers                   lanes; vectors that the instruction set has names for
 //   zero() set1(x) iota()             constants; iota = 0, 1, 2, ...
 //   load(p) store(p)                  p: T*, f16_t*, bf16_t* (conversion rounds to nearest even)
+//   load_part(p, n) store_part(p, n)  where masks are cheap: n < width numbers, zeros for the others; n may be 0
 //   mask_bytes(p)                     the mask of the bytes that are not 0
 //   fma(a,b,c) = a*b+c, + - * /       lanes
 //   max(a,b) min(a,b)                 b when either is NaN
@@ -63,6 +64,7 @@ FASTATTN_INLINE void from_scalar(float x, bf16_t* p) { p->bits = f32_to_bf16(x);
 template <class V, class S>
 FASTATTN_INLINE V load_n(const S* p, std::int64_t n) {
     if (n >= V::width) return V::load(p);
+    if constexpr (requires { V::load_part(p, 0); }) return V::load_part(p, n > 0 ? static_cast<int>(n) : 0);
     alignas(64) S buffer[V::width] = {};
     for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
     return V::load(buffer);
@@ -79,6 +81,12 @@ FASTATTN_INLINE void store_strided(V x, S* p, std::int64_t stride, std::int64_t 
     if (stride == 1 && n >= V::width) {
         x.store(p);
         return;
+    }
+    if constexpr (requires { x.store_part(p, 0); }) {
+        if (stride == 1) {
+            x.store_part(p, n > 0 ? static_cast<int>(n) : 0);
+            return;
+        }
     }
     alignas(64) S buffer[V::width];
     x.store(buffer);

@@ -22,6 +22,11 @@ struct Vec<float, Avx2> {
     static FASTATTN_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
     static FASTATTN_INLINE Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
     static FASTATTN_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static FASTATTN_INLINE Vec load_part(const float* p, int n) {
+        const __m256i rest =
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        return {_mm256_maskload_ps(p, rest)};
+    }
     static FASTATTN_INLINE Vec load(const f16_t* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
     }
@@ -119,6 +124,10 @@ struct Vec<double, Avx2> {
     static FASTATTN_INLINE Vec set1(double x) { return {_mm256_set1_pd(x)}; }
     static FASTATTN_INLINE Vec iota() { return {_mm256_setr_pd(0, 1, 2, 3)}; }
     static FASTATTN_INLINE Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+    static FASTATTN_INLINE Vec load_part(const double* p, int n) {
+        const __m256i rest = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+        return {_mm256_maskload_pd(p, rest)};
+    }
     static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
         std::int32_t four;
         std::memcpy(&four, p, 4);

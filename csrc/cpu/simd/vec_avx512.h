@@ -51,6 +51,25 @@ struct Vec<float, Avx512> {
         const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
     }
+    static FASTATTN_INLINE Mask lanes(int n) { return static_cast<Mask>((1u << n) - 1); }
+    static FASTATTN_INLINE Vec load_part(const float* p, int n) {
+        return {_mm512_maskz_loadu_ps(lanes(n), p)};
+    }
+    static FASTATTN_INLINE Vec load_part(const f16_t* p, int n) {
+        return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p))};
+    }
+    static FASTATTN_INLINE Vec load_part(const bf16_t* p, int n) {
+        const __m256i h = _mm256_maskz_loadu_epi16(lanes(n), p);
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+    }
+    FASTATTN_INLINE void store_part(float* p, int n) const { _mm512_mask_storeu_ps(p, lanes(n), v); }
+    FASTATTN_INLINE void store_part(f16_t* p, int n) const {
+        _mm256_mask_storeu_epi16(p, lanes(n),
+                                 _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    FASTATTN_INLINE void store_part(bf16_t* p, int n) const {
+        _mm256_mask_storeu_epi16(p, lanes(n), avx512_f32_to_bf16(v));
+    }
     static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm_test_epi8_mask(bytes, bytes);
@@ -145,6 +164,11 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec set1(double x) { return {_mm512_set1_pd(x)}; }
     static FASTATTN_INLINE Vec iota() { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
     static FASTATTN_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+    static FASTATTN_INLINE Mask lanes(int n) { return static_cast<Mask>((1u << n) - 1); }
+    static FASTATTN_INLINE Vec load_part(const double* p, int n) {
+        return {_mm512_maskz_loadu_pd(lanes(n), p)};
+    }
+    FASTATTN_INLINE void store_part(double* p, int n) const { _mm512_mask_storeu_pd(p, lanes(n), v); }
     static FASTATTN_INLINE Mask mask_bytes(const std::uint8_t* p) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         return static_cast<Mask>(_mm_test_epi8_mask(bytes, bytes));
