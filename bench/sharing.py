@@ -5,7 +5,7 @@ bench/sharing.py --json bench/results/<machine>-sharing.json
 
 Each figure is the median time of a call in units of the time alone. If calls wait for nothing but the CPUs,
 both are 2: two callers halve the machine, and so does one busy process for each CPU. More is time lost in
-threads that spin or wait for each other.
+threads that spin or wait for each other. Of a peer with several operators the first that has the case.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ def main() -> int:
     for case in cases.select(arguments.cases, case_list.CASES):
         inputs = peers.Inputs.of(case)
         for implementation in found:
-            runner = implementation.candidates(case)[0](inputs)
+            try:
+                runner = implementation.candidates(case)[0](inputs)
+            except peers.NotApplicable as reason:
+                print(f"{case.name:20}{implementation.name:14}{reason}")
+                continue
             runner.run()
             entry = measure(runner.run, arguments.rounds, arguments.seconds)
             document["results"].append({"case": case.name, "implementation": implementation.name, **entry})

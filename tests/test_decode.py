@@ -63,6 +63,21 @@ def test_one_key_gives_its_value(kernel, dtype, Sq, group):
             assert np.allclose(out, value, rtol=4 * np.finfo(dtype).eps, atol=0)
 
 
+# Rows of prefill whose keys are split, as those of decode are.
+@pytest.mark.parametrize(("Sq", "group"), [(100, 1), (64, 4)])
+def test_split_keys_of_more_rows(kernel, dtype, Sq, group):
+    q, k, v = qkv(dtype, B=1, Sq=Sq, Sk=2100, Hq=2 * group, Hkv=2, D=32, Dv=48)
+    sinks = np.linspace(-1, 1, 2 * group, dtype=np.float32)
+    check(kernel, q, k, v, causal=True, sinks=sinks)
+    check(kernel, q, k, v, dropout=0.3, seed=4, softcap=4.0)
+    mask = np.arange(2100) % 7 != 3
+    clean = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)
+    v[:, ~mask] = np.nan
+    got = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)
+    for a, b in zip(got, clean, strict=True):
+        assert np.array_equal(a, b)
+
+
 # An odd last key, with memory beyond it that must not be read as a key.
 @pytest.mark.parametrize(("Sq", "group"), ROWS)
 def test_what_lies_beyond_the_keys(kernel, dtype, Sq, group):
@@ -83,10 +98,11 @@ def test_what_lies_beyond_the_keys(kernel, dtype, Sq, group):
 
 # NaN and Inf among the values send an item through a second pass: nobody else's bits may change.
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize(("Sq", "group"), ROWS)
+@pytest.mark.parametrize(("Sq", "group"), [*ROWS, (1, 13), (15, 1)])
 def test_masked_values_change_no_bit(kernel, dtype, Sq, group, poison):
-    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=131, Hq=2 * group, Hkv=2, D=32, Dv=96)
-    mask = np.arange(131) % 7 != 3
+    Sk = 131 if Sq * group <= 8 else 700
+    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=Sk, Hq=2 * group, Hkv=2, D=32, Dv=96)
+    mask = np.arange(Sk) % 7 != 3
     clean = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)
     v[:, ~mask] = poison
     got = fastattn.mha(q, k, v, kernel=kernel, mask=mask, return_lse=True)

@@ -16,7 +16,8 @@ CASES = {
     "prefill-gqa": ({"B": 2, "Sq": 130, "Sk": 300, "Hq": 4, "Hkv": 1, "D": 64}, {}),
     "decode": ({"B": 3, "Sq": 1, "Sk": 2100, "Hq": 8, "Hkv": 2, "D": 64}, {}),
     "decode-one": ({"B": 1, "Sq": 1, "Sk": 4097, "Hq": 8, "D": 33}, {}),
-    "decode-rows": ({"B": 2, "Sq": 3, "Sk": 2100, "Hq": 16, "Hkv": 2, "D": 64}, {"causal": True}),
+    "decode-rows": ({"B": 2, "Sq": 2, "Sk": 2100, "Hq": 16, "Hkv": 2, "D": 64}, {"causal": True}),
+    "split": ({"B": 2, "Sq": 100, "Sk": 2100, "Hq": 2, "D": 32}, {"causal": True}),
     "few-rows": ({"B": 2, "Sq": 5, "Sk": 1500, "Hq": 2, "D": 32}, {"causal": True}),
     "dropout": ({"B": 2, "Sq": 70, "Sk": 300, "Hq": 2, "D": 16}, {"dropout": 0.3, "seed": 5}),
     "window": ({"B": 2, "Sq": 300, "Sk": 300, "Hq": 2, "D": 16}, {"window": (40, 9), "softcap": 5.0}),
@@ -45,7 +46,9 @@ def test_number_of_threads_does_not_matter(kernel, dtype, case, threads):
     assert all(same(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("case", ["prefill", "decode", "decode-rows", "few-rows", "prefill-gqa", "window"])
+@pytest.mark.parametrize(
+    "case", ["prefill", "decode", "decode-rows", "split", "few-rows", "prefill-gqa", "window"]
+)
 def test_batch_around_an_entry_does_not_matter(kernel, dtype, case, threads):
     sizes, kw = CASES[case]
     fastattn.set_num_threads(2)

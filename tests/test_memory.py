@@ -70,7 +70,7 @@ def test_a_bool_mask_is_not_expanded(kernel, dtype):
 
 
 @pytest.mark.one_dtype
-@pytest.mark.parametrize("Sq", [None, 1, 4])
+@pytest.mark.parametrize("Sq", [None, 1, 4, 256])
 def test_workspace_of_explain_is_linear(kernel, dtype, Sq):
     def workspace(S):
         q = np.broadcast_to(np.zeros((), dtype), (1, Sq or S, 2, 64))

@@ -1,7 +1,7 @@
 // Decode: few query rows (R = Sq * G, see most_decode_rows) per head, so that reading k and v is what takes the
 // time. They are used where they lie, once for all rows, and in the order of the addresses: a few keys of all
 // the heads of the item, then the next ones. While the keys of a block of kDecodeBlock are computed its values
-// are on their way from memory, and then the keys of the next block.
+// are on their way from memory, and then the keys of the next block. With one row for each head see score_rows.
 //
 //   q (heads*R, D)   k, v rows in memory, any storage type   scores, p (heads*R, kDecodeBlock)   O (heads*R, Dv)
 #pragma once
@@ -212,7 +212,7 @@ private:
     }
 
     // scores[r][0..n) = q_r . k_j for all rows. has_tail: D is not a multiple of the width; code of its own, so
-    // that the sums stay in registers without.
+    // that the sums stay in registers without. The sums are the same to the last bit either way.
     template <bool has_tail>
     void score(const S* block_begin, std::int64_t n) {
         if (one_row_) {
@@ -248,9 +248,9 @@ private:
         }
     }
 
-    // With one row for each head the products cost next to nothing, and the time is that of reading. Four keys are read
-    // side by side, all heads of these, then the next four, and each line asks for one further on: the pattern that
-    // comes nearest to what plain reading reaches. The sums are those of score_block and add_values to the last bit.
+    // With one row for each head the products cost next to nothing, and the time is that of reading. kSideBySide keys
+    // are read at once, all heads of these, then the next ones, and each line asks for one further on: the pattern that
+    // comes nearest to what plain reading reaches.
 
     // How much further on in x: kAheadBytes in the order of reading, but not beyond half a block, as the other
     // tensor's comes between.
@@ -294,6 +294,7 @@ private:
         }
     }
 
+    // dot_tile with a row of q for each group, and with prefetching; the order over u is the same, as bits depend on it.
     // Sums of width rows of k, kSideBySide in a group: group g begins at k[i] + first + g * k_step, and is multiplied
     // with q + g * q_step.
     template <bool has_tail>

@@ -20,12 +20,14 @@ constexpr std::int64_t kMinRows = 96;
 // Packed k and v of kKeyBlock keys; above it blocks are half as long.
 constexpr std::int64_t kBlockBytes = 256 * 1024;
 
-// Few rows and many keys: split the keys, so that the work is parallel. Depends on the problem of one
-// (batch, head) alone.
+// Few rows and many keys: split the keys, so that the work is parallel and k and v are packed for all rows at once.
+// Depends on the problem of one (batch, head) alone.
 std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
+    // More rows, fewer splits: what partial results take stays the same.
+    const std::int64_t most_splits = kMostSplits * 16 / std::max<std::int64_t>(plan.rows, 16);
     std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
-    length = std::max(length, round_up(ceil_div(p.kv_size, kMostSplits), kKeyBlock));
-    const bool pays = p.weights.data == nullptr && plan.rows <= 256 && p.kv_size > length;
+    length = std::max(length, round_up(ceil_div(p.kv_size, most_splits), kKeyBlock));
+    const bool pays = p.weights.data == nullptr && plan.rows <= kSplitRows && p.kv_size > length;
     return pays ? length : p.kv_size;
 }
 
@@ -40,7 +42,7 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
 std::int64_t most_decode_rows(const AttentionProblem& p) {
     constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
     const std::int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<std::int64_t>(item_size(p.dtype));
-    if (p.kv_size * key_bytes >= kLargeHead) return 32;
+    if (p.kv_size >= ceil_div(kLargeHead, std::max<std::int64_t>(key_bytes, 1))) return 32;
     return p.kv_size >= kFewKeys ? 16 : 8;
 }
 
@@ -52,8 +54,10 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
     const bool side_by_side =
         magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
     if (!side_by_side) return 1;
-    std::int64_t heads =
-        std::clamp<std::int64_t>(p.kv_heads, 1, kDecodeItemRows / std::max<std::int64_t>(plan.rows, 1));
+    const std::int64_t most =
+        std::max<std::int64_t>(kDecodeItemRows / std::max<std::int64_t>(plan.rows, 1), 1);
+    const std::int64_t all = std::max<std::int64_t>(p.kv_heads, 1);
+    std::int64_t heads = ceil_div(all, ceil_div(all, most));
     while (heads > 1 && p.batch * ceil_div(p.kv_heads, heads) * plan.key_splits < std::int64_t{4} * threads) {
         heads = ceil_div(heads, 2);
     }

@@ -51,7 +51,7 @@ TEST(Tiling, ItemsCoverEveryRowOnce) {
 // Whatever changes a result - key blocks, splits, which algorithm - is the same for any thread count and
 // any batch size.
 TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
-    for (std::int64_t q : {1, 8, 9, 40, 700}) {
+    for (std::int64_t q : {1, 8, 9, 40, 65, 256, 257, 700}) {
         for (std::int64_t keys : {100, 4095, 4096, 100000}) {
             const FlashPlan one = plan_flash(problem(1, 8, 8, q, keys, 64, 64), kWide, 1);
             for (std::int64_t batch : {1, 3, 64}) {
@@ -65,6 +65,36 @@ TEST(Tiling, ResultsDoNotDependOnThreadsOrBatch) {
             }
         }
     }
+}
+
+// 9 to 16 rows from 512 keys on, 17 to 32 where keys and values of a head are at least 12 MiB.
+TEST(Tiling, RowsOfDecode) {
+    const auto decodes = [](std::int64_t rows, std::int64_t keys) {
+        return plan_flash(problem(1, 2, 2, rows, keys, 128, 128), kWide, 2).decode;
+    };
+    const std::int64_t large = (12 << 20) / (256 * 4);
+    EXPECT_TRUE(decodes(8, 1) && decodes(8, 511));
+    EXPECT_FALSE(decodes(9, 511) || decodes(16, 511));
+    EXPECT_TRUE(decodes(9, 512) && decodes(16, 512));
+    EXPECT_FALSE(decodes(17, 512) || decodes(17, large - 1));
+    EXPECT_TRUE(decodes(17, large) && decodes(32, large));
+    EXPECT_FALSE(decodes(33, large));
+}
+
+// All heads of a key to an item where they lie side by side, but no more than kDecodeItemRows rows.
+TEST(Tiling, HeadsOfDecodeItem) {
+    const auto heads = [](std::int64_t kv_heads, std::int64_t rows) {
+        AttentionProblem p = problem(1, kv_heads * rows, kv_heads, 1, 16384, 128, 128);
+        p.k.seq = p.v.seq = kv_heads * 128;
+        p.k.head = p.v.head = 128;
+        return plan_flash(p, kWide, 1).heads_per_item;
+    };
+    EXPECT_EQ(heads(8, 4), 8);
+    EXPECT_EQ(heads(32, 1), 32);
+    EXPECT_EQ(heads(32, 16), 16);
+    EXPECT_EQ(heads(8, 32), 8);
+    EXPECT_EQ(heads(9, 32), 5);
+    EXPECT_EQ(plan_flash(problem(1, 8, 8, 1, 16384, 128, 128), kWide, 1).heads_per_item, 1);
 }
 
 TEST(Tiling, WorkspaceDoesNotGrowWithTheSequence) {

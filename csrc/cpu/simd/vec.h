@@ -60,7 +60,7 @@ FASTATTN_INLINE void from_scalar(float x, float* p) { *p = x; }
 FASTATTN_INLINE void from_scalar(float x, f16_t* p) { p->bits = f32_to_f16(x); }
 FASTATTN_INLINE void from_scalar(float x, bf16_t* p) { p->bits = f32_to_bf16(x); }
 
-// Partial and strided access, the same for every ISA: through a buffer of one vector.
+// Partial and strided access: through a buffer of one vector where the ISA has nothing better.
 template <class V, class S>
 FASTATTN_INLINE V load_n(const S* p, std::int64_t n) {
     if (n >= V::width) return V::load(p);

@@ -60,6 +60,7 @@ def run(
         raise ValueError(f"--threads: expected at least 1, got {threads}")
     check_rounds(rounds)
 
+    start = header(SCHEMA, command)  # the commit that is measured, whatever is edited meanwhile
     before = fastattn.get_num_threads()
     progress = Progress(len(chosen) * rounds)
     limits = Limits(threads)
@@ -88,7 +89,7 @@ def run(
         _set_limits(result, limits)
     _set_slowdowns(results)
     return {
-        **header(SCHEMA, command),
+        **start,
         "runs": [
             {
                 **describe_run(threads, rounds, implementations, unavailable, limits),

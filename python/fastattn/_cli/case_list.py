@@ -68,12 +68,12 @@ def _decode() -> list[Case]:
             title = f"Llama-3-8B decode, {label} keys"
             plain.append(Case(f"{prefix}-{label}", title, family, kind, batch, 32, 8, 1, size, 128))
     mha = Case("decode-mha-8k", "MHA decode, 8k keys", family, kind, 1, 32, 32, 1, 8192, 128)
-    llama = replace(mha, name="draft-8k", title="Llama-3-8B, 4 drafted tokens, 8k keys", kv_heads=8)
+    draft = replace(mha, name="draft-8k", title="Llama-3-8B, 4 drafted tokens, 8k keys", causal=True)
     plain += [
         mha,
         replace(mha, name="decode-70b-8k", title="Llama-3-70B decode, 8k keys", q_heads=64, kv_heads=8),
         replace(mha, name="decode-qwen-8k", title="Qwen3-235B decode, 8k keys", q_heads=64, kv_heads=4),
-        replace(llama, q_size=4, causal=True),
+        replace(draft, kv_heads=8, q_size=4),
     ]
     cases = [_in_dtype(case, short, dtype) for case in plain for short, dtype in DTYPES]
     return [case for case in cases if case.kv_bytes <= MOST_KV_BYTES]

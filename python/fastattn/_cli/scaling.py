@@ -56,6 +56,7 @@ def run(
     timing.check_rounds(rounds)
     has_bfloat16 = machine.installed_version("ml_dtypes") is not None
     dtypes = [dtype for dtype in SCALED_DTYPES if dtype != "bfloat16" or has_bfloat16]
+    start = bench.header(SCHEMA, command)
     limits, points = Limits(threads), []
     progress = Progress(len(dtypes) * len(SIZES) * rounds)
     before = fastattn.get_num_threads()
@@ -70,7 +71,7 @@ def run(
         progress.clear()
         fastattn.set_num_threads(before)
     return {
-        **bench.header(SCHEMA, command),
+        **start,
         "mode": "scaling",
         "runs": [
             {
