@@ -318,8 +318,10 @@ private:
             if constexpr (has_tail) {
                 const V x = V::load(q + u);
 #pragma GCC unroll 4
-                for (int i = 0; i < kSideBySide; ++i)
+                for (int i = 0; i < kSideBySide; ++i) {
                     acc[g + i] = E::mma(x, E::load_units(k[i] + first, 1, u, p_.head_dim), acc[g + i]);
+                    fetch_line(k[i] + first + u * E::scalars + k_ahead_);
+                }
             }
             q += q_step;
             first += k_step;
