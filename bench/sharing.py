@@ -88,12 +88,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="of calls for each figure")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    try:
+        timing.check_rounds(arguments.rounds)
+        chosen = cases.select(arguments.cases, case_list.CASES)
+        names = peers.choose(arguments.peers)
+    except ValueError as error:
+        parser.error(str(error))
     threads = machine.usable_cpus()
     document = bench.header(SCHEMA, sys.argv) | {"mode": "sharing", "threads": threads, "results": []}
-    found, unavailable = bench.implement(peers.choose(arguments.peers), threads)
+    found, unavailable = bench.implement(names, threads)
     document["unavailable"] = unavailable
     print(f"{'case':20}{'':14}{'alone':>11}{'two callers':>14}{'busy machine':>15}")
-    for case in cases.select(arguments.cases, case_list.CASES):
+    for case in chosen:
         inputs = peers.Inputs.of(case)
         for implementation in found:
             try:
