@@ -7,13 +7,18 @@ Unusable kernels show up once, skipped with their reason, in test_entry_points.p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from inputs import DTYPES, PARTIAL
 
 import fastattn
+
+# The scripts are imported by their names, and find what they import, as where one of them is run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 USABLE = [kernel for kernel in fastattn.kernels() if kernel.usable]
 
