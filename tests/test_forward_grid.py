@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gate import check
-from inputs import qkv
+from inputs import qkv, stats_dtype
 
 import fastattn
 
@@ -26,6 +26,25 @@ def test_key_lengths(kernel, dtype, Sk):
     Sq = LENGTHS[(5 * LENGTHS.index(Sk) + 11) % len(LENGTHS)]
     check(kernel, *qkv(dtype, Sq=Sq, Sk=Sk, D=32, seed=Sk), causal=True)
     check(kernel, *qkv(dtype, Sq=9, Sk=Sk, D=64, seed=Sk))
+
+
+# The last tile of rows has as many as are left, rounded up to two.
+@pytest.mark.parametrize("Sq", range(18, 24))
+def test_rows_of_the_last_tile(kernel, dtype, Sq):
+    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=150, Hq=2, Hkv=1, D=40, Dv=72, seed=Sq)
+    mask = np.arange(150) % 5 != np.arange(Sq)[:, None] % 5
+    out, _ = check(kernel, q, k, v, mask=mask, softcap=3.0, causal=True, q_offset=60)
+    check(kernel, q, k, v, window=(20, 3), q_offset=70, dropout=0.3, seed=4)
+    check(kernel, q, k, v, bias=np.where(mask, 0.5, -np.inf).astype(stats_dtype(dtype)), weights=True)
+    spoilt = v.copy()
+    spoilt[1, 75, 0, ::2] = np.nan
+    check(kernel, q, k, spoilt, causal=True, q_offset=60)
+    # A GPU's matrix products may choose by the size.
+    if fastattn.explain(q, k, v, kernel=kernel).device == "cpu":
+        fewer = fastattn.mha(
+            q[:, : Sq - 1], k, v, mask=mask[:-1], softcap=3.0, causal=True, q_offset=60, kernel=kernel
+        )
+        assert np.array_equal(fewer, out[:, : Sq - 1])
 
 
 @pytest.mark.parametrize("D", DIMS)

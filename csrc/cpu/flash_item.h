@@ -182,19 +182,31 @@ typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64
 // Writes the rows of an item: their outputs, or partial results where the keys are split.
 template <class E, class S>
 void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
-    constexpr std::int64_t kRowsBetweenStops = 16;  // a row that sees nothing may look at its whole mask
-    for (std::int64_t r = 0; r < item.rows * item.heads; ++r) {
-        if (r % kRowsBetweenStops == 0 && call.executor.stop_requested()) return;
+    // Some rows at a time: a row that sees nothing may look at its whole mask before the next question whether to stop.
+    constexpr int kRows = 16;
+    const std::int64_t rows = item.rows * item.heads;
+    for (std::int64_t first = 0; first < rows; first += kRows) {
+        if (call.executor.stop_requested()) return;
+        const std::int64_t end = rows - first < kRows ? rows : first + kRows;
         if (call.plan.key_splits > 1) {
-            const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
-            write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
-        } else {
+            for (std::int64_t r = first; r < end; ++r) {
+                const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
+                write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
+            }
+            continue;
+        }
+        // All sums before the outputs: a row's sum and divisions take long, and do not wait for each other.
+        double factors[kRows];
+        for (std::int64_t r = first; r < end; ++r) {
             const double l = total_weight(x, r, false),
                          rounded_l = E::sums > 1 ? total_weight(x, r, true) : l;
-            const double factor =
-                finish_output<E, S>(x, x.info[r], double(x.row_max[r]), l, rounded_l, x.o + r * x.o_stride);
-            x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(factor);  // for the weights
+            const RowFactors found = finish_sums(x, x.info[r], double(x.row_max[r]), l, rounded_l);
+            factors[r - first] = found.output;
+            // For the weights, on request.
+            x.row_sum[r * E::sums * E::V::width] = static_cast<typename E::Acc>(found.weight);
         }
+        for (std::int64_t r = first; r < end; ++r)
+            write_output<E, S>(x, x.info[r], factors[r - first], x.o + r * x.o_stride);
     }
 }
 

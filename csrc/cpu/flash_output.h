@@ -33,28 +33,32 @@ double log_sum(double top, double denominator) {
     return (top + ::log2(denominator)) / kLog2E;
 }
 
-// Writes out and lse of one row from m, l and O; returns what 2^(x-m) is multiplied with to be a weight.
-// rounded_l is the sum of the weights as v was multiplied with them.
-template <class E, class S>
-double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, double l, double rounded_l,
-                     const typename E::Acc* o) {
-    using V = typename E::V;
-    using Acc = typename E::Acc;
+// What the weights 2^(x-m) of a row are multiplied with to be a share of the sum: as computed, and as v was multiplied with
+// them (and dropout).
+struct RowFactors {
+    double weight, output;
+};
+
+// The factors of one row from m and l; writes its lse. rounded_l is the sum of the weights as v was multiplied with them.
+template <class E>
+FASTATTN_INLINE RowFactors finish_sums(const FlashBlock<E>& x, const RowInfo& row, double m, double l,
+                                       double rounded_l) {
     const AttentionProblem& p = x.problem;
     constexpr double inf = kInf<double>;
-    const bool exists = row.query < p.q_len(x.batch);
     double sink = -inf;
-    if (exists && p.sinks.data != nullptr) sink = read_head(p.sinks, 0, row.head) * kLog2E;
+    if (p.sinks.data != nullptr && row.query < p.q_len(x.batch))
+        sink = read_head(p.sinks, 0, row.head) * kLog2E;
 
-    double factor, lse, out_factor = 0.0;
+    RowFactors factors;
+    double lse;
     if (sink == inf) {
-        factor = out_factor = l == l ? 0.0 : l;
+        factors.weight = factors.output = l == l ? 0.0 : l;
         lse = inf;
     } else if (l == 0 || m == -inf) {
         // l is 0, or NaN: no finite or infinite score, or only masked ones.
         const bool nothing = l == 0 && !attends_any(x, row);
         const double denominator = l + (sink == -inf ? 0.0 : 1.0);
-        factor = out_factor = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
+        factors.weight = factors.output = nothing ? 0.0 : (sink == sink ? 0.0 / denominator : sink);
         lse = l == 0 ? sink / kLog2E : l;
     } else {
         double top = m, share = 1.0, sink_share = 0.0;
@@ -63,18 +67,26 @@ double finish_output(const FlashBlock<E>& x, const RowInfo& row, double m, doubl
             share = ::exp2(m - top);
             sink_share = ::exp2(sink - top);
         }
-        factor = share / (l * share + sink_share);
-        out_factor = share / (rounded_l * share + sink_share);
-        lse = p.lse.data == nullptr ? 0.0 : log_sum<Acc>(top, l * share + sink_share);
+        factors.weight = factors.output = share / (l * share + sink_share);
+        if (E::sums > 1) factors.output = share / (rounded_l * share + sink_share);
+        lse = p.lse.data == nullptr ? 0.0 : log_sum<typename E::Acc>(top, l * share + sink_share);
     }
+    if (p.dropout > 0) factors.output /= 1.0 - p.dropout;
     write_lse(p, x.batch, row, lse);
-    const double keep = out_factor / (1.0 - p.dropout);
-    const V scale = V::set1(static_cast<Acc>(keep));
+    return factors;
+}
+
+// Writes the output of one row.
+template <class E, class S>
+FASTATTN_INLINE void write_output(const FlashBlock<E>& x, const RowInfo& row, double factor,
+                                  const typename E::Acc* o) {
+    using V = typename E::V;
+    const AttentionProblem& p = x.problem;
+    const V scale = V::set1(static_cast<typename E::Acc>(factor));
     S* out = row_pointer<S>(p.out, x.batch, row.query, row.head);
     for (std::int64_t c = 0; c < p.value_dim; c += V::width) {
         store_strided(V::load(o + c) * scale, out + c * p.out.dim, p.out.dim, p.value_dim - c);
     }
-    return factor;
 }
 
 // One partial result of a split: m, l, rounded l, then O from kPartialHeader on.
@@ -115,7 +127,7 @@ void merge_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* part
             (s == 0 ? y : V::load(o + c) + y).store(o + c);
         }
     }
-    finish_output<E, S>(x, row, double(top), l, rounded_l, o);
+    write_output<E, S>(x, row, finish_sums(x, row, double(top), l, rounded_l).output, o);
 }
 
 }  // namespace

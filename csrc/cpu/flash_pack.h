@@ -84,8 +84,8 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
     V check[E::nv];  // stay 0, or become NaN
 #pragma GCC unroll 8
     for (int n = 0; n < E::nv; ++n) check[n] = V::zero();
-    // Columns [c, c + width) of the rows of a unit; `load` reads them from a row that exists.
-    auto pack = [&](std::int64_t j, std::int64_t c, V& seen, auto load) {
+    // Columns [c, c + width) of the rows of a unit, to `to`; `load` reads them from a row that exists.
+    auto pack = [&](std::int64_t j, std::int64_t c, typename E::Unit* to, V& seen, auto load) {
         V x[E::scalars];
 #pragma GCC unroll 2
         for (int s = 0; s < E::scalars; ++s) {
@@ -95,19 +95,22 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
             seen = V::fma(x[s], V::zero(), seen);
             if (kSanitize) x[s] = V::select(V::eq(x[s] - x[s], V::zero()), x[s], V::zero());
         }
-        E::combine(x).store(dst + (c / E::nr) * panel_units + (j / E::scalars) * E::nr + c % E::nr);
+        E::combine(x).store(to);
     };
+    const auto whole = [](const S* x) { return V::load(x); };
     for (std::int64_t j = first; j < last; j += E::scalars) {
+        typename E::Unit* to = dst + j / E::scalars * E::nr;
         std::int64_t c = 0;
         if (dim_stride == 1) {
-            for (; c + E::nr <= dv; c += E::nr) {
+            for (; c + E::nr <= dv; c += E::nr, to += panel_units) {
 #pragma GCC unroll 8
-                for (int n = 0; n < E::nv; ++n)
-                    pack(j, c + n * V::width, check[n], [](const S* x) { return V::load(x); });
+                for (int n = 0; n < E::nv; ++n) pack(j, c + n * V::width, to + n * V::width, check[n], whole);
             }
+            for (; c + V::width <= dv; c += V::width, to += V::width) pack(j, c, to, check[0], whole);
         }
         for (; c < dv; c += V::width) {
-            pack(j, c, check[0], [&](const S* x) { return load_strided<V>(x, dim_stride, dv - c); });
+            pack(j, c, to, check[0], [&](const S* x) { return load_strided<V>(x, dim_stride, dv - c); });
+            to += (c + V::width) % E::nr == 0 ? panel_units - E::nr + V::width : V::width;
         }
     }
 #pragma GCC unroll 8

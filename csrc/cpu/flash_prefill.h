@@ -17,6 +17,8 @@ class Prefill {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
     static constexpr int w = V::width;
+    static constexpr int kRowStep = 2;  // the last tile of an item may have fewer rows, a multiple of this
+    static_assert(E::mr % kRowStep == 0);
     static constexpr std::int64_t kInCaches = 256 * 1024;  // bytes of k and v that need no prefetching
 
 public:
@@ -26,7 +28,7 @@ public:
           item_(item_range(call, item)),
           x_(make_block<E>(p_, item_.batch)),
           drops_(p_.dropout > 0) {
-        padded_ = (item_.rows + E::mr - 1) / E::mr * E::mr;
+        padded_ = (item_.rows + kRowStep - 1) / kRowStep * kRowStep;
         p_stride_ = weight_stride(call.plan, tile_shape<E>());
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
@@ -54,7 +56,10 @@ public:
                     next_q_.advance(prefetch_rows_);
                     out_.advance(prefetch_rows_);
                 }
-                attend_tile(r, j, n);
+                const std::int64_t rows = padded_ - r < E::mr ? padded_ - r : E::mr;
+                with_count<E::mr / kRowStep>(static_cast<int>(rows / kRowStep), [&](auto count) {
+                    attend_tile<decltype(count)::value * kRowStep>(r, j, n);
+                });
             }
         }
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
@@ -72,7 +77,7 @@ private:
         out_ = {};
         ItemRange item = item_;
         std::int64_t n = j < keys_.end ? block_keys(j) : 0;
-        const std::int64_t tiles = padded_ / E::mr;
+        const std::int64_t tiles = (padded_ + E::mr - 1) / E::mr;
         if (n == 0) {
             const bool whole = call_.plan.key_splits == 1;  // else the output is written by the merge
             out_ = rows_ahead<true>(p_.out, item_.batch, item_.row_begin / p_.group, item_.kv_head * p_.group,
@@ -157,6 +162,7 @@ private:
 
     // One row tile against one packed block. The weights of each panel of keys are computed beside the products
     // of the next one, those of the last beside the first products with v.
+    template <int MR>
     void attend_tile(std::int64_t r, std::int64_t j, std::int64_t n) {
         TileKeys& tile = tile_of(r);
         // Columns of the block that any row may attend, and those that every row may attend.
@@ -166,7 +172,7 @@ private:
         if (begin >= end) return;
         // The panels are packed from multiples of nr on; the first one may be used from one of its vectors on.
         const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
-        PanelWeights weights{*this, r, j, first};
+        PanelWeights<MR> weights{*this, r, j, first};
         std::int64_t last = first;
         bool waiting = false;  // a panel has scores but no weights yet
         for (std::int64_t c = first, width; c < end; c += width) {
@@ -176,30 +182,31 @@ private:
             const bool ranged = all_begin > c || all_end < c + vectors * w;
             last = c + vectors * w;
             if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
-            if (p_.mask.data != nullptr && rows_masked(r, E::mr, j + c, left)) {
+            if (p_.mask.data != nullptr && rows_masked(r, MR, j + c, left)) {
                 if (waiting) weights.all();
                 waiting = false;
-                clear_weights(c);
+                clear_weights<MR>(c);
                 continue;
             }
             weights.bias_row = r;
             weights.bias_key = j + c + width;
             with_count<E::nv>(vectors, [&](auto count) {
-                score_panel<decltype(count)::value>(r, j, first, c, ranged, waiting, weights);
+                score_panel<MR, decltype(count)::value>(r, j, first, c, ranged, waiting, weights);
             });
             waiting = true;
             weights.column = c;
             weights.half = vectors <= E::nv / 2;
         }
-        weights.bias_row = r + E::mr < padded_ ? r + E::mr : 0;
+        weights.bias_row = r + MR < padded_ ? r + MR : 0;
         weights.bias_key = j + (weights.bias_row > 0 ? first : n);
         multiply_values(r, first, last, waiting, weights, !tile.started);
         tile.started = true;
-        if (has_bad_) add_bad_values(r, j, first, last < n ? last : n);
+        if (has_bad_) add_bad_values(r, MR, j, first, last < n ? last : n);
     }
 
+    template <int MR>
     void clear_weights(std::int64_t column) {
-        for (int m = 0; m < E::mr; ++m) {
+        for (int m = 0; m < MR; ++m) {
             for (int c = 0; c < E::nv; c += 2) {
                 E::store_weights(V::zero(), V::zero(), weights_row(m), column + c * w);
             }
@@ -209,8 +216,9 @@ private:
     Unit* weights_row(int m) const { return at_.p + m * p_stride_; }
 
     // The scores x of one panel become weights, and the sums follow; a row at a time.
+    template <int MR>
     struct PanelWeights {
-        static constexpr int steps = E::mr;
+        static constexpr int steps = MR;
         static constexpr bool vectors = true;
         Prefill& self;
         const std::int64_t r, j;
@@ -263,28 +271,28 @@ private:
         }
     }
 
-    // Scores x of mr rows for the keys of one panel, columns [c, c + NV*width) of the block; `ranged`: some keys
+    // Scores x of MR rows for the keys of one panel, columns [c, c + NV*width) of the block; `ranged`: some keys
     // are outside of some row's range. m is raised where they ask for it.
-    template <int NV>
+    template <int MR, int NV>
     void score_panel(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, bool ranged,
-                     bool waiting, PanelWeights& weights) {
+                     bool waiting, PanelWeights<MR>& weights) {
         if (waiting) run_before<E>(weights);
-        V acc[E::mr][NV];
+        V acc[MR][NV];
 #pragma GCC unroll 8
-        for (int m = 0; m < E::mr; ++m) {
+        for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
         }
-        gemm_tile_with<E, E::mr, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
-                                     at_.k + (c - c % E::nr) * d_units_ + c % E::nr, E::nr, d_units_,
-                                     !waiting, weights);
+        gemm_tile_with<E, MR, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+                                  at_.k + (c - c % E::nr) * d_units_ + c % E::nr, E::nr, d_units_, !waiting,
+                                  weights);
         if (x_.elementwise) {
-            store_scores<NV, E::nv>(acc, V::zero());
-            for (int m = 0; m < E::mr; ++m) transform_scores(m, r, j, first, c);
+            store_scores<E::nv>(acc, V::zero());
+            for (int m = 0; m < MR; ++m) transform_scores(m, r, j, first, c);
         } else if (ranged) {
-            scale_scores<NV, true>(r, j, first, c, acc);
+            scale_scores<true>(r, j, first, c, acc);
         } else {
-            scale_scores<NV, false>(r, j, first, c, acc);
+            scale_scores<false>(r, j, first, c, acc);
         }
     }
 
@@ -306,21 +314,21 @@ private:
     }
 
     // A row that has seen nothing, m = -inf, has x - m = inf.
-    template <int NV, bool ranged>
+    template <bool ranged, int MR, int NV>
     FASTATTN_INLINE void scale_scores(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c,
-                                      V (&acc)[E::mr][NV]) {
+                                      V (&acc)[MR][NV]) {
         V top = V::set1(-kInf<Acc>);
         const V scale = V::set1(x_.scale_log2e);
 #pragma GCC unroll 8
-        for (int m = 0; m < E::mr; ++m) {
+        for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
             if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
-        store_scores<NV, (NV > E::nv / 2 ? E::nv : E::nv / 2)>(acc, V::set1(-kInf<Acc>));
+        store_scores<(NV > E::nv / 2 ? E::nv : E::nv / 2)>(acc, V::set1(-kInf<Acc>));
         if (V::any(V::gt(top, V::set1(Acc(kSlack))))) [[unlikely]] {
-            for (int m = 0; m < E::mr; ++m) {
+            for (int m = 0; m < MR; ++m) {
                 V row = V::load(at_.scores + m * E::nr);
                 for (int n = 1; n < NV; ++n) row = V::max(V::load(at_.scores + m * E::nr + n * w), row);
                 follow_peak(x_, r + m, V::reduce_max(row), weights_row(m), first, c);
@@ -330,10 +338,10 @@ private:
 
     // A panel that is not full is filled up to `filled` vectors: with -inf for keys that no row may attend, or with any
     // number where the key ranges are applied afterwards.
-    template <int NV, int filled>
-    FASTATTN_INLINE void store_scores(const V (&acc)[E::mr][NV], V fill) {
+    template <int filled, int MR, int NV>
+    FASTATTN_INLINE void store_scores(const V (&acc)[MR][NV], V fill) {
 #pragma GCC unroll 8
-        for (int m = 0; m < E::mr; ++m) {
+        for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < filled; ++n) {
                 (n < NV ? acc[m][n < NV ? n : 0] : fill).store(at_.scores + m * E::nr + n * w);
@@ -351,8 +359,9 @@ private:
 
     // O += p . v over columns [first, last) of the block, or = where `fresh`; with `waiting` the weights of the last
     // panel are computed on the way.
+    template <int MR>
     void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last, bool waiting,
-                         PanelWeights& weights, bool fresh) {
+                         PanelWeights<MR>& weights, bool fresh) {
         const std::int64_t begin = first / E::scalars, depth = (last - first) / E::scalars;
         std::int64_t before = waiting ? (weights.column - first) / E::scalars : 0;
         if (waiting && (before == 0 || p_.value_dim < E::nr)) {
@@ -365,22 +374,22 @@ private:
             const Unit* panel = at_.v + c * v_units_ + begin * E::nr;
             Acc* const o = x_.o + r * x_.o_stride + c;
             if (c == 0 && before > 0) {
-                gemm_accumulate_with<E, E::mr, E::nv>(o, x_.o_stride, at_.p + begin, p_stride_, panel, E::nr,
-                                                      depth, before, weights, 1, fresh);
+                gemm_accumulate_with<E, MR, E::nv>(o, x_.o_stride, at_.p + begin, p_stride_, panel, E::nr,
+                                                   depth, before, weights, 1, fresh);
                 continue;
             }
             with_count<E::nv>(vectors, [&](auto count) {
-                gemm_accumulate<E, E::mr, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride_,
-                                                                  panel, E::nr, depth, 1, fresh);
+                gemm_accumulate<E, MR, decltype(count)::value>(o, x_.o_stride, at_.p + begin, p_stride_,
+                                                               panel, E::nr, depth, 1, fresh);
             });
         }
     }
 
     // The NaN and Inf that pack_values took out, for the rows that attend them.
-    void add_bad_values(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t last) {
+    void add_bad_values(std::int64_t r, int rows, std::int64_t j, std::int64_t first, std::int64_t last) {
         for (std::int64_t c = first; c < last; ++c) {
             if (!at_.bad[c]) continue;
-            for (int m = 0; m < E::mr; ++m) {
+            for (int m = 0; m < rows; ++m) {
                 if (!attends(x_, x_.info[r + m], j + c)) continue;
                 const Acc weight = E::weight(weights_row(m), c);
                 const S* v = v_ + (j + c) * p_.v.seq;
@@ -413,7 +422,7 @@ private:
         V acc[E::mr][E::nv] = {};
         gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
                                    at_.k + c * d_units_, E::nr, 0, d_units_);
-        store_scores<E::nv, E::nv>(acc, V::zero());
+        store_scores<E::nv>(acc, V::zero());
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
             Acc* s = at_.scores + m * E::nr;
             transform_row<E, E::nv>(x_, x_.info[r + m], s, j + c, E::nv);
