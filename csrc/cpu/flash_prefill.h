@@ -79,9 +79,8 @@ private:
         std::int64_t n = j < keys_.end ? block_keys(j) : 0;
         const std::int64_t tiles = (padded_ + E::mr - 1) / E::mr;
         if (n == 0) {
-            const bool whole = call_.plan.key_splits == 1;  // else the output is written by the merge
-            out_ = rows_ahead<true>(p_.out, item_.batch, item_.row_begin / p_.group, item_.kv_head * p_.group,
-                                    p_.value_dim, whole && p_.group == 1 ? item_.rows : 0);
+            // With split keys the output is written by the merge.
+            if (call_.plan.key_splits == 1) out_ = query_rows_ahead<true>(p_.out, item_, p_.value_dim);
             prefetch_rows_ = (item_.rows + tiles - 1) / tiles;
             const std::int64_t next = call_.executor.next_item();
             if (next >= call_.plan.items) return;
@@ -91,8 +90,7 @@ private:
             if (keys.end > item.key_end) keys.end = item.key_end;
             j = keys.begin / call_.plan.key_block * call_.plan.key_block;
             n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
-            next_q_ = rows_ahead<false>(p_.q, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
-                                        p_.head_dim, p_.group == 1 ? item.rows : 0);
+            next_q_ = query_rows_ahead<false>(p_.q, item, p_.head_dim);
         }
         next_k_ = rows_ahead<false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
         next_v_ = rows_ahead<false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
@@ -101,10 +99,21 @@ private:
 
     template <bool for_writing>
     static RowPrefetch<for_writing> rows_ahead(const Operand& x, std::int64_t b, std::int64_t i,
-                                               std::int64_t h, std::int64_t dim, std::int64_t n) {
+                                               std::int64_t h, std::int64_t dim, std::int64_t n,
+                                               std::int64_t heads = 1) {
         constexpr auto size = static_cast<std::int64_t>(sizeof(S));
         if (x.dim != 1 || n <= 0) return {};
-        return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n};
+        return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n, heads, x.head * size};
+    }
+
+    // The rows of q or out of an item. Of a group where the heads of a query lie side by side: else each head is a stream
+    // that the hardware follows.
+    template <bool for_writing>
+    RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
+                                              std::int64_t dim) const {
+        if (p_.group > 1 && x.head > x.seq) return {};
+        return rows_ahead<for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group, dim,
+                                       (item.rows + p_.group - 1) / p_.group, p_.group);
     }
 
     // Keys [j, j + n), less the panels before the first that anybody attends.
