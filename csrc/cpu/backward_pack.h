@@ -1,0 +1,104 @@
+// The blocks of the backward pass: which keys and rows they have, packed as the products take them.
+#pragma once
+
+#include "cpu/backward_block.h"
+#include "cpu/flash_pack.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// Keys from j on of a kv head.
+template <class E>
+void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j) {
+    const std::int64_t left = block.forward.kv_size - j;
+    block.keys = {};
+    block.keys.head = kv_head;
+    block.keys.first = j;
+    block.keys.size = left < block.plan.key_block ? left : block.plan.key_block;
+}
+
+template <class E, class S>
+void pack_key_block(BackwardBlock<E>& block) {
+    using V = typename E::V;
+    constexpr int w = V::width;
+    const AttentionProblem& p = block.forward;
+    const BackwardBuffers<E>& at = block.at;
+    KeyBlock& keys = block.keys;
+    const S* k = row_pointer<const S>(p.k, block.x.batch, keys.first, keys.head);
+    const S* v = row_pointer<const S>(p.v, block.x.batch, keys.first, keys.head);
+    pack_keys<E>(at.k_panels, k, p.k.seq, p.k.dim, keys.size, p.head_dim);
+    pack_keys<E>(at.v_panels, v, p.v.seq, p.v.dim, keys.size, p.value_dim);
+    keys.bad_key = pack_values<E>(at.k_rows, at.bad_k, k, p.k.seq, p.k.dim, keys.size,
+                                  (keys.size + w - 1) / w * w, block.plan.key_block, p.head_dim);
+    V check = V::zero();
+    for (std::int64_t c = 0; c < keys.size; ++c) {
+        for (std::int64_t d = 0; d < p.value_dim; d += w)
+            check = V::fma(load_strided<V>(v + c * p.v.seq + d * p.v.dim, p.v.dim, p.value_dim - d),
+                           V::zero(), check);
+    }
+    keys.bad_value = !(V::reduce_add(check) == 0);
+    keys.packed = true;
+}
+
+// Rows from i on of a query head. False when none of them has weights in the block of keys.
+template <class E, class S>
+bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const BackwardBuffers<E>& at = block.at;
+    const KeyBlock& keys = block.keys;
+    RowBlock& rows = block.rows;
+    FlashBlock<E>& x = block.x;
+    const std::int64_t size = p.q_size - i < plan.row_block ? p.q_size - i : plan.row_block;
+    const std::int64_t left = p.q_len(x.batch) - i;
+    const std::int64_t live = left < size ? left : size;
+    if (live <= 0) return false;
+    // Both ends of the ranges rise with the row.
+    if (p.key_range(x.batch, i).begin >= keys.first + keys.size ||
+        p.key_range(x.batch, i + live - 1).end <= keys.first)
+        return false;
+    if (!keys.packed) pack_key_block<E, S>(block);
+    static_assert(E::mr % E::scalars == 0);
+    const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;
+    rows = {};
+    rows.head = head;
+    rows.first = i;
+    rows.live = live;
+    rows.padded = padded;
+    const S* q = row_pointer<const S>(p.q, x.batch, i, head);
+    const Operand& d = block.problem.dout;
+    const S* dout = row_pointer<const S>(d, x.batch, i, head);
+    const RowRule rule(p, x.batch);
+    bool finite = true;
+    for (std::int64_t r = 0; r < padded; ++r) {
+        RowInfo info{};
+        BackwardRow<Acc> state{};
+        if (r < live) {
+            info = rule.info(i + r, head);
+            if (x.elementwise || block.alibi) find_features(x, info);
+            state = block.states[row_index(p, x.batch, head, i + r)];
+            pack_row<E>(at.q_rows + r * plan.q_units, q + r * p.q.seq, p.q.dim, p.head_dim);
+            pack_row<E>(at.dout_rows + r * plan.v_units, dout + r * d.seq, d.dim, p.value_dim);
+        } else {
+            clear_vectors<V>(at.q_rows + r * plan.q_units, plan.q_units);
+            clear_vectors<V>(at.dout_rows + r * plan.v_units, plan.v_units);
+        }
+        const Acc sum = state.shift + state.factor + state.delta;
+        finite = finite && sum - sum == 0;
+        at.rows[r] = state;
+        x.info[r] = info;
+    }
+    if (!block.into_bias) {
+        rows.bad_query = pack_values<E>(at.q_panels, at.bad_q, q, p.q.seq, p.q.dim, live, padded,
+                                        plan.row_block, p.head_dim);
+        rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, d.seq, d.dim, live, padded,
+                                           plan.row_block, p.value_dim);
+    }
+    block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;
+    return true;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
