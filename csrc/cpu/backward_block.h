@@ -71,6 +71,24 @@ struct RowBlock {
     bool bad_query = false, bad_gradient = false;  // NaN or Inf among q, among dout
 };
 
+// What memory is asked for while P and dS of a block of rows are computed: rows that are read after it, and rows of
+// results.
+struct BackwardAhead {
+    RowPrefetch<false> q, dout, k, v;
+    RowPrefetch<true> dq, dk, dv;
+    std::int64_t share = 0;  // rows of each for a tile
+
+    FASTATTN_INLINE void advance() {
+        q.advance(share);
+        dout.advance(share);
+        k.advance(share);
+        v.advance(share);
+        dq.advance(share);
+        dk.advance(share);
+        dv.advance(share);
+    }
+};
+
 // A block of rows against a block of keys.
 template <class E>
 struct BackwardBlock {
@@ -82,9 +100,11 @@ struct BackwardBlock {
     Executor& executor;
     FlashBlock<E> x;  // its batch entry is the block's
     BackwardBuffers<E> at;
-    BackwardRow<Acc>* states;  // of all rows: (batch, q_heads, q_size); this and the next two are shared by all threads
+    // Shared by all threads:
+    BackwardRow<Acc>* states;  // (batch, q_heads, q_size)
     Acc* slopes;  // sums for dalibi: (batch, q_heads, q_size, chunks)
-    Acc* partials;  // with split: dq by chunks (batch, kv_heads, chunks, group, q_size, d_stride)
+    Acc* partials;  // with split: dq of the chunks (batch, kv_heads, chunks, group, q_size, d_stride)
+    // The thread's own:
     std::int64_t d_units, v_units;  // of a row of q and k, of dout and v
     Acc keep_factor;  // of weights that dropout leaves
     bool alibi;  // dalibi is asked for
@@ -92,6 +112,7 @@ struct BackwardBlock {
     std::int64_t chunk = 0;  // that the block of keys belongs to
     KeyBlock keys;
     RowBlock rows;
+    BackwardAhead ahead;
     bool careful = false;  // NaN or Inf in anything that the block reads
 
     BackwardBlock(const BackwardCall& call, std::byte* workspace)

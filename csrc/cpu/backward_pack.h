@@ -40,6 +40,62 @@ void pack_key_block(BackwardBlock<E>& block) {
     keys.packed = true;
 }
 
+// The next block of rows; beside the last one of a block of keys the gradients of these, and the next keys.
+template <class E, class S>
+void plan_ahead(BackwardBlock<E>& block) {
+    const AttentionProblem& p = block.forward;
+    const BackwardProblem& problem = block.problem;
+    const BackwardPlan& plan = block.plan;
+    const KeyBlock& keys = block.keys;
+    BackwardAhead& ahead = block.ahead;
+    ahead = {};
+    if (block.into_bias) return;  // another order of blocks
+    std::int64_t most = 0;
+    const auto ask = [&]<bool for_writing>(RowPrefetch<for_writing>& to, const Operand& x, std::int64_t b,
+                                           std::int64_t i, std::int64_t h, std::int64_t dim, std::int64_t n,
+                                           std::int64_t heads = 1) {
+        to = rows_ahead<S, for_writing>(x, b, i, h, dim, n, heads);
+        if (n * heads > most) most = n * heads;
+    };
+    const auto rest = [](std::int64_t size, std::int64_t first, std::int64_t n) {
+        return size - first < n ? size - first : n;
+    };
+    std::int64_t b = block.x.batch, head = block.rows.head, row = block.rows.first + plan.row_block;
+    if (row >= p.q_size) {
+        row = 0;
+        ++head;
+    }
+    const std::int64_t first_head = keys.head * p.group;
+    bool more = true;
+    if (head == first_head + p.group) {
+        ask(ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
+        ask(ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
+        std::int64_t kv_head = keys.head, key = keys.first + plan.key_block;
+        const std::int64_t chunk_keys = plan.chunk_blocks * plan.key_block;
+        if (key >= p.kv_size || (plan.split && key % chunk_keys == 0)) {
+            if (!plan.split) ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, p.q_size, p.group);
+            const std::int64_t next = block.executor.next_item(), all = p.batch * p.kv_heads;
+            more = next < plan.items;
+            b = next % all / p.kv_heads;
+            kv_head = next % p.kv_heads;
+            key = next / all * chunk_keys;
+        }
+        head = kv_head * p.group;
+        if (more) {
+            const std::int64_t n = rest(p.kv_size, key, plan.key_block);
+            ask(ahead.k, p.k, b, key, kv_head, p.head_dim, n);
+            ask(ahead.v, p.v, b, key, kv_head, p.value_dim, n);
+        }
+    }
+    if (more) {
+        const std::int64_t n = rest(p.q_size, row, plan.row_block);
+        ask(ahead.q, p.q, b, row, head, p.head_dim, n);
+        ask(ahead.dout, problem.dout, b, row, head, p.value_dim, n);
+    }
+    const std::int64_t tiles = block.rows.padded / E::mr;
+    ahead.share = (most + tiles - 1) / tiles;
+}
+
 // Rows from i on of a query head. False when none of them has weights in the block of keys.
 template <class E, class S>
 bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
@@ -96,6 +152,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
         rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, d.seq, d.dim, live, padded,
                                            plan.row_block, p.value_dim);
     }
+    plan_ahead<E, S>(block);
     block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;
     return true;
 }

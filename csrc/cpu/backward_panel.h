@@ -270,9 +270,10 @@ void find_tile(const BackwardBlock<E>& block, std::int64_t r) {
 // P and dS of all rows and keys of the block; with into_bias only their dbias.
 // False when asked to stop: the tiles' columns are incomplete then.
 template <class E>
-bool find_ds(const BackwardBlock<E>& block) {
+bool find_ds(BackwardBlock<E>& block) {
     for (std::int64_t r = 0; r < block.rows.padded; r += E::mr) {
         if (block.executor.stop_requested()) return false;
+        block.ahead.advance();
         find_tile(block, r);
     }
     return true;

@@ -104,16 +104,19 @@ BackwardRow<typename E::Acc> find_state(const BackwardBlock<E>& block, std::int6
     return state;
 }
 
-// lse and delta of some rows of a head.
+// lse and delta of some rows of a batch entry, in the order of the addresses: the heads of a query, or the queries of a head.
 template <class E, class S>
 void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
     const AttentionProblem& p = block.forward;
-    const std::int64_t blocks = (p.q_size + kRowsPerPreparation - 1) / kRowsPerPreparation;
-    const std::int64_t begin = item % blocks * kRowsPerPreparation;
-    const std::int64_t h = item / blocks % p.q_heads, b = item / blocks / p.q_heads;
-    const std::int64_t most = begin + kRowsPerPreparation, end = most < p.q_size ? most : p.q_size;
+    const std::int64_t all = p.q_heads * p.q_size;
+    const std::int64_t items = (all + kRowsPerPreparation - 1) / kRowsPerPreparation;
+    const std::int64_t begin = item % items * kRowsPerPreparation, b = item / items;
+    const std::int64_t most = begin + kRowsPerPreparation, end = most < all ? most : all;
+    const bool heads_first = block.problem.dout.head < block.problem.dout.seq;
     block.x.batch = b;
-    for (std::int64_t i = begin; i < end && !block.executor.stop_requested(); ++i) {
+    for (std::int64_t r = begin; r < end && !block.executor.stop_requested(); ++r) {
+        const std::int64_t h = heads_first ? r % p.q_heads : r / p.q_size;
+        const std::int64_t i = heads_first ? r / p.q_heads : r % p.q_size;
         BackwardRow<typename E::Acc>& state = block.states[row_index(p, b, h, i)];
         state = {};
         if (i < p.q_len(b)) state = find_state<E, S>(block, h, i);

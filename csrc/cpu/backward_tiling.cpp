@@ -43,7 +43,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
     plan.split = plan.chunks > 1 && heads < std::int64_t{4} * threads && partial_bytes <= kMostPartialBytes;
     plan.items = plan.split ? heads * plan.chunks : heads;
     plan.merge_items = plan.split ? p.batch * p.q_heads * plan.row_blocks : 0;
-    plan.prepare_items = p.batch * p.q_heads * ceil_div(p.q_size, kRowsPerPreparation);
+    plan.prepare_items = p.batch * ceil_div(p.q_heads * p.q_size, kRowsPerPreparation);
     plan.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
     const AxisSizes bias = own_sizes(problem.dbias, p);
     plan.bias_items = bias.batch * bias.head * (problem.dbias.query == 0 ? 1 : plan.row_blocks) *

@@ -11,7 +11,7 @@
 
 namespace fastattn::cpu {
 
-inline constexpr std::int64_t kBackwardKeys = 384;  // keys of a block, packed once for all rows of a head
+inline constexpr std::int64_t kBackwardKeys = 576;  // keys of a block, packed once for all rows of a head
 inline constexpr std::int64_t kBackwardRows = 192;  // rows of a block
 inline constexpr std::int64_t kMostChunks = 8;  // of the keys
 inline constexpr std::int64_t kRowsPerPreparation = 64;

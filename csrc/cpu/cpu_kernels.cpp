@@ -126,7 +126,7 @@ void backward_run(const BackwardProblem& p, const Target&, const Workspace& work
         if (items > 0) executor.for_each(items, run, groups);
     };
     const std::int64_t heads = p.forward.batch * p.forward.q_heads;
-    for_each(BackwardPhase::prepare, plan.prepare_items, heads);
+    for_each(BackwardPhase::prepare, plan.prepare_items, plan.prepare_items);
     for_each(BackwardPhase::gradients, plan.items, plan.split ? 1 : plan.items);
     for_each(BackwardPhase::merge, plan.merge_items, heads);
     for_each(BackwardPhase::heads, plan.head_items, 1);

@@ -99,6 +99,15 @@ private:
     std::int64_t row_bytes_ = 0, stride_ = 0, left_ = 0, heads_ = 1, head_stride_ = 0, head_ = 0;
 };
 
+// n rows of a tensor from row i of head h on, of `heads` heads. Nothing where a row's numbers lie apart.
+template <class S, bool for_writing>
+RowPrefetch<for_writing> rows_ahead(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h,
+                                    std::int64_t dim, std::int64_t n, std::int64_t heads = 1) {
+    constexpr auto size = static_cast<std::int64_t>(sizeof(S));
+    if (x.dim != 1 || n <= 0) return {};
+    return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n, heads, x.head * size};
+}
+
 // The buffers of an item, from the thread's workspace; sums are cleared.
 template <class E>
 struct ItemBuffers {

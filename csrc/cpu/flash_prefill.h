@@ -92,18 +92,9 @@ private:
             n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
             next_q_ = query_rows_ahead<false>(p_.q, item, p_.head_dim);
         }
-        next_k_ = rows_ahead<false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
-        next_v_ = rows_ahead<false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
+        next_k_ = rows_ahead<S, false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
+        next_v_ = rows_ahead<S, false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
         prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
-    }
-
-    template <bool for_writing>
-    static RowPrefetch<for_writing> rows_ahead(const Operand& x, std::int64_t b, std::int64_t i,
-                                               std::int64_t h, std::int64_t dim, std::int64_t n,
-                                               std::int64_t heads = 1) {
-        constexpr auto size = static_cast<std::int64_t>(sizeof(S));
-        if (x.dim != 1 || n <= 0) return {};
-        return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n, heads, x.head * size};
     }
 
     // The rows of q or out of an item. Of a group where the heads of a query lie side by side: else each head is a stream
@@ -112,8 +103,8 @@ private:
     RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
                                               std::int64_t dim) const {
         if (p_.group > 1 && x.head > x.seq) return {};
-        return rows_ahead<for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group, dim,
-                                       (item.rows + p_.group - 1) / p_.group, p_.group);
+        return rows_ahead<S, for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
+                                          dim, (item.rows + p_.group - 1) / p_.group, p_.group);
     }
 
     // Keys [j, j + n), less the panels before the first that anybody attends.
