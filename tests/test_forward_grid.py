@@ -31,7 +31,7 @@ def test_key_lengths(kernel, dtype, Sk):
 # The last tile of rows has as many as are left, rounded up to two.
 @pytest.mark.parametrize("Sq", range(18, 24))
 def test_rows_of_the_last_tile(kernel, dtype, Sq):
-    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=150, Hq=2, Hkv=1, D=40, Dv=72, seed=Sq)
+    q, k, v = qkv(dtype, B=2, Sq=Sq, Sk=150, Hq=3, Hkv=1, D=40, Dv=72, seed=Sq)
     mask = np.arange(150) % 5 != np.arange(Sq)[:, None] % 5
     out, _ = check(kernel, q, k, v, mask=mask, softcap=3.0, causal=True, q_offset=60)
     check(kernel, q, k, v, window=(20, 3), q_offset=70, dropout=0.3, seed=4)

@@ -40,9 +40,28 @@ void pack_key_block(BackwardBlock<E>& block) {
     keys.packed = true;
 }
 
-// The next block of rows; beside the last one of a block of keys the gradients of these, and the next keys.
+// Whether any of n rows from i on attends any of the keys [first, first + keys), by the ranges alone.
+inline bool rows_attend(const AttentionProblem& p, std::int64_t b, std::int64_t i, std::int64_t n,
+                        std::int64_t first, std::int64_t keys) {
+    // Both ends of the ranges rise with the row.
+    return n > 0 && p.key_range(b, i).begin < first + keys && p.key_range(b, i + n - 1).end > first;
+}
+
+// The first block of rows from i on, of one head, that has weights in the keys; q_size if there is none.
+inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& plan, std::int64_t b,
+                              std::int64_t i, std::int64_t first, std::int64_t keys) {
+    for (; i < p.q_size; i += plan.row_block) {
+        const std::int64_t left = p.q_len(b) - i;
+        if (rows_attend(p, b, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+    }
+    return p.q_size;
+}
+
+// Asks for the next block of rows; beside the last one of a block of keys for the gradients of these, and the next keys.
 template <class E, class S>
 void plan_ahead(BackwardBlock<E>& block) {
+    constexpr std::int64_t kMostShare = 64;  // between two questions whether to stop
+    constexpr std::int64_t kMostBytes = 512 * 1024;  // of dq: more has no place in L2
     const AttentionProblem& p = block.forward;
     const BackwardProblem& problem = block.problem;
     const BackwardPlan& plan = block.plan;
@@ -60,40 +79,45 @@ void plan_ahead(BackwardBlock<E>& block) {
     const auto rest = [](std::int64_t size, std::int64_t first, std::int64_t n) {
         return size - first < n ? size - first : n;
     };
-    std::int64_t b = block.x.batch, head = block.rows.head, row = block.rows.first + plan.row_block;
-    if (row >= p.q_size) {
-        row = 0;
-        ++head;
-    }
     const std::int64_t first_head = keys.head * p.group;
-    bool more = true;
-    if (head == first_head + p.group) {
+    std::int64_t b = block.x.batch, head = block.rows.head;
+    std::int64_t row = next_rows(p, plan, b, block.rows.first + plan.row_block, keys.first, keys.size);
+    if (row == p.q_size && ++head < first_head + p.group)
+        row = next_rows(p, plan, b, 0, keys.first, keys.size);
+    if (row == p.q_size) {
         ask(ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
         ask(ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
         std::int64_t kv_head = keys.head, key = keys.first + plan.key_block;
         const std::int64_t chunk_keys = plan.chunk_blocks * plan.key_block;
         if (key >= p.kv_size || (plan.split && key % chunk_keys == 0)) {
-            if (!plan.split) ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, p.q_size, p.group);
+            const std::int64_t dq_bytes =
+                p.group * p.q_size * p.head_dim * static_cast<std::int64_t>(sizeof(S));
+            if (!plan.split && dq_bytes <= kMostBytes)
+                ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, p.q_size, p.group);
             const std::int64_t next = block.executor.next_item(), all = p.batch * p.kv_heads;
-            more = next < plan.items;
-            b = next % all / p.kv_heads;
-            kv_head = next % p.kv_heads;
-            key = next / all * chunk_keys;
+            if (next < plan.items) {
+                b = next % all / p.kv_heads;
+                kv_head = next % p.kv_heads;
+                key = next / all * chunk_keys;
+            } else {
+                key = p.kv_size;
+            }
         }
-        head = kv_head * p.group;
-        if (more) {
+        if (key < p.kv_size) {
             const std::int64_t n = rest(p.kv_size, key, plan.key_block);
             ask(ahead.k, p.k, b, key, kv_head, p.head_dim, n);
             ask(ahead.v, p.v, b, key, kv_head, p.value_dim, n);
+            head = kv_head * p.group;
+            row = next_rows(p, plan, b, 0, key, n);
         }
     }
-    if (more) {
+    if (row < p.q_size) {
         const std::int64_t n = rest(p.q_size, row, plan.row_block);
         ask(ahead.q, p.q, b, row, head, p.head_dim, n);
         ask(ahead.dout, problem.dout, b, row, head, p.value_dim, n);
     }
-    const std::int64_t tiles = block.rows.padded / E::mr;
-    ahead.share = (most + tiles - 1) / tiles;
+    const std::int64_t tiles = block.rows.padded / E::mr, share = (most + tiles - 1) / tiles;
+    ahead.share = share < kMostShare ? share : kMostShare;
 }
 
 // Rows from i on of a query head. False when none of them has weights in the block of keys.
@@ -110,11 +134,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     const std::int64_t size = p.q_size - i < plan.row_block ? p.q_size - i : plan.row_block;
     const std::int64_t left = p.q_len(x.batch) - i;
     const std::int64_t live = left < size ? left : size;
-    if (live <= 0) return false;
-    // Both ends of the ranges rise with the row.
-    if (p.key_range(x.batch, i).begin >= keys.first + keys.size ||
-        p.key_range(x.batch, i + live - 1).end <= keys.first)
-        return false;
+    if (!rows_attend(p, x.batch, i, live, keys.first, keys.size)) return false;
     if (!keys.packed) pack_key_block<E, S>(block);
     static_assert(E::mr % E::scalars == 0);
     const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;

@@ -23,8 +23,9 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
     const AttentionProblem& p = problem.forward;
     BackwardPlan plan;
     const std::int64_t key_unit = std::lcm(tile.mr, tile.nr), row_unit = std::lcm(tile.mr, tile.scalars);
-    plan.key_block =
-        std::min(round_up(kBackwardKeys, key_unit), round_up(std::max<std::int64_t>(p.kv_size, 1), key_unit));
+    // Blocks of about the same size: they are what threads share.
+    const std::int64_t keys = std::max<std::int64_t>(p.kv_size, 1);
+    plan.key_block = round_up(ceil_div(keys, ceil_div(keys, round_up(kBackwardKeys, key_unit))), key_unit);
     plan.row_block =
         std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(p.q_size, 1), row_unit));
     plan.key_blocks = ceil_div(p.kv_size, plan.key_block);

@@ -1,5 +1,5 @@
 // Prefill: many query rows. For each block of keys (kKeyBlock, or half of that), k and v are packed once for all rows of the
-// item; then for each tile of mr rows: scores by panels of nr keys in registers, softmax, product with v.
+// item; then for each tile of mr rows (the last one may have fewer): scores by panels of nr keys in registers, softmax, product with v.
 //
 //   q (rows, Du)   k (panels, Du, nr)   p (mr, key_block)   v (panels, key_block, nr)   O (rows, Dv)
 #pragma once
@@ -102,7 +102,8 @@ private:
     template <bool for_writing>
     RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
                                               std::int64_t dim) const {
-        if (p_.group > 1 && x.head > x.seq) return {};
+        const auto size = [](std::int64_t stride) { return stride < 0 ? -stride : stride; };
+        if (p_.group > 1 && size(x.head) > size(x.seq)) return {};
         return rows_ahead<S, for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
                                           dim, (item.rows + p_.group - 1) / p_.group, p_.group);
     }
@@ -120,8 +121,11 @@ private:
     }
 
     void pack_queries() {
-        for (std::int64_t r = 0; r < padded_; ++r) {
-            const RowInfo& row = x_.info[r];
+        // The weights on request are computed by whole tiles.
+        const std::int64_t rows =
+            p_.weights.data == nullptr ? padded_ : (padded_ + E::mr - 1) / E::mr * E::mr;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const RowInfo& row = x_.info[r < padded_ ? r : padded_ - 1];
             pack_row<E>(at_.q + r * call_.plan.q_stride,
                         row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
@@ -227,7 +231,7 @@ private:
         bool half = false;  // of the panel: the second one has no scores
 
         FASTATTN_INLINE void operator()(int m) {
-            if (self.x_.bias) self.fetch_bias(bias_row + m, bias_key);
+            if (self.x_.bias && bias_row + m < self.padded_) self.fetch_bias(bias_row + m, bias_key);
             if (half) {
                 of_row<E::nv / 2>(m);
             } else {

@@ -67,7 +67,7 @@ inline bool mask_any(const ScoreOperand& mask, std::int64_t b, const RowInfo& ro
     return false;
 }
 
-// Everything that an item of work shares. Rows beyond `rows` in the last tile repeat the last row.
+// Everything that an item of work shares. A row beyond an odd number of them repeats the last one.
 template <class E>
 struct FlashBlock {
     using Acc = typename E::Acc;

@@ -45,7 +45,7 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
         return start;
     };
     const std::int64_t u = t.unit_bytes;
-    // Prefill computes whole tiles of rows; an item of decode has the rows of all of its heads.
+    // Prefill has room for whole tiles of rows; an item of decode has the rows of all of its heads.
     const std::int64_t rows = plan.rows_per_item * plan.heads_per_item;
     const std::int64_t keys = (plan.key_block + t.nr - 1) / t.nr * t.nr;
     const std::int64_t panels = (problem.value_dim + t.nr - 1) / t.nr;

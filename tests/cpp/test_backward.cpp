@@ -114,7 +114,12 @@ TEST(BackwardByDifferences, OneElementOfEach) {
 
 // ---- every kernel against the reference ------------------------------------------------------------------
 TEST(BackwardKernels, AgreeWithTheReference) {
-    const Sizes sizes[] = {{}, {1, 7, 400, 2, 2, 64, 64}, {1, 200, 9, 6, 2, 5, 130}, {3, 1, 65, 1, 1, 1, 1}};
+    // Two blocks of keys, and more than one in a chunk, among them.
+    const Sizes sizes[] = {{},
+                           {1, 7, 700, 2, 2, 64, 64},
+                           {1, 5, 4700, 1, 1, 8, 8},
+                           {1, 200, 9, 6, 2, 5, 130},
+                           {3, 1, 65, 1, 1, 1, 1}};
     for (const KernelInfo& kernel : kernels()) {
         if (!kernel.usable || kernel.device != "cpu" || kernel.name == "cpu-reference") continue;
         for (const DType dtype : kernel.dtypes) {
@@ -133,11 +138,11 @@ TEST(BackwardKernels, AgreeWithTheReference) {
     }
 }
 
-// More keys than one block, so that dq is summed chunk by chunk, as one item or as several.
+// More keys than one block, so that dq is summed chunk by chunk: as one item with one thread, as several with five.
 TEST(BackwardKernels, HaveTheSameBitsForAnyNumberOfThreads) {
     for (const KernelInfo& kernel : kernels()) {
         if (!kernel.usable || kernel.device != "cpu") continue;
-        const Sizes n{1, 40, 900, 2, 1, 8, 8};
+        const Sizes n{1, 40, 900, 8, 4, 8, 8};
         Training one(kernel.dtypes[0], n), many(kernel.dtypes[0], n);
         for (Training* t : {&one, &many}) {
             t->params.causal = true;
