@@ -112,8 +112,7 @@ void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
     const std::int64_t items = (all + kRowsPerPreparation - 1) / kRowsPerPreparation;
     const std::int64_t begin = item % items * kRowsPerPreparation, b = item / items;
     const std::int64_t most = begin + kRowsPerPreparation, end = most < all ? most : all;
-    const Operand& dout = block.problem.dout;
-    const bool heads_first = magnitude(double(dout.head)) < magnitude(double(dout.seq));
+    const bool heads_first = heads_side_by_side(block.problem.dout);
     block.x.batch = b;
     for (std::int64_t r = begin; r < end && !block.executor.stop_requested(); ++r) {
         const std::int64_t h = heads_first ? r % p.q_heads : r / p.q_size;

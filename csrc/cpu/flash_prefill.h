@@ -102,8 +102,7 @@ private:
     template <bool for_writing>
     RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
                                               std::int64_t dim) const {
-        const auto size = [](std::int64_t stride) { return stride < 0 ? -stride : stride; };
-        if (p_.group > 1 && size(x.head) > size(x.seq)) return {};
+        if (p_.group > 1 && !heads_side_by_side(x)) return {};
         return rows_ahead<S, for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
                                           dim, (item.rows + p_.group - 1) / p_.group, p_.group);
     }

@@ -10,6 +10,12 @@
 namespace fastattn::cpu {
 namespace {
 
+// Whether all heads of a row of x lie side by side in memory, before the next row.
+inline bool heads_side_by_side(const Operand& x) {
+    const auto size = [](std::int64_t stride) { return stride < 0 ? -stride : stride; };
+    return size(x.head) < size(x.seq);
+}
+
 // What a row of an item stands for: its query and head, the keys that causal, window and lengths leave it,
 // and where its bias and mask begin (elements from the array's, for key 0).
 struct RowInfo {

@@ -46,14 +46,10 @@ std::int64_t most_decode_rows(const AttentionProblem& p) {
     return p.kv_size >= kFewKeys ? 16 : 8;
 }
 
-std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
-
 // Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
 // read in the order of the addresses. Fewer where there would be too few items.
 std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int threads) {
-    const bool side_by_side =
-        magnitude(p.k.head) < magnitude(p.k.seq) && magnitude(p.v.head) < magnitude(p.v.seq);
-    if (!side_by_side) return 1;
+    if (!heads_side_by_side(p.k) || !heads_side_by_side(p.v)) return 1;
     const std::int64_t most =
         std::max<std::int64_t>(kDecodeItemRows / std::max<std::int64_t>(plan.rows, 1), 1);
     const std::int64_t all = std::max<std::int64_t>(p.kv_heads, 1);
