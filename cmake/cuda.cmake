@@ -1,7 +1,7 @@
 # The CUDA room, csrc/cuda. FASTATTN_CUDA says what it holds:
 #
 #   AUTO      CUDA kernels where a working nvcc >= 12.0 is found, else none (the default)
-#   ON        CUDA kernels, or a configure error that says what is missing
+#   ON        CUDA kernels for every architecture, or a configure error that says what is missing
 #   OFF       none: no_cuda.cpp fills the symbols
 #   EMULATED  for tests only: the CUDA kernels compiled as C++ and run on this machine's memory, tests/cuda_emulator
 #
@@ -9,14 +9,19 @@
 # build's Python (`pip install 'fastattn[cuda-build]'`). What it is asked to do here is tried before CMake enables the
 # language, whose checks end the configuration where they fail.
 #
+# Architectures: those of FASTATTN_CUDA_ARCHITECTURES. Where it is empty, AUTO takes the GPUs that are visible; with none
+# it takes PTX that any GPU since Ampere compiles at its first use, and Hopper's own machine code, which PTX cannot give.
+# The full list takes seven times as long to compile as the rest of the library: it is for ON, as wheels have it.
+#
 # This file sets
 #   FASTATTN_CUDA_KIND   none, cuda or emulated
 #   FASTATTN_CUDA_BUILD  one line for people: toolkit and architectures, or why there are no kernels
 # and defines fastattn_add_cuda_room().
 
-set(FASTATTN_CUDA_DEFAULT_ARCHITECTURES 75 75-virtual 80 86 89 90 100 120)
-set(FASTATTN_CUDA_ARCHITECTURES "${FASTATTN_CUDA_DEFAULT_ARCHITECTURES}" CACHE STRING
-  "GPU architectures: 90-real is machine code, 90-virtual PTX; of plain numbers the newest gets both, the others the first")
+set(FASTATTN_CUDA_ALL_ARCHITECTURES 75 75-virtual 80 86 89 90 100 120)
+set(FASTATTN_CUDA_PORTABLE_ARCHITECTURES 80-virtual 90a-real)
+set(FASTATTN_CUDA_ARCHITECTURES "" CACHE STRING
+  "GPU architectures: 90-real is machine code, 90-virtual PTX; of plain numbers the newest gets both, the others the first; empty: by FASTATTN_CUDA")
 
 string(TOUPPER "${FASTATTN_CUDA}" FASTATTN_CUDA_CHOICE)
 if(NOT FASTATTN_CUDA_CHOICE MATCHES "^(AUTO|ON|OFF|EMULATED)$")
@@ -47,6 +52,33 @@ function(fastattn_find_cuda_wheels out)
   set(${out} ${found} PARENT_SCOPE)
 endfunction()
 
+# The architectures to build for, and where they come from, as a remark for people.
+function(fastattn_choose_architectures out remark)
+  set(${remark} "" PARENT_SCOPE)
+  if(FASTATTN_CUDA_ARCHITECTURES)
+    set(${out} ${FASTATTN_CUDA_ARCHITECTURES} PARENT_SCOPE)
+    return()
+  endif()
+  set(${out} ${FASTATTN_CUDA_ALL_ARCHITECTURES} PARENT_SCOPE)
+  if(FASTATTN_CUDA_CHOICE STREQUAL "ON")
+    return()
+  endif()
+  # A driver that hangs must not hang the build.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader TIMEOUT 20
+    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_QUIET)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${output}")
+  if(failed OR NOT capabilities)
+    set(${out} ${FASTATTN_CUDA_PORTABLE_ARCHITECTURES} PARENT_SCOPE)
+    set(${remark} ", as no GPU was visible" PARENT_SCOPE)
+    return()
+  endif()
+  list(REMOVE_DUPLICATES capabilities)
+  string(REPLACE "." "" capabilities "${capabilities}")
+  list(TRANSFORM capabilities APPEND -real)
+  set(${out} ${capabilities} PARENT_SCOPE)
+  set(${remark} " of the GPUs that were visible" PARENT_SCOPE)
+endfunction()
+
 # The path of nvcc, or "" and `why`.
 function(fastattn_find_nvcc out why)
   set(reason "nvcc was not found")
@@ -74,7 +106,8 @@ function(fastattn_find_nvcc out why)
   unset(FASTATTN_NVCC_PROGRAM CACHE)
 endfunction()
 
-# Tries nvcc. Sets in the caller: _root (of the toolkit), _version, _architectures, and _why where it cannot be used.
+# Tries nvcc. Sets in the caller: _root (of the toolkit), _version, _architectures and where they come from (_remark), and
+# _why where it cannot be used.
 function(fastattn_try_nvcc nvcc)
   macro(give_up)
     string(REGEX REPLACE "[ \t\r\n]+" " " reason "${ARGN}")
@@ -94,12 +127,14 @@ function(fastattn_try_nvcc nvcc)
     give_up("${nvcc} is of CUDA ${version}; C++20 needs 12.0, and cuBLAS 13 is what the kernels call")
   endif()
 
+  fastattn_choose_architectures(wanted remark)
+  set(_remark "${remark}" PARENT_SCOPE)
   # An architecture that this nvcc does not know is left out, unless somebody asked for it.
   execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
   string(REGEX MATCHALL "[0-9]+[af]?" known "${known}")
   set(architectures "")
   set(newest "")
-  foreach(entry IN LISTS FASTATTN_CUDA_ARCHITECTURES)
+  foreach(entry IN LISTS wanted)
     if(NOT entry MATCHES "^(([0-9]+)[af]?)(-real|-virtual)?$")
       message(FATAL_ERROR "FASTATTN_CUDA_ARCHITECTURES: expected entries like 90, 90-real or 90-virtual, got '${entry}'")
     endif()
@@ -116,8 +151,7 @@ function(fastattn_try_nvcc nvcc)
           set(newest_name ${name})
         endif()
       endif()
-    elseif(FASTATTN_CUDA_CHOICE STREQUAL "ON" AND
-        NOT "${FASTATTN_CUDA_ARCHITECTURES}" STREQUAL "${FASTATTN_CUDA_DEFAULT_ARCHITECTURES}")
+    elseif(FASTATTN_CUDA_ARCHITECTURES)
       give_up("nvcc ${version} does not know architecture ${name}")
     endif()
   endforeach()
@@ -125,7 +159,7 @@ function(fastattn_try_nvcc nvcc)
     list(APPEND architectures ${newest_name}-virtual)
   endif()
   if(NOT architectures)
-    give_up("nvcc ${version} knows none of the architectures ${FASTATTN_CUDA_ARCHITECTURES}")
+    give_up("nvcc ${version} knows none of the architectures ${wanted}${remark}")
   endif()
   set(_architectures "${architectures}" PARENT_SCOPE)
 
@@ -201,6 +235,10 @@ else()
       string(REGEX REPLACE "^(.*)-virtual$" "compute_\\1" entry "${entry}")
       string(APPEND FASTATTN_CUDA_BUILD " ${entry}")
     endforeach()
+    string(APPEND FASTATTN_CUDA_BUILD "${_remark}")
+    if(_remark)
+      string(APPEND FASTATTN_CUDA_BUILD " (for more: -C cmake.define.FASTATTN_CUDA=ON)")
+    endif()
   elseif(FASTATTN_CUDA_CHOICE STREQUAL "ON")
     message(FATAL_ERROR "FASTATTN_CUDA=ON: ${_why}")
   else()
@@ -264,16 +302,22 @@ function(fastattn_add_cuda_room target kind build)
   elseif(kind STREQUAL "cuda")
     # SYSTEM: NVIDIA's headers are not ours to keep free of warnings.
     target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-    fastattn_add_device_objects(${target}_device "${CMAKE_CUDA_ARCHITECTURES}" ${room}/launch.cu
+    # 90a is for the kernel that needs it, where other code runs on Hopper without.
+    set(plain ${CMAKE_CUDA_ARCHITECTURES})
+    list(FILTER plain EXCLUDE REGEX "[0-9]a-real$")
+    if(NOT plain)
+      set(plain ${CMAKE_CUDA_ARCHITECTURES})
+    endif()
+    fastattn_add_device_objects(${target}_device "${plain}" ${room}/launch.cu
       ${room}/launch_backward.cu)
     # Tensor cores as of Ampere. Code for sm_80 runs on 8.6 and 8.9 as it is; the kernel refuses what is older, and traps there.
-    set(tensor ${CMAKE_CUDA_ARCHITECTURES})
+    set(tensor ${plain})
     list(FILTER tensor EXCLUDE REGEX "^7[0-9]")
     if("80-real" IN_LIST tensor)
       list(REMOVE_ITEM tensor 86-real 89-real)
     endif()
     if(NOT tensor)
-      set(tensor ${CMAKE_CUDA_ARCHITECTURES})
+      set(tensor ${plain})
     endif()
     fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/decode.cu
       ${room}/tensor/flash_sm80.cu)

@@ -199,7 +199,9 @@ NUMBERS = ["scale", "softcap", "dropout"]
 
 
 @pytest.mark.parametrize(
-    "value", ["1", True, np.True_, 1j, [1.0], np.ones(1), np.ones((2, 2)), object()], ids=repr
+    "value",
+    ["1", True, np.True_, 1j, [1.0], np.ones(1), np.ones((2, 2)), pytest.param(object(), id="object")],
+    ids=repr,
 )
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers(function, arrays, name, value):

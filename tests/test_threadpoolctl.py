@@ -46,6 +46,18 @@ def test_import_order(order):
     assert run(ORDERS[order] + "\n" + USE, prelude=False)[0].strip() == "fine"
 
 
+def test_the_compiled_module_of_another_package_has_the_same_name(tmp_path):
+    code = f"""
+    import ctypes, shutil, _ctypes, fastattn, threadpoolctl
+    ctypes.CDLL(shutil.copy(_ctypes.__file__, {str(tmp_path / "_core.so")!r}))
+    (info,) = [x for x in threadpoolctl.threadpool_info() if x["user_api"] == "fastattn"]
+    assert info["filepath"] == fastattn._core.__file__, info
+    with threadpoolctl.threadpool_limits(1):
+        assert fastattn.get_num_threads() == 1
+    """
+    run(code, prelude=False)
+
+
 def test_it_is_not_imported_by_us():
     code = """
     import sys, fastattn

@@ -44,10 +44,13 @@ def _register_controller(threadpoolctl: Any) -> None:
         def set_num_threads(self, num_threads: int) -> None:
             self.dynlib.fastattn_set_num_threads(num_threads)
 
-        def get_version(self) -> str:
+        def get_version(self) -> str | None:
             import ctypes
 
-            version = self.dynlib.fastattn_version
+            # Asked before the symbols are checked: other packages have a _core, too.
+            version = getattr(self.dynlib, "fastattn_version", None)
+            if version is None:
+                return None
             version.restype = ctypes.c_char_p
             return str(version().decode())
 

@@ -19,7 +19,7 @@ def main(arguments: Any) -> int:
 
 
 def text(short: bool = False) -> str:
-    """Version, CPU, kernels and threads; unless short also build, installed packages and CUDA."""
+    """Version, CPU, kernels, threads and what was built for GPUs; unless short also packages and CUDA."""
     here = machine.describe()
     versions = machine.versions()
     lines = [
@@ -33,7 +33,8 @@ def text(short: bool = False) -> str:
         lines.append(f"build     {_build()}")
         packages = [f"{name} {versions[name]}" for name in machine.PACKAGES if name in versions]
         lines.append(f"packages  {', '.join(packages) or 'none of ' + ', '.join(machine.PACKAGES)}")
-        lines.append(f"cuda      {_cuda()}")
+        lines.append(f"cuda      {_usable_cuda()}")
+    lines.append(f"gpu build {_core.cuda_build()}")
     rows = []
     for kernel in fastattn.kernels():
         dtypes = " ".join(str(name) for name in kernel.dtypes)
@@ -46,12 +47,8 @@ def _build() -> str:
     return f"{_core.build_info()}, {where.name} in {where.parent}"
 
 
-def _cuda() -> str:
-    """Usable, or why not, as a call would say it; and what the build has."""
-    return f"{_usable_cuda()}; build: {_core.cuda_build()}"
-
-
 def _usable_cuda() -> str:
+    """Usable, or why not, as a call would say it."""
     q = np.zeros((1, 1), np.float32)
     try:
         plan = fastattn.explain(q, q, q, device="cuda")
