@@ -15,9 +15,7 @@ if [ $# -gt 0 ]; then
   run "$@"
   exit
 fi
-# Two runs: -k would also choose among the tests of the second.
-run tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors,concurrency}.py \
-  tests/test_backward_{grid,features,nan_rules,strides,kinds}.py -k cuda
-shopt -s nullglob
-own=(tests/test_cuda_*.py)
-[ "${#own[@]}" = 0 ] || run "${own[@]}"
+# By their names, -k chooses all tests of test_cuda_*.py.
+run --pairs "${FASTATTN_TEST_PAIRS:-all}" -n auto --dist loadfile -k cuda \
+  tests/test_{forward_grid,features,masks,nan_rules,strides,large_scores,errors,concurrency}.py \
+  tests/test_backward_{grid,features,nan_rules,strides,kinds}.py tests/test_cuda_*.py

@@ -19,7 +19,8 @@ esac
 if [ $# -eq 0 ]; then
   case "$set" in
     asan) set -- tests --ignore=tests/test_memory.py --ignore=tests/test_cpp_package.py ;;
-    asan-short) set -- tests/test_{arrays,dlpack,errors,errors_binding,features,masks,nan_rules,strides,xla_handlers,backward_{features,nan_rules,strides}}.py ;;
+    asan-short) set -- --pairs diagonal -n auto --dist loadfile \
+      tests/test_{arrays,dlpack,errors,errors_binding,features,masks,nan_rules,strides,xla_handlers,backward_{features,nan_rules,strides}}.py ;;
     # The thread sanitizer holds signals back until the next system call, and does not follow fork().
     tsan) set -- tests/test_{concurrency,determinism,backward_determinism}.py -k "not ctrl_c and not interrupt and not signal and not fork" ;;
   esac
