@@ -22,7 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastattn._cli import bench, case_list, cases, machine, peers, timing
+from attnbench import case_list, timing
+from attnbench import run as bench
+from attnbench.peers import base as peers
+from fastattn._check import cases, machine
 
 SCHEMA = 1
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 import fastattn
-from fastattn._cli import limits, machine
-from fastattn._cli.case_list import CASES
-from fastattn._cli.cases import Case
+from attnbench import limits
+from attnbench.case_list import CASES
+from fastattn._check import machine
+from fastattn._check.cases import Case
 
 
 @pytest.fixture

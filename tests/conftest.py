@@ -20,8 +20,8 @@ from inputs import DTYPES, PARTIAL
 
 import fastattn
 
-# The scripts are imported by their names, and find what they import, as where one of them is run.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+# Scripts and the benchmark are imported by their names, and find what they import as if one of them were run.
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tools", "bench")]
 
 USABLE = [kernel for kernel in fastattn.kernels() if kernel.usable]
 

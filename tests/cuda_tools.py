@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastattn._cli.cuda_device import Gpu
+from attnbench.gpu.device import Gpu
 
 
 class FakeGpu(Gpu):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_tools import quick_limits, same_threads  # noqa: F401
 
+from attnbench import case_list
+from attnbench import options as bench_options
+from attnbench import run as bench
 from fastattn.__main__ import main
-from fastattn._cli import bench, bench_options, case_list, machine
+from fastattn._check import machine
 
 pytestmark = pytest.mark.usefixtures("same_threads", "quick_limits")
+ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY = ["bench", "--cases", "tiny", "--rounds", "2", "--threads", "1"]
 
@@ -98,3 +105,41 @@ def test_bench_refuses_wrong_options(
 ) -> None:
     assert main(["bench", *(["--peers", "none"] if "--peers" not in options else []), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- the benchmark is in the sources, not in the package -----------------------------------------------
+
+
+def bench_in(folder: Path, installed_from: str | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m fastattn bench`` in a folder, of a package that pip says was installed from somewhere."""
+    text = None if installed_from is None else json.dumps({"url": installed_from, "dir_info": {}})
+    code = f"""
+    import sys
+    from importlib import metadata
+    import fastattn.__main__ as program
+    real = metadata.PathDistribution.read_text
+    metadata.PathDistribution.read_text = (
+        lambda self, name: {text!r} if name == "direct_url.json" else real(self, name)
+    )
+    sys.exit(program.main(["bench", "--cases", "tiny", "--rounds", "1", "--peers", "none"]))
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_it_is_found_in_the_checkout_and_where_the_package_was_installed_from(tmp_path: Path) -> None:
+    (odd := tmp_path / "with space").symlink_to(ROOT)
+    for folder, source in ((ROOT, None), (tmp_path, ROOT.as_uri()), (tmp_path, odd.as_uri())):
+        done = bench_in(folder, source)
+        assert done.returncode == 0, done.stderr
+        assert "tiny" in done.stdout or "one small call" in done.stdout
+
+
+@pytest.mark.parametrize("source", [None, "https://example.org/fastattn.whl", "file:///nowhere", ""])
+def test_without_it_the_message_says_where_it_is(tmp_path: Path, source: str | None) -> None:
+    done = bench_in(tmp_path, source)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: bench: the benchmark is in the sources of fastattn")
+    assert "pip install '.[bench]'" in done.stderr

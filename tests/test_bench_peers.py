@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from bench_tools import named, routes, same_threads, shrunk  # noqa: F401
 
+from attnbench import timing
+from attnbench.peers import base as peers
+from attnbench.peers import onnx_model
 from fastattn import reference
-from fastattn._cli import onnx_model, peers, timing
-from fastattn._cli.cases import Case
+from fastattn._check.cases import Case
 
 pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("same_threads")

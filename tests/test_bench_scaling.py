@@ -11,8 +11,9 @@ import pytest
 from bench_tools import quick_limits, same_threads  # noqa: F401
 
 import fastattn
+from attnbench import extra_memory, scaling
+from attnbench.peers import base as peers
 from fastattn.__main__ import main
-from fastattn._cli import extra_memory, peers, scaling
 
 pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("same_threads", "quick_limits")

@@ -14,7 +14,8 @@ from inputs import PARTIAL
 import fastattn
 from fastattn import _core, reference
 from fastattn.__main__ import main
-from fastattn._cli import check, gate, gate_backward, output, problems
+from fastattn._check import gate, gate_backward, output, problems
+from fastattn._check import run as check
 
 
 @pytest.fixture

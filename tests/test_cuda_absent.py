@@ -9,7 +9,7 @@ import pytest
 from subproc import run
 
 import fastattn
-from fastattn._cli import info
+from fastattn._check import info
 
 KERNELS = {kernel.name: kernel for kernel in fastattn.kernels()}
 needs_no_gpu = pytest.mark.skipif(

@@ -20,21 +20,19 @@ from bench_tools import shrunk
 from cuda_tools import FakeGpu
 
 import fastattn
+from attnbench.gpu import cases as cuda_cases
+from attnbench.gpu import check as cuda_check
+from attnbench.gpu import device as cuda_device
+from attnbench.gpu import limits as cuda_limits
+from attnbench.gpu import peers as cuda_peers
+from attnbench.gpu import report as cuda_report
+from attnbench.gpu import run as cuda_bench
+from attnbench.gpu import timing as cuda_timing
+from attnbench.gpu import transfers as cuda_transfers
+from attnbench.peers.base import NotApplicable
 from fastattn.__main__ import main
-from fastattn._cli import (
-    cuda_bench,
-    cuda_cases,
-    cuda_check,
-    cuda_device,
-    cuda_limits,
-    cuda_peers,
-    cuda_report,
-    cuda_timing,
-    cuda_transfers,
-)
-from fastattn._cli.cases import Case, select
-from fastattn._cli.output import Progress
-from fastattn._cli.peers import NotApplicable
+from fastattn._check.cases import Case, select
+from fastattn._check.output import Progress
 
 COMMAND = ["python", "-m", "fastattn", "bench"]
 SMALL = [
@@ -280,7 +278,7 @@ def test_tf32_cases_come_from_a_child_and_a_child_that_dies_is_reported(
     assert [case["name"] for case in document["cases"]] == ["bert-f32", "bert-tf32"]
     ((command, value),) = seen
     assert value == "1"
-    assert command[:7] == [sys.executable, "-m", "fastattn", "bench", "--device", "cuda", "--rounds"]
+    assert command[:6] == [sys.executable, "-m", "attnbench", "--device", "cuda", "--rounds"]
     assert command[command.index("--cases") + 1] == "bert-tf32"
     assert command[command.index("--kernel") + 1] == "cuda-cublas"
     assert "float32 as TF32" in cuda_report.report(document)

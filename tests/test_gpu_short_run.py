@@ -12,7 +12,7 @@ import pytest
 from gpu_steps.sanitize import SMALL_PROBLEMS
 
 import fastattn
-from fastattn._cli import gate, problems
+from fastattn._check import gate, problems
 
 
 @pytest.fixture

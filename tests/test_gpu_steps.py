@@ -16,7 +16,7 @@ from gpu_steps.commands import Context, run_all
 from gpu_tools import done, fake_runs
 
 import fastattn
-from fastattn._cli import problems
+from fastattn._check import problems
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ import pytest
 import fastattn
 from fastattn import _core, _cuda
 from fastattn.__main__ import main
-from fastattn._cli import machine, tune
+from fastattn._check import machine, tune
 
 DEFAULTS = {name: 1.0 + i for i, name in enumerate(_cuda.SPEEDS)}
 HERE = {"cpu": "a CPU", "gpu": "a GPU"}

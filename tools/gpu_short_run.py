@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import fastattn
-from fastattn._cli import gate, machine, problems
+from fastattn._check import gate, machine, problems
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TORCH_ARGUMENTS = ("mask", "bias")  # the other ones are small, and may stay on the host

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import json
 import os
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MODULES = {"info": "info", "check": "run", "tune": "tune"}  # of fastattn._check
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,29 +26,8 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="run every usable kernel against the reference (under 30 s)")
     check.add_argument("--threads", type=int, metavar="N", help="CPU threads")
 
-    bench = commands.add_parser("bench", help="time fastattn beside the installed peers")
-    bench.add_argument(
-        "--device", metavar="cpu|cuda", default="cpu", help="cuda: on the GPU, beside PyTorch there"
-    )
-    transfers_help = "with --device cuda: NumPy arrays in and out instead of arrays on the GPU"
-    bench.add_argument("--transfers", action="store_true", help=transfers_help)
-    bench.add_argument("--cases", metavar="NAMES", help="names or patterns, e.g. 'bert,decode-*'")
-    bench.add_argument("--quick", action="store_true", help="the headline cases alone, 3 rounds")
-    scaling_help = "instead of the cases: time and memory of one causal call as the sequence grows"
-    bench.add_argument("--scaling", action="store_true", help=scaling_help)
-    peers_help = "torch, onnxruntime, jax, numpy, or none; on the GPU torch-math, torch-flash, ..."
-    bench.add_argument("--peers", metavar="NAMES", help=peers_help)
-    threads_help = "CPU threads, for fastattn and every peer; several, as in 1,2, are a run each"
-    bench.add_argument("--threads", metavar="N", help=threads_help)
-    rounds_help = "interleaved rounds (default 7); 3 at most where a round takes over 10 s"
-    bench.add_argument("--rounds", type=int, metavar="N", help=rounds_help)
-    bench.add_argument("--kernel", metavar="NAME", help="force this kernel of fastattn")
-    bench.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    plot_help = (
-        "draw it (needs matplotlib): NAME.png and NAME-roofline.png, with --scaling NAME.png alone; "
-        "default bench.png"
-    )
-    bench.add_argument("--plot", metavar="NAME.png", nargs="?", const="bench.png", help=plot_help)
+    # Listed here; its options are those of the benchmark, which need not be installed.
+    commands.add_parser("bench", help="time fastattn beside the installed peers", add_help=False)
 
     tune = commands.add_parser(
         "tune", help="measure by what NumPy calls choose CPU or GPU (10 s), and keep it"
@@ -48,15 +37,50 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def find_bench() -> Any:
+    """The benchmark's module of options.
+
+    It is in the sources alone: the checkout in which one stands, or that which pip installed.
+
+    Raises
+    ------
+    ValueError
+        There is none; the text says how to get it.
+    """
+    if importlib.util.find_spec("attnbench") is None:
+        folders = [Path.cwd(), *_installed_from()]
+        found = [folder / "bench" for folder in folders if (folder / "bench/attnbench/options.py").is_file()]
+        if not found:
+            raise ValueError(
+                "bench: the benchmark is in the sources of fastattn, not in the package: run it there, after "
+                "pip install '.[bench]'"
+            )
+        sys.path.append(str(found[0]))
+    return importlib.import_module("attnbench.options")
+
+
+def _installed_from() -> list[Path]:
+    """The folder of the sources, where pip says that the package was installed from one (PEP 610)."""
+    try:
+        text = metadata.distribution("fastattn").read_text("direct_url.json")
+        url = urllib.parse.urlsplit(json.loads(text or "{}").get("url", ""))
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        return []
+    return [Path(urllib.request.url2pathname(url.path))] if url.scheme == "file" else []
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["bench"]:
+        return int(find_bench().main(argv[1:]))
     arguments = parser().parse_args(argv)
     # Imported here, so that --help is quick and each command loads only what it needs.
-    from fastattn._cli import bench_options, check, info, tune
+    module = importlib.import_module(f"fastattn._check.{MODULES[arguments.command]}")
+    return int(module.main(arguments))
 
-    mains = {"info": info.main, "check": check.main, "bench": bench_options.main, "tune": tune.main}
-    command = mains[arguments.command]
+
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return command(arguments)
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except ValueError as error:  # a wrong option: the text says which
         print(f"error: {error}", file=sys.stderr)
         return 2

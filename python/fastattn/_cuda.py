@@ -83,7 +83,7 @@ def gpu_name() -> str | None:
 
 def this_machine() -> dict[str, str | None]:
     """What a tune file must have been measured on to count here."""
-    from fastattn._cli import machine  # parses /proc/cpuinfo; needed by this and nothing else
+    from fastattn._check import machine  # parses /proc/cpuinfo; needed by this and nothing else
 
     return {"cpu": machine.cpu_model(), "gpu": gpu_name()}
 

@@ -1,0 +1,1 @@
+"""The benchmark on a GPU, beside PyTorch's own attention there."""

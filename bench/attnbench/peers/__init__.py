@@ -1,0 +1,1 @@
+"""What fastattn is timed beside: one module for each library."""

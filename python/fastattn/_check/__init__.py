@@ -1,0 +1,1 @@
+"""What stands behind ``python -m fastattn``: `info`, `check` and `tune`, each a module of its own."""
