@@ -18,8 +18,7 @@
 #   FASTATTN_CUDA_BUILD  one line for people: toolkit and architectures, or why there are no kernels
 # and defines fastattn_add_cuda_room().
 
-set(FASTATTN_CUDA_ALL_ARCHITECTURES 75 75-virtual 80 86 89 90 100 120)
-set(FASTATTN_CUDA_PORTABLE_ARCHITECTURES 80-virtual 90a-real)
+include(${CMAKE_CURRENT_LIST_DIR}/cuda_architectures.cmake)
 set(FASTATTN_CUDA_ARCHITECTURES "" CACHE STRING
   "GPU architectures: 90-real is machine code, 90-virtual PTX; of plain numbers the newest gets both, the others the first; empty: by FASTATTN_CUDA")
 
@@ -50,33 +49,6 @@ function(fastattn_find_cuda_wheels out)
     list(REMOVE_DUPLICATES found)
   endif()
   set(${out} ${found} PARENT_SCOPE)
-endfunction()
-
-# The architectures to build for, and where they come from, as a remark for people.
-function(fastattn_choose_architectures out remark)
-  set(${remark} "" PARENT_SCOPE)
-  if(FASTATTN_CUDA_ARCHITECTURES)
-    set(${out} ${FASTATTN_CUDA_ARCHITECTURES} PARENT_SCOPE)
-    return()
-  endif()
-  set(${out} ${FASTATTN_CUDA_ALL_ARCHITECTURES} PARENT_SCOPE)
-  if(FASTATTN_CUDA_CHOICE STREQUAL "ON")
-    return()
-  endif()
-  # A driver that hangs must not hang the build.
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader TIMEOUT 20
-    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_QUIET)
-  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${output}")
-  if(failed OR NOT capabilities)
-    set(${out} ${FASTATTN_CUDA_PORTABLE_ARCHITECTURES} PARENT_SCOPE)
-    set(${remark} ", as no GPU was visible" PARENT_SCOPE)
-    return()
-  endif()
-  list(REMOVE_DUPLICATES capabilities)
-  string(REPLACE "." "" capabilities "${capabilities}")
-  list(TRANSFORM capabilities APPEND -real)
-  set(${out} ${capabilities} PARENT_SCOPE)
-  set(${remark} " of the GPUs that were visible" PARENT_SCOPE)
 endfunction()
 
 # The path of nvcc, or "" and `why`.
@@ -279,15 +251,14 @@ function(fastattn_add_cuda_room target kind build)
   set(emulator ${PROJECT_SOURCE_DIR}/tests/cuda_emulator)
   set(objects $<TARGET_OBJECTS:${target}>)
   if(kind STREQUAL "none")
-    set(sources ${room}/no_cuda.cpp ${room}/build_info.cpp)
+    set(sources ${room}/no_cuda.cpp ${room}/host/build_info.cpp)
   else()
-    file(GLOB sources CONFIGURE_DEPENDS ${room}/*.cpp)
+    file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${room}/*.cpp)
     list(REMOVE_ITEM sources ${room}/no_cuda.cpp)
   endif()
   if(kind STREQUAL "emulated")
-    list(REMOVE_ITEM sources ${room}/runtime_cudart.cpp ${room}/cublas_loader.cpp)
-    set(device_sources ${room}/launch.cu ${room}/launch_backward.cu ${room}/tensor/decode.cu
-      ${room}/tensor/flash_sm80.cu ${room}/tensor/flash_sm90.cu)
+    list(REMOVE_ITEM sources ${room}/host/runtime_cudart.cpp ${room}/blas/loader.cpp)
+    file(GLOB_RECURSE device_sources CONFIGURE_DEPENDS ${room}/*.cu)
     list(APPEND sources ${emulator}/simt.cpp ${emulator}/runtime.cpp ${emulator}/cublas.cpp ${device_sources})
     set_source_files_properties(${device_sources} PROPERTIES LANGUAGE CXX)  # CMake says `-x c++` by itself
   endif()
@@ -295,7 +266,7 @@ function(fastattn_add_cuda_room target kind build)
   fastattn_set_flags(${target})
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc ${PROJECT_SOURCE_DIR}/csrc/include)
   target_link_libraries(${target} PRIVATE Threads::Threads)
-  set_source_files_properties(${room}/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "FASTATTN_CUDA_BUILD=\"${build}\"")
+  set_source_files_properties(${room}/host/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "FASTATTN_CUDA_BUILD=\"${build}\"")
   if(kind STREQUAL "emulated")
     target_include_directories(${target} PRIVATE ${emulator})
     target_compile_definitions(${target} PRIVATE ${FASTATTN_EMULATOR_DEFINITIONS} FASTATTN_HAS_SM90A=1)
@@ -308,8 +279,8 @@ function(fastattn_add_cuda_room target kind build)
     if(NOT plain)
       set(plain ${CMAKE_CUDA_ARCHITECTURES})
     endif()
-    fastattn_add_device_objects(${target}_device "${plain}" ${room}/launch.cu
-      ${room}/launch_backward.cu)
+    fastattn_add_device_objects(${target}_device "${plain}" ${room}/simt/launch.cu
+      ${room}/simt/launch_backward.cu)
     # Tensor cores as of Ampere. Code for sm_80 runs on 8.6 and 8.9 as it is; the kernel refuses what is older, and traps there.
     set(tensor ${plain})
     list(FILTER tensor EXCLUDE REGEX "^7[0-9]")
@@ -319,8 +290,8 @@ function(fastattn_add_cuda_room target kind build)
     if(NOT tensor)
       set(tensor ${plain})
     endif()
-    fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/tensor/decode.cu
-      ${room}/tensor/flash_sm80.cu)
+    fastattn_add_device_objects(${target}_tensor "${tensor}" ${room}/fused/decode/launch.cu
+      ${room}/fused/sm80/launch.cu)
     # Hopper's own instructions are in 9.0a alone, which no other architecture runs. Without 9.0 the code is empty, and the kernel
     # refuses every device.
     set(hopper ${CMAKE_CUDA_ARCHITECTURES})
@@ -331,7 +302,7 @@ function(fastattn_add_cuda_room target kind build)
     else()
       list(GET tensor 0 hopper)
     endif()
-    fastattn_add_device_objects(${target}_hopper "${hopper}" ${room}/tensor/flash_sm90.cu)
+    fastattn_add_device_objects(${target}_hopper "${hopper}" ${room}/fused/sm90/launch.cu)
     list(APPEND objects $<TARGET_OBJECTS:${target}_device> $<TARGET_OBJECTS:${target}_tensor>
       $<TARGET_OBJECTS:${target}_hopper>)
   endif()

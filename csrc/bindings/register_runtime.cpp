@@ -1,4 +1,4 @@
-// Kernels, threads, version, CPU features. (threadpoolctl talks to C symbols of cpu/thread_pool.cpp.)
+// Kernels, threads, version, CPU features. (threadpoolctl talks to C symbols of threads/thread_pool.cpp.)
 #include <algorithm>
 #include <iterator>
 #include <limits>

@@ -16,7 +16,7 @@
 #include "core/kernel.h"
 #include "core/problem_errors.h"
 #include "core/workspace_memory.h"
-#include "cpu/thread_pool.h"
+#include "threads/thread_pool.h"
 
 #if !defined(FASTATTN_VERSION)
 #define FASTATTN_VERSION "0+unknown"

@@ -9,7 +9,7 @@
 
 #include <fastattn/attention.h>
 
-#include "core/executor.h"
+#include "threads/executor.h"
 
 namespace fastattn {
 

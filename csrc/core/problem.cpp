@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/key_range.h"
 #include "core/problem_errors.h"
 #include "core/problem_parts.h"
 #include "core/scalar_access.h"
+#include "core/visible.h"
 
 namespace fastattn {
 namespace {

@@ -8,7 +8,7 @@
 #include "core/kernel.h"
 #include "cpu/cpu_features.h"
 #include "cpu/isa_kernels.h"
-#include "cpu/reference_kernel.h"
+#include "reference/forward.h"
 
 // Which ISA files this build has (cmake/isa.cmake).
 #if !defined(FASTATTN_HAVE_AVX512BF16)

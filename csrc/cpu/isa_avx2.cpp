@@ -1,5 +1,5 @@
 // cpu-avx2: the algorithms for Avx2, register tiles of 6 rows and 2 vectors.
-#include "cpu/flash_table.h"
+#include "cpu/isa_table.h"
 #include "cpu/simd/vec_avx2.h"
 
 namespace fastattn::cpu {

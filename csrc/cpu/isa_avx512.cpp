@@ -1,5 +1,5 @@
 // cpu-avx512: the algorithms for Avx512, register tiles of 6 rows and 4 vectors.
-#include "cpu/flash_table.h"
+#include "cpu/isa_table.h"
 #include "cpu/simd/vec_avx512.h"
 
 namespace fastattn::cpu {

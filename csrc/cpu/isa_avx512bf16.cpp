@@ -1,7 +1,7 @@
 // cpu-avx512bf16: bf16 products two at a time (vdpbf16ps). Only decode's values are widened to f32, as in cpu-avx512,
 // where one row takes them or Dv is no multiple of 32.
-#include "cpu/flash_engine_bf16.h"
-#include "cpu/flash_table.h"
+#include "cpu/flash/engine_bf16.h"
+#include "cpu/isa_table.h"
 
 namespace fastattn::cpu {
 namespace {

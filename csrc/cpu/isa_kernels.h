@@ -8,29 +8,10 @@
 
 #include <fastattn/attention.h>
 
-#include "core/executor.h"
-#include "cpu/backward_tiling.h"
-#include "cpu/tiling.h"
+#include "cpu/backward/call.h"
+#include "cpu/flash/call.h"
 
 namespace fastattn::cpu {
-
-// One call, as its work items see it.
-struct FlashCall {
-    const AttentionProblem& problem;
-    const FlashPlan& plan;
-    std::byte* shared;
-    Executor& executor;
-};
-
-struct BackwardCall {
-    const BackwardProblem& problem;
-    const BackwardPlan& plan;
-    std::byte* shared;
-    Executor& executor;
-};
-
-// One after the other; what each needs of the earlier ones is complete.
-enum class BackwardPhase { prepare, gradients, merge, heads, bias };
 
 struct DtypeKernel {
     TileShape tile;

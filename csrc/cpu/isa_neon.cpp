@@ -1,5 +1,5 @@
 // cpu-neon: the algorithms for Neon, register tiles of 6 rows and 4 vectors.
-#include "cpu/flash_table.h"
+#include "cpu/isa_table.h"
 #include "cpu/simd/vec_neon.h"
 
 namespace fastattn::cpu {

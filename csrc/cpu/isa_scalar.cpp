@@ -1,5 +1,5 @@
 // cpu-scalar: the algorithms for Scalar, register tiles of 4 rows and 2 vectors.
-#include "cpu/flash_table.h"
+#include "cpu/isa_table.h"
 #include "cpu/simd/vec.h"
 
 namespace fastattn::cpu {

@@ -18,8 +18,8 @@
 #include <fastattn/attention.h>
 
 #include "core/kernel.h"
-#include "cpu/cpu_count.h"
 #include "cpu/isa_kernels.h"
+#include "threads/cpu_count.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -147,26 +147,6 @@ std::uint64_t read_all(const std::uint64_t* p, std::size_t count) {
     return all;
 }
 
-// cpu-reference is plain loops, as scalar code is.
-const cpu::IsaKernels* isa_of([[maybe_unused]] std::string_view kernel) {
-#if defined(FASTATTN_HAVE_AVX512BF16)
-    if (kernel == "cpu-avx512bf16") return &cpu::avx512bf16_kernels();
-#endif
-#if defined(FASTATTN_HAVE_AVX512)
-    if (kernel == "cpu-avx512") return &cpu::avx512_kernels();
-#endif
-#if defined(FASTATTN_HAVE_AVX2)
-    if (kernel == "cpu-avx2") return &cpu::avx2_kernels();
-#endif
-#if defined(FASTATTN_HAVE_NEON)
-    if (kernel == "cpu-neon") return &cpu::neon_kernels();
-#endif
-#if defined(FASTATTN_HAVE_SCALAR)
-    if (kernel == "cpu-scalar" || kernel == "cpu-reference") return &cpu::scalar_kernels();
-#endif
-    return nullptr;
-}
-
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 struct FreeAligned {
@@ -200,7 +180,9 @@ double measure_fma_peak(std::string_view kernel, DType dtype, int threads, doubl
     if (!known) throw ValueError("kernel: no CPU kernel is named '" + std::string(kernel) + "'");
     if (unusable != nullptr) throw UnsupportedError("kernel " + std::string(kernel) + ": " + unusable);
 
-    const cpu::IsaKernels* isa = isa_of(kernel);
+    // cpu-reference is plain loops, as scalar code is.
+    const cpu::IsaKernels* isa =
+        cpu::find_isa_kernels(kernel == "cpu-reference" ? std::string_view("cpu-scalar") : kernel);
     if (isa == nullptr) throw UnsupportedError("kernel " + std::string(kernel) + ": has no peak measurement");
     auto burst = isa->fma_burst_f32;
     if (dtype == DType::f64) burst = isa->fma_burst_f64;

@@ -7,21 +7,22 @@
 #include "core/environment.h"
 #include "core/kernel.h"
 #include "core/scalar_access.h"
-#include "cuda/attention_cublas.h"
-#include "cuda/attention_decode.h"
-#include "cuda/attention_flash.h"
-#include "cuda/attention_flash_sm90.h"
-#include "cuda/backward_cublas.h"
-#include "cuda/backward_staging.h"
-#include "cuda/build_info.h"
-#include "cuda/errors.h"
-#include "cuda/staging.h"
+#include "cuda/blas/errors.h"
+#include "cuda/cublas/backward.h"
+#include "cuda/cublas/backward_staging.h"
+#include "cuda/cublas/forward.h"
+#include "cuda/fused/decode/host.h"
+#include "cuda/fused/sm80/host.h"
+#include "cuda/fused/sm90/host.h"
+#include "cuda/host/build_info.h"
+#include "cuda/host/staging.h"
 
 namespace fastattn {
 namespace cuda {
 namespace {
 
-constexpr DType kDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
+constexpr DType kAllDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
+constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 
 // cuBLAS counts the columns of a matrix in 32 bits, and so do the kernels the keys of a row.
 const char* refuses(const AttentionProblem& p) {
@@ -168,7 +169,6 @@ void cublas_run(const AttentionProblem& p, const Target& target, const Workspace
     run_with(CublasAttention(device, environment().tf32), device, p, target, executor);
 }
 
-constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 constexpr const char* kUnproven =
     "no GPU has run it yet (docs/gpu_status.md), so it is taken only when asked for by name";
 
@@ -203,14 +203,26 @@ std::string fused_refuses_device(Device device) {
 }
 
 template <class Fused>
-constexpr Kernel fused(const char* name) {
+constexpr Kernel row(const char* name, std::span<const DType> dtypes) {
     return {.name = name,
             .device = DeviceType::cuda,
-            .dtypes = kHalfDtypes,
+            .dtypes = dtypes,
             .unavailable = &why_unavailable,
             .forward = {.refuses = &Fused::refuses, .plan = &fused_plan<Fused>, .run = &fused_run<Fused>},
             .refuses_device = &fused_refuses_device<Fused>,
             .unproven = kUnproven};
+}
+
+template <>
+constexpr Kernel row<CublasAttention>(const char* name, std::span<const DType> dtypes) {
+    return {
+        .name = name,
+        .device = DeviceType::cuda,
+        .dtypes = dtypes,
+        .unavailable = &why_unavailable,
+        .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run},
+        .backward = {
+            .refuses = &CublasBackward::refuses, .plan = &cublas_backward_plan, .run = &cublas_backward_run}};
 }
 
 }  // namespace
@@ -218,18 +230,11 @@ constexpr Kernel fused(const char* name) {
 
 std::span<const Kernel> cuda_kernels() {
     using namespace cuda;
-    static constexpr std::array<Kernel, 4> table{
-        {fused<FlashDecode>("cuda-decode"),
-         fused<FlashSm90>("cuda-flash-sm90"),
-         fused<FlashSm80>("cuda-flash-sm80"),
-         {.name = "cuda-cublas",
-          .device = DeviceType::cuda,
-          .dtypes = kDtypes,
-          .unavailable = &why_unavailable,
-          .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run},
-          .backward = {.refuses = &CublasBackward::refuses,
-                       .plan = &cublas_backward_plan,
-                       .run = &cublas_backward_run}}}};
+    static constexpr std::array table{
+#define FASTATTN_CUDA_KERNEL(name, type, dtypes) row<type>(name, dtypes),
+#include "cuda/kernels.inc"
+#undef FASTATTN_CUDA_KERNEL
+    };
     return table;
 }
 

@@ -1,13 +1,12 @@
 // The CUDA room of a build without CUDA: the same symbols; its kernels are listed, with the reason why not.
 #include "core/cuda_room.h"
 #include "core/kernel.h"
-#include "cuda/build_info.h"
+#include "cuda/host/build_info.h"
 
 namespace fastattn {
 namespace {
 
-constexpr DType kDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
-
+constexpr DType kAllDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};
 constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 
 constexpr Kernel absent(const char* name, std::span<const DType> dtypes) {
@@ -18,8 +17,11 @@ constexpr Kernel absent(const char* name, std::span<const DType> dtypes) {
             .forward = {}};
 }
 
-constexpr Kernel kKernels[] = {absent("cuda-decode", kHalfDtypes), absent("cuda-flash-sm90", kHalfDtypes),
-                               absent("cuda-flash-sm80", kHalfDtypes), absent("cuda-cublas", kDtypes)};
+constexpr Kernel kKernels[] = {
+#define FASTATTN_CUDA_KERNEL(name, type, dtypes) absent(name, dtypes),
+#include "cuda/kernels.inc"
+#undef FASTATTN_CUDA_KERNEL
+};
 
 }  // namespace
 

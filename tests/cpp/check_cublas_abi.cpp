@@ -1,11 +1,11 @@
-// Compiled where cuBLAS 13's headers are, run never: csrc/cuda/cublas_abi.h says the same as cublasLt.h.
+// Compiled where cuBLAS 13's headers are, run never: csrc/cuda/blas/abi.h says the same as cublasLt.h.
 #include <cublasLt.h>
 
 #include <array>
 #include <cstddef>
 #include <type_traits>
 
-#include "cuda/cublas_abi.h"
+#include "cuda/blas/abi.h"
 
 namespace fastattn::cuda::cublas {
 namespace {

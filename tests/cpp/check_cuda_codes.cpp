@@ -1,4 +1,4 @@
-// Compiled where CUDA's headers are, run never: the codes that csrc/cuda/runtime.h spells out are NVIDIA's.
+// Compiled where CUDA's headers are, run never: the codes that csrc/cuda/simt/runtime.h spells out are NVIDIA's.
 #include <driver_types.h>
 
 #if __has_include(<cuda.h>)
@@ -6,8 +6,8 @@
 #define FASTATTN_HAS_DRIVER_HEADER 1
 #endif
 
-#include "cuda/runtime.h"
-#include "cuda/tensor/tile_map.h"
+#include "cuda/simt/runtime.h"
+#include "cuda/simt/tile_map.h"
 
 namespace fastattn::cuda {
 

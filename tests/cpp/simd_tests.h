@@ -9,9 +9,9 @@
 #include <random>
 #include <vector>
 
-#include "cpu/flash_decode.h"
-#include "cpu/flash_gemm.h"
-#include "cpu/flash_pack.h"
+#include "cpu/flash/decode.h"
+#include "cpu/flash/gemm.h"
+#include "cpu/flash/pack.h"
 #include "cpu/simd/math.h"
 
 namespace fastattn::cpu {

@@ -1,4 +1,4 @@
-#include "cpu/reference_kernel.h"
+#include "reference/forward.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "cpu/flash_engine_bf16.h"
+#include "cpu/flash/engine_bf16.h"
 #include "simd_tests.h"
 
 namespace fastattn::cpu {

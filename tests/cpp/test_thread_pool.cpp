@@ -1,4 +1,4 @@
-#include "cpu/thread_pool.h"
+#include "threads/thread_pool.h"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -18,8 +18,8 @@
 #include <fastattn/attention.h>
 
 #include "child_process.h"
-#include "cpu/cpu_count.h"
-#include "cpu/cpu_placement.h"
+#include "threads/cpu_count.h"
+#include "threads/cpu_placement.h"
 
 namespace fastattn {
 namespace {

@@ -1,8 +1,8 @@
 // plan_flash: pure arithmetic, checked over a grid of problems.
 #include <gtest/gtest.h>
 
-#include "cpu/flash_workspace.h"
-#include "cpu/tiling.h"
+#include "cpu/flash/schedule.h"
+#include "cpu/flash/workspace.h"
 
 namespace fastattn::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// A cuBLASLt of the emulated GPU behind csrc/cuda/cublas_abi.h. It checks what the library checks, rather more strictly,
+// A cuBLASLt of the emulated GPU behind csrc/cuda/blas/abi.h. It checks what the library checks, rather more strictly,
 // and multiplies when the stream gets there. Products are summed in the compute type, one after another.
 #include <algorithm>
 #include <cstring>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/half.h"
-#include "cuda/cublas_abi.h"
+#include "cuda/blas/abi.h"
 #include "emulator.h"
 #include "state.h"
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/cublas_abi.h"
-#include "cuda/runtime.h"
+#include "cuda/blas/abi.h"
+#include "cuda/simt/runtime.h"
 
 namespace fastattn::emulator {
 

@@ -1,4 +1,4 @@
-// The names of csrc/cuda/tensor/hopper.h for the emulated GPU. Everything asynchronous happens as late as its waits allow: a copy
+// The names of csrc/cuda/fused/sm90/hopper.h for the emulated GPU. Everything asynchronous happens as late as its waits allow: a copy
 // when somebody waits for its barrier, a product when its warp group waits for it. So a wait too few reads old data here; and with
 // set_copies_eager(), a stage given back too early is overwritten. Fences, pin() and the numbers of registers do nothing.
 //
@@ -13,9 +13,9 @@
 
 #include "emulator.h"
 
-#include "cuda/tensor/hopper_layout.h"
-#include "cuda/tensor/tensor_core.h"
-#include "cuda/tensor/tile_map.h"
+#include "cuda/fused/sm90/hopper_layout.h"
+#include "cuda/fused/tensor_core.h"
+#include "cuda/simt/tile_map.h"
 
 namespace fastattn::cuda {
 namespace {

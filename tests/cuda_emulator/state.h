@@ -4,7 +4,7 @@
 #include <functional>
 #include <mutex>
 
-#include "cuda/runtime.h"
+#include "cuda/simt/runtime.h"
 
 namespace fastattn::emulator {
 

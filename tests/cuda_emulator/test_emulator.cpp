@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "core/half.h"
-#include "cuda/cublas_abi.h"
-#include "cuda/runtime.h"
+#include "cuda/blas/abi.h"
+#include "cuda/simt/runtime.h"
 #include "cuda_shim.h"
 #include "emulator.h"
 

@@ -6,7 +6,7 @@
 #include <fastattn/attention.h>
 
 #include "core/host_device.h"
-#include "cuda/chunk.h"
+#include "cuda/simt/chunk.h"
 
 namespace fastattn::cuda {
 

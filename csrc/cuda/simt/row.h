@@ -1,10 +1,10 @@
 // One query row of a chunk: which keys it may attend, and how a raw product becomes a score. The same order of
-// operations as on the CPU (csrc/cpu/flash_softmax.h): scale, softcap, alibi, bias, restrictions.
+// operations as on the CPU (csrc/cpu/flash/softmax.h): scale, softcap, alibi, bias, restrictions.
 #pragma once
 
-#include "core/key_range.h"
 #include "core/philox.h"
 #include "core/scalar_access.h"
+#include "core/visible.h"
 #include "cuda/simt/arguments.h"
 #include "cuda/simt/device.h"
 

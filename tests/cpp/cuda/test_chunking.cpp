@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/chunking.h"
+#include "cuda/host/chunking.h"
 
 namespace fastattn::cuda {
 namespace {

@@ -3,8 +3,8 @@
 #include <limits>
 
 #include "core/kernel.h"
-#include "cuda/backward_cublas.h"
-#include "cuda/backward_staging.h"
+#include "cuda/cublas/backward.h"
+#include "cuda/cublas/backward_staging.h"
 #include "emulator.h"
 #include "training.h"
 

@@ -11,8 +11,8 @@
 #include "arrays.h"
 #include "core/half.h"
 #include "core/kernel.h"
-#include "cuda/attention_decode.h"
-#include "cuda/tensor/decode_arguments.h"
+#include "cuda/fused/decode/arguments.h"
+#include "cuda/fused/decode/host.h"
 #include "emulator.h"
 
 namespace fastattn::cuda {

@@ -10,8 +10,8 @@
 
 #include "arrays.h"
 #include "core/half.h"
-#include "cuda/gemm.h"
-#include "cuda/products.h"
+#include "cuda/blas/gemm.h"
+#include "cuda/cublas/products.h"
 #include "emulator.h"
 
 namespace fastattn::cuda {

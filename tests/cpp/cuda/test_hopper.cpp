@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "arrays.h"
-#include "cuda/runtime.h"
-#include "cuda/tensor/flash_order.h"
-#include "cuda/tensor/hopper.h"
+#include "cuda/fused/sm90/hopper.h"
+#include "cuda/fused/sm90/order.h"
+#include "cuda/simt/runtime.h"
 #include "emulator.h"
 
 namespace fastattn::cuda {

@@ -1,6 +1,6 @@
 // Host arrays through the emulated GPU: how a call is cut into units, whole calls of many units against cpu-reference,
 // and what is left after failures. Units are 32 MiB, so arrays here are long in D: bytes without much to compute.
-#include "cuda/staging.h"
+#include "cuda/host/staging.h"
 
 #include <gtest/gtest.h>
 

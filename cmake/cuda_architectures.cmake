@@ -1,0 +1,30 @@
+# Which GPU architectures the CUDA kernels are built for; cmake/cuda.cmake says why these.
+set(FASTATTN_CUDA_ALL_ARCHITECTURES 75 75-virtual 80 86 89 90 100 120)
+set(FASTATTN_CUDA_PORTABLE_ARCHITECTURES 80-virtual 90a-real)
+
+# The architectures to build for, and where they come from, as a remark for people.
+function(fastattn_choose_architectures out remark)
+  set(${remark} "" PARENT_SCOPE)
+  if(FASTATTN_CUDA_ARCHITECTURES)
+    set(${out} ${FASTATTN_CUDA_ARCHITECTURES} PARENT_SCOPE)
+    return()
+  endif()
+  set(${out} ${FASTATTN_CUDA_ALL_ARCHITECTURES} PARENT_SCOPE)
+  if(FASTATTN_CUDA_CHOICE STREQUAL "ON")
+    return()
+  endif()
+  # A driver that hangs must not hang the build.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader TIMEOUT 20
+    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_QUIET)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${output}")
+  if(failed OR NOT capabilities)
+    set(${out} ${FASTATTN_CUDA_PORTABLE_ARCHITECTURES} PARENT_SCOPE)
+    set(${remark} ", as no GPU was visible" PARENT_SCOPE)
+    return()
+  endif()
+  list(REMOVE_DUPLICATES capabilities)
+  string(REPLACE "." "" capabilities "${capabilities}")
+  list(TRANSFORM capabilities APPEND -real)
+  set(${out} ${capabilities} PARENT_SCOPE)
+  set(${remark} " of the GPUs that were visible" PARENT_SCOPE)
+endfunction()

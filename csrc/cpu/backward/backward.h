@@ -1,0 +1,146 @@
+// The backward pass, with P recomputed from lse (Dao et al., FlashAttention, arXiv:2205.14135, algorithm 4). For each
+// block of keys of a (batch, kv head), packed once: for each block of rows of each query head of the group
+//
+//   x = score * log2 e   P = 2^(x - lse * log2 e)   dP = dout . v   dS = P (dP - delta)      panel.h
+//   dv += P^T dout   dk += dS^T q   dq += dS k                                               products.h
+//
+// dk and dv of a block of keys are sums over all rows, complete before the next block. dq is summed over the blocks of
+// a chunk of keys, and the chunks are added in order. Softcap turns dS into the derivative by scale * q.k for dq and dk.
+#pragma once
+
+#include "cpu/backward/bias.h"
+#include "cpu/backward/pack.h"
+#include "cpu/backward/panel.h"
+#include "cpu/backward/products.h"
+#include "cpu/backward/rows.h"
+
+namespace fastattn::cpu {
+namespace {
+
+template <class V>
+void add_to(typename V::value_type* sum, const typename V::value_type* part, std::int64_t n) {
+    for (std::int64_t c = 0; c < n; c += V::width) (V::load(sum + c) + V::load(part + c)).store(sum + c);
+}
+
+// Row i of a head of dq, dk or dv, rounded once.
+template <class V, class S>
+void store_row(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h, std::int64_t dim,
+               const typename V::value_type* row, typename V::value_type factor) {
+    const V scale = V::set1(factor);
+    S* to = row_pointer<S>(x, b, i, h);
+    for (std::int64_t d = 0; d < dim; d += V::width)
+        store_strided(V::load(row + d) * scale, to + d * x.dim, x.dim, dim - d);
+}
+
+// dk and dv of a block of keys, and what it adds to dq of all rows of the kv head.
+template <class E, class S>
+void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typename E::Acc* dq) {
+    using V = typename E::V;
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const BackwardBuffers<E>& at = block.at;
+    start_keys(block, kv_head, j);
+    clear_vectors<V>(at.dk, plan.key_block * plan.d_stride);
+    clear_vectors<V>(at.dv, plan.key_block * plan.v_stride);
+    for (std::int64_t g = 0; g < p.group; ++g) {
+        for (std::int64_t i = 0; i < p.q_size; i += plan.row_block) {
+            if (block.executor.stop_requested()) return;
+            if (!start_rows<E, S>(block, kv_head * p.group + g, i)) continue;
+            if (!find_ds(block)) return;
+            auto* const dq_rows = dq + (g * p.q_size + i) * plan.d_stride;
+            add_key_products(block);
+            add_query_products(block, dq_rows);
+            if (block.careful) add_bad_products<E, S>(block, dq_rows);
+        }
+    }
+    const Operand &dk = block.problem.dk, &dv = block.problem.dv;
+    for (std::int64_t c = 0; c < block.keys.size; ++c) {
+        store_row<V, S>(dk, block.x.batch, j + c, kv_head, p.head_dim, at.dk + c * plan.d_stride,
+                        block.x.scale);
+        store_row<V, S>(dv, block.x.batch, j + c, kv_head, p.value_dim, at.dv + c * plan.v_stride,
+                        block.keep_factor);
+    }
+}
+
+// All blocks of keys of a chunk; dq is what the chunk gives to it.
+template <class E, class S>
+void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk, typename E::Acc* dq) {
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const std::int64_t head_rows = p.group * p.q_size;
+    block.chunk = chunk;
+    clear_vectors<typename E::V>(dq, head_rows * plan.d_stride);
+    if (block.alibi) {
+        const std::int64_t first = row_index(p, block.x.batch, kv_head * p.group, 0);
+        for (std::int64_t r = 0; r < head_rows; ++r) block.slopes[(first + r) * plan.chunks + chunk] = 0;
+    }
+    const std::int64_t end = (chunk + 1) * plan.chunk_blocks;
+    for (std::int64_t kb = chunk * plan.chunk_blocks; kb < end && kb < plan.key_blocks; ++kb) {
+        add_keys<E, S>(block, kv_head, kb * plan.key_block, dq);
+        if (block.executor.stop_requested()) return;
+    }
+}
+
+// dq, dk, dv. Items: (chunk, batch, kv head) with split, else (batch, kv head).
+template <class E, class S>
+void find_gradients(BackwardBlock<E>& block, std::int64_t item) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const std::int64_t heads = p.batch * p.kv_heads, head = item % heads;
+    const std::int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
+    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
+    block.x.batch = b;
+    if (plan.split) {
+        const std::int64_t chunk = item / heads;
+        add_chunk<E, S>(block, kv_head, chunk, block.partials + (head * plan.chunks + chunk) * dq_size);
+        return;
+    }
+    Acc* const dq = block.at.dq;
+    for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        add_chunk<E, S>(block, kv_head, chunk, chunk == 0 ? dq : block.at.dq_chunk);
+        if (block.executor.stop_requested()) return;
+        if (chunk > 0) add_to<V>(dq, block.at.dq_chunk, dq_size);
+    }
+    for (std::int64_t g = 0; g < p.group; ++g) {
+        for (std::int64_t i = 0; i < p.q_size; ++i) {
+            store_row<V, S>(block.problem.dq, b, i, kv_head * p.group + g, p.head_dim,
+                            dq + (g * p.q_size + i) * plan.d_stride, block.x.scale);
+        }
+    }
+}
+
+// With split: adds the chunks of some rows of dq in order.
+template <class E, class S>
+void merge_chunks(const BackwardBlock<E>& block, std::int64_t item) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const std::int64_t begin = item % plan.row_blocks * plan.row_block;
+    const std::int64_t h = item / plan.row_blocks % p.q_heads, b = item / plan.row_blocks / p.q_heads;
+    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
+    Acc* partials = block.partials + (b * p.kv_heads + h / p.group) * plan.chunks * dq_size;
+    for (std::int64_t i = begin; i < begin + plan.row_block && i < p.q_size; ++i) {
+        Acc* row = partials + (h % p.group * p.q_size + i) * plan.d_stride;
+        for (std::int64_t chunk = 1; chunk < plan.chunks; ++chunk)
+            add_to<V>(row, row + chunk * dq_size, plan.d_stride);
+        store_row<V, S>(block.problem.dq, b, i, h, p.head_dim, row, block.x.scale);
+    }
+}
+
+template <class E, class S>
+void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t item, std::byte* workspace) {
+    BackwardBlock<E> block(call, workspace);
+    switch (phase) {
+        case BackwardPhase::prepare: return prepare_rows<E, S>(block, item);
+        case BackwardPhase::gradients: return find_gradients<E, S>(block, item);
+        case BackwardPhase::merge: return merge_chunks<E, S>(block, item);
+        case BackwardPhase::heads: return find_head_gradients(block, item);
+        case BackwardPhase::bias: return find_bias_gradient<E, S>(block, item);
+    }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,63 @@
+// dbias: a pass of its own, whose items are blocks of the bias. Axes that the bias broadcasts are summed inside of an item.
+#pragma once
+
+#include "core/broadcast.h"
+#include "cpu/backward/pack.h"
+#include "cpu/backward/panel.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// The sums of the block, over rows or keys that the bias does not tell apart.
+template <class E>
+void store_bias(const BackwardBlock<E>& block, std::int64_t b, std::int64_t h, std::int64_t i,
+                std::int64_t j) {
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const ScoreOperand& out = block.problem.dbias;
+    const auto within = [](std::int64_t left, std::int64_t most) { return left < most ? left : most; };
+    const std::int64_t rows = within(out.query == 0 ? p.q_size : p.q_size - i, plan.row_block);
+    const std::int64_t keys = within(out.key == 0 ? p.kv_size : p.kv_size - j, plan.key_block);
+    for (std::int64_t r = 0; r < (out.query == 0 ? 1 : rows); ++r) {
+        for (std::int64_t c = 0; c < (out.key == 0 ? 1 : keys); ++c) {
+            double sum = 0;
+            for (std::int64_t rr = r; rr < (out.query == 0 ? rows : r + 1); ++rr)
+                for (std::int64_t cc = c; cc < (out.key == 0 ? keys : c + 1); ++cc)
+                    sum += double(block.at.dbias[rr * plan.key_block + cc]);
+            store_real(out.data, out.dtype, score_offset(out, b, h, i + r, j + c), sum);
+        }
+    }
+}
+
+// One block of dbias: dS anew for all heads, rows and keys that the bias of the block served. Rows and keys that
+// the bias does not tell apart are first summed at their places in their blocks.
+template <class E, class S>
+void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const ScoreOperand& out = block.problem.dbias;
+    const AxisSizes own = own_sizes(out, p);
+    const std::int64_t key_blocks = out.key == 0 ? 1 : plan.key_blocks;
+    const std::int64_t row_blocks = out.query == 0 ? 1 : plan.row_blocks;
+    const std::int64_t kb = item % key_blocks, rb = item / key_blocks % row_blocks;
+    const std::int64_t h = item / key_blocks / row_blocks % own.head,
+                       b = item / key_blocks / row_blocks / own.head;
+    clear_vectors<typename E::V>(block.at.dbias, plan.row_block * plan.key_block);
+    block.into_bias = true;
+    for (std::int64_t bb = b; bb < (out.batch == 0 ? p.batch : b + 1); ++bb) {
+        block.x.batch = bb;
+        for (std::int64_t hh = h; hh < (out.head == 0 ? p.q_heads : h + 1); ++hh) {
+            for (std::int64_t j = kb; j < (out.key == 0 ? plan.key_blocks : kb + 1); ++j) {
+                start_keys(block, hh / p.group, j * plan.key_block);
+                for (std::int64_t i = rb; i < (out.query == 0 ? plan.row_blocks : rb + 1); ++i) {
+                    if (block.executor.stop_requested()) return;
+                    if (start_rows<E, S>(block, hh, i * plan.row_block) && !find_ds(block)) return;
+                }
+            }
+        }
+    }
+    store_bias(block, b, h, rb * plan.row_block, kb * plan.key_block);
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,181 @@
+// The blocks of the backward pass: which keys and rows they have, packed as the products take them.
+#pragma once
+
+#include "cpu/backward/block.h"
+#include "cpu/flash/pack.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// Keys from j on of a kv head.
+template <class E>
+void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j) {
+    const std::int64_t left = block.forward.kv_size - j;
+    block.keys = {};
+    block.keys.head = kv_head;
+    block.keys.first = j;
+    block.keys.size = left < block.plan.key_block ? left : block.plan.key_block;
+}
+
+template <class E, class S>
+void pack_key_block(BackwardBlock<E>& block) {
+    using V = typename E::V;
+    constexpr int w = V::width;
+    const AttentionProblem& p = block.forward;
+    const BackwardBuffers<E>& at = block.at;
+    KeyBlock& keys = block.keys;
+    const S* k = row_pointer<const S>(p.k, block.x.batch, keys.first, keys.head);
+    const S* v = row_pointer<const S>(p.v, block.x.batch, keys.first, keys.head);
+    pack_keys<E>(at.k_panels, k, p.k.seq, p.k.dim, keys.size, p.head_dim);
+    pack_keys<E>(at.v_panels, v, p.v.seq, p.v.dim, keys.size, p.value_dim);
+    keys.bad_key = pack_values<E>(at.k_rows, at.bad_k, k, p.k.seq, p.k.dim, keys.size,
+                                  (keys.size + w - 1) / w * w, block.plan.key_block, p.head_dim);
+    V check = V::zero();
+    for (std::int64_t c = 0; c < keys.size; ++c) {
+        for (std::int64_t d = 0; d < p.value_dim; d += w)
+            check = V::fma(load_strided<V>(v + c * p.v.seq + d * p.v.dim, p.v.dim, p.value_dim - d),
+                           V::zero(), check);
+    }
+    keys.bad_value = !(V::reduce_add(check) == 0);
+    keys.packed = true;
+}
+
+// Whether any of n rows from i on attends any of the keys [first, first + keys), by the ranges alone.
+inline bool rows_attend(const AttentionProblem& p, std::int64_t b, std::int64_t i, std::int64_t n,
+                        std::int64_t first, std::int64_t keys) {
+    // Both ends of the ranges rise with the row.
+    return n > 0 && p.key_range(b, i).begin < first + keys && p.key_range(b, i + n - 1).end > first;
+}
+
+// The first block of rows from i on, of one head, that has weights in the keys; q_size if there is none.
+inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& plan, std::int64_t b,
+                              std::int64_t i, std::int64_t first, std::int64_t keys) {
+    for (; i < p.q_size; i += plan.row_block) {
+        const std::int64_t left = p.q_len(b) - i;
+        if (rows_attend(p, b, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+    }
+    return p.q_size;
+}
+
+// Asks for the next block of rows; beside the last one of a block of keys for the gradients of these, and the next keys.
+template <class E, class S>
+void plan_ahead(BackwardBlock<E>& block) {
+    constexpr std::int64_t kMostShare = 64;  // between two questions whether to stop
+    constexpr std::int64_t kMostBytes = 512 * 1024;  // of dq: more has no place in L2
+    const AttentionProblem& p = block.forward;
+    const BackwardProblem& problem = block.problem;
+    const BackwardPlan& plan = block.plan;
+    const KeyBlock& keys = block.keys;
+    BackwardAhead& ahead = block.ahead;
+    ahead = {};
+    if (block.into_bias) return;  // another order of blocks
+    std::int64_t most = 0;
+    const auto ask = [&]<bool for_writing>(RowPrefetch<for_writing>& to, const Operand& x, std::int64_t b,
+                                           std::int64_t i, std::int64_t h, std::int64_t dim, std::int64_t n,
+                                           std::int64_t heads = 1) {
+        to = rows_ahead<S, for_writing>(x, b, i, h, dim, n, heads);
+        if (n * heads > most) most = n * heads;
+    };
+    const auto rest = [](std::int64_t size, std::int64_t first, std::int64_t n) {
+        return size - first < n ? size - first : n;
+    };
+    const std::int64_t first_head = keys.head * p.group;
+    std::int64_t b = block.x.batch, head = block.rows.head;
+    std::int64_t row = next_rows(p, plan, b, block.rows.first + plan.row_block, keys.first, keys.size);
+    if (row == p.q_size && ++head < first_head + p.group)
+        row = next_rows(p, plan, b, 0, keys.first, keys.size);
+    if (row == p.q_size) {
+        ask(ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
+        ask(ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
+        std::int64_t kv_head = keys.head, key = keys.first + plan.key_block;
+        const std::int64_t chunk_keys = plan.chunk_blocks * plan.key_block;
+        if (key >= p.kv_size || (plan.split && key % chunk_keys == 0)) {
+            const std::int64_t dq_bytes =
+                p.group * p.q_size * p.head_dim * static_cast<std::int64_t>(sizeof(S));
+            if (!plan.split && dq_bytes <= kMostBytes)
+                ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, p.q_size, p.group);
+            const std::int64_t next = block.executor.next_item(), all = p.batch * p.kv_heads;
+            if (next < plan.items) {
+                b = next % all / p.kv_heads;
+                kv_head = next % p.kv_heads;
+                key = next / all * chunk_keys;
+            } else {
+                key = p.kv_size;
+            }
+        }
+        if (key < p.kv_size) {
+            const std::int64_t n = rest(p.kv_size, key, plan.key_block);
+            ask(ahead.k, p.k, b, key, kv_head, p.head_dim, n);
+            ask(ahead.v, p.v, b, key, kv_head, p.value_dim, n);
+            head = kv_head * p.group;
+            row = next_rows(p, plan, b, 0, key, n);
+        }
+    }
+    if (row < p.q_size) {
+        const std::int64_t n = rest(p.q_size, row, plan.row_block);
+        ask(ahead.q, p.q, b, row, head, p.head_dim, n);
+        ask(ahead.dout, problem.dout, b, row, head, p.value_dim, n);
+    }
+    const std::int64_t tiles = block.rows.padded / E::mr, share = (most + tiles - 1) / tiles;
+    ahead.share = share < kMostShare ? share : kMostShare;
+}
+
+// Rows from i on of a query head. False when none of them has weights in the block of keys.
+template <class E, class S>
+bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const AttentionProblem& p = block.forward;
+    const BackwardPlan& plan = block.plan;
+    const BackwardBuffers<E>& at = block.at;
+    const KeyBlock& keys = block.keys;
+    RowBlock& rows = block.rows;
+    FlashBlock<E>& x = block.x;
+    const std::int64_t size = p.q_size - i < plan.row_block ? p.q_size - i : plan.row_block;
+    const std::int64_t left = p.q_len(x.batch) - i;
+    const std::int64_t live = left < size ? left : size;
+    if (!rows_attend(p, x.batch, i, live, keys.first, keys.size)) return false;
+    if (!keys.packed) pack_key_block<E, S>(block);
+    static_assert(E::mr % E::scalars == 0);
+    const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;
+    rows = {};
+    rows.head = head;
+    rows.first = i;
+    rows.live = live;
+    rows.padded = padded;
+    const S* q = row_pointer<const S>(p.q, x.batch, i, head);
+    const Operand& d = block.problem.dout;
+    const S* dout = row_pointer<const S>(d, x.batch, i, head);
+    const RowRule rule(p, x.batch);
+    bool finite = true;
+    for (std::int64_t r = 0; r < padded; ++r) {
+        RowInfo info{};
+        BackwardRow<Acc> state{};
+        if (r < live) {
+            info = rule.info(i + r, head);
+            if (x.elementwise || block.alibi) find_features(x, info);
+            state = block.states[row_index(p, x.batch, head, i + r)];
+            pack_row<E>(at.q_rows + r * plan.q_units, q + r * p.q.seq, p.q.dim, p.head_dim);
+            pack_row<E>(at.dout_rows + r * plan.v_units, dout + r * d.seq, d.dim, p.value_dim);
+        } else {
+            clear_vectors<V>(at.q_rows + r * plan.q_units, plan.q_units);
+            clear_vectors<V>(at.dout_rows + r * plan.v_units, plan.v_units);
+        }
+        const Acc sum = state.shift + state.factor + state.delta;
+        finite = finite && sum - sum == 0;
+        at.rows[r] = state;
+        x.info[r] = info;
+    }
+    if (!block.into_bias) {
+        rows.bad_query = pack_values<E>(at.q_panels, at.bad_q, q, p.q.seq, p.q.dim, live, padded,
+                                        plan.row_block, p.head_dim);
+        rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, d.seq, d.dim, live, padded,
+                                           plan.row_block, p.value_dim);
+    }
+    plan_ahead<E, S>(block);
+    block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;
+    return true;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,109 @@
+#include "cpu/flash/schedule.h"
+
+#include <algorithm>
+
+#include "cpu/flash/workspace.h"
+
+namespace fastattn::cpu {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+// Bytes of packed q and accumulators that one item may hold. They are read once per block of keys, a few KB for
+// each tile, so they need no place in L2; k and v of a block, read for every tile, do.
+constexpr std::int64_t kItemBytes = 1280 * 1024, kLeastItemBytes = 320 * 1024;
+// ... and of all threads together: a workspace that is not too large is kept for the next call.
+constexpr std::int64_t kAllItemBytes = std::int64_t{40} << 20;
+// An item packs its own k and v; below so many rows that would cost more than a few percent.
+constexpr std::int64_t kMinRows = 96;
+// Packed k and v of kKeyBlock keys; above it blocks are half as long.
+constexpr std::int64_t kBlockBytes = 256 * 1024;
+
+// Few rows and many keys: split the keys, so that the work is parallel and k and v are packed for all rows at once.
+// Depends on the problem of one (batch, head) alone.
+std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
+    // More rows, fewer splits: what partial results take stays the same.
+    const std::int64_t most_splits = kMostSplits * 16 / std::max<std::int64_t>(plan.rows, 16);
+    std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
+    length = std::max(length, round_up(ceil_div(p.kv_size, most_splits), kKeyBlock));
+    const bool pays = p.weights.data == nullptr && plan.rows <= kSplitRows && p.kv_size > length;
+    return pays ? length : p.kv_size;
+}
+
+// Packed k and v of a block stay in L2, beside the q and O that stream through it.
+std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile) {
+    const std::int64_t key_bytes = (p.head_dim + p.value_dim) * tile.unit_bytes / tile.scalars;
+    return kKeyBlock * key_bytes > kBlockBytes ? kKeyBlock / 2 : kKeyBlock;
+}
+
+// Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing them for
+// prefill's larger tiles is as good from 16 rows on. Of the problem of one head alone, as it decides about bits.
+std::int64_t most_decode_rows(const AttentionProblem& p) {
+    constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
+    const std::int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<std::int64_t>(item_size(p.dtype));
+    if (p.kv_size >= ceil_div(kLargeHead, std::max<std::int64_t>(key_bytes, 1))) return 32;
+    return p.kv_size >= kFewKeys ? 16 : 8;
+}
+
+// Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
+// read in the order of the addresses. Fewer where there would be too few items.
+std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int threads) {
+    if (!heads_side_by_side(p.k) || !heads_side_by_side(p.v)) return 1;
+    const std::int64_t most =
+        std::max<std::int64_t>(kDecodeItemRows / std::max<std::int64_t>(plan.rows, 1), 1);
+    const std::int64_t all = std::max<std::int64_t>(p.kv_heads, 1);
+    std::int64_t heads = ceil_div(all, ceil_div(all, most));
+    while (heads > 1 && p.batch * ceil_div(p.kv_heads, heads) * plan.key_splits < std::int64_t{4} * threads) {
+        heads = ceil_div(heads, 2);
+    }
+    return heads;
+}
+
+}  // namespace
+
+FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threads) {
+    FlashPlan plan;
+    plan.rows = p.q_size * p.group;
+    plan.decode =
+        plan.rows <= most_decode_rows(p) && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
+    plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
+    plan.o_stride = round_up(p.value_dim, tile.width);
+    plan.partial_stride = plan.o_stride + kPartialHeader;
+    plan.key_block = plan.decode ? kDecodeBlock
+                                 : std::min(prefill_key_block(p, tile),
+                                            round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
+
+    const std::int64_t heads = p.batch * p.kv_heads;
+    plan.split_keys = split_length(p, plan);
+    plan.key_splits = plan.split_keys > 0 ? ceil_div(p.kv_size, plan.split_keys) : 1;
+    if (plan.decode) {
+        plan.heads_per_item = decode_heads(p, plan, threads);
+        plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);
+        plan.row_items = plan.rows > 0 ? 1 : 0;
+    } else {
+        const std::int64_t bytes = std::clamp(kAllItemBytes / threads, kLeastItemBytes, kItemBytes);
+        const std::int64_t row_bytes = (plan.q_stride + plan.o_stride) * tile.unit_bytes;
+        const std::int64_t most = std::max<std::int64_t>(bytes / row_bytes, tile.mr);
+        std::int64_t blocks = ceil_div(plan.rows, most);
+        const std::int64_t wanted =
+            ceil_div(std::int64_t{8} * threads, std::max<std::int64_t>(heads * plan.key_splits, 1));
+        blocks = std::max(blocks, std::min(wanted, plan.rows / kMinRows));
+        blocks = std::max<std::int64_t>(blocks, 1);
+        plan.rows_per_item = std::max<std::int64_t>(round_up(ceil_div(plan.rows, blocks), tile.mr), tile.mr);
+        plan.row_items = ceil_div(plan.rows, plan.rows_per_item);
+    }
+    plan.head_items = ceil_div(p.kv_heads, plan.heads_per_item);
+    plan.items = p.batch * plan.head_items * plan.row_items * plan.key_splits;
+    plan.groups = plan.decode ? 1 : std::max<std::int64_t>(p.batch * plan.head_items, 1);
+    if (plan.key_splits > 1) {
+        plan.merge_items = heads * plan.rows;
+        plan.shared_bytes =
+            static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *
+            static_cast<std::size_t>(tile.unit_bytes);
+    }
+    plan.per_thread_bytes = workspace_bytes(p, plan, tile);
+    return plan;
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,55 @@
+// How a problem is cut into work: pure functions of the problem, the register tile and, for the size of
+// an item only, the number of threads. Results never depend on the latter: row tiles and key blocks
+// start at the same places whatever the items are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <fastattn/attention.h>
+
+namespace fastattn::cpu {
+
+// The register tile of a kernel for one dtype (see engine.h).
+struct TileShape {
+    int mr = 1;           // query rows
+    int nr = 1;           // keys or value columns
+    int width = 1;        // lanes of a vector
+    int scalars = 1;      // scalars in a unit
+    int sums = 1;         // sums of a row's weights
+    int unit_bytes = 4;   // bytes of a unit, and of an accumulator
+};
+
+inline constexpr std::int64_t kKeyBlock = 256;        // most keys packed at once (prefill)
+inline constexpr std::int64_t kDecodeBlock = 64;      // keys scored at once (decode)
+inline constexpr std::int64_t kDecodeItemRows = 256;  // most rows of all heads of an item of decode
+inline constexpr std::int64_t kSplitKeys = 2048;      // keys of one split (prefill of few rows)
+inline constexpr std::int64_t kDecodeSplitKeys = 512; // the same for decode
+inline constexpr std::int64_t kSplitRows = 256;       // at most so many rows have their keys split
+inline constexpr std::int64_t kMostSplits = 256;  // of 16 rows: bounds the partial results of long caches
+
+inline constexpr std::int64_t kPartialHeader = 4;  // accumulators before o in a partial result
+
+struct FlashPlan {
+    bool decode = false;
+    std::int64_t rows = 0;  // Sq * G: the rows that share k and v; row r is query r/G, head r%G
+    std::int64_t heads_per_item = 1;  // kv heads of an item; above 1 (decode only) it has all rows of each
+    std::int64_t head_items = 0;
+    std::int64_t rows_per_item = 0;  // multiple of mr in prefill
+    std::int64_t row_items = 0;
+    std::int64_t key_splits = 1;
+    std::int64_t split_keys = 0;  // keys of a split (a multiple of kKeyBlock when key_splits > 1)
+    std::int64_t key_block = 0;
+    std::int64_t items = 0;  // batch * head_items * row_items * key_splits
+    std::int64_t groups = 1;  // neighbouring items that two threads should not share: see Executor
+    std::int64_t merge_items = 0;  // second phase, when key_splits > 1
+    std::int64_t q_stride = 0;  // units of a packed q row
+    std::int64_t o_stride = 0;  // accumulators of an output row
+    std::int64_t partial_stride = 0;  // accumulators of one partial result: m, l, rounded l, o
+    std::size_t per_thread_bytes = 0;
+    std::size_t shared_bytes = 0;
+};
+
+FlashPlan plan_flash(const AttentionProblem& problem, const TileShape& tile, int threads);
+
+}  // namespace fastattn::cpu

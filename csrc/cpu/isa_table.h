@@ -1,0 +1,44 @@
+// The table of an ISA file: the algorithms instantiated for its vectors.
+#pragma once
+
+#include "cpu/backward/backward.h"
+#include "cpu/flash/decode.h"
+#include "cpu/flash/prefill.h"
+#include "cpu/fma_burst.h"
+#include "cpu/isa_kernels.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// E: the engine, F: that of decode's values where E does not take them (fused multiply-add), S: storage type.
+template <class E, class F, class S>
+void flash_forward(const FlashCall& call, std::int64_t item, std::byte* workspace) {
+    if (call.plan.decode) {
+        decode_item<E, F, S>(call, item, workspace);
+    } else {
+        prefill_item<E, S>(call, item, workspace);
+    }
+}
+
+template <class E, class F, class S>
+constexpr DtypeKernel dtype_kernel() {
+    return {tile_shape<E>(), &flash_forward<E, F, S>, &flash_merge<E, S>, &flash_backward<E, S>};
+}
+
+// Register tiles of `rows` rows and `vectors` vectors; the FMA burst has as many accumulators as a tile.
+template <class Isa, int rows, int vectors>
+constexpr IsaKernels isa_table() {
+    using F64 = FmaEngine<double, Isa, rows, vectors>;
+    using F32 = FmaEngine<float, Isa, rows, vectors>;
+    IsaKernels table;
+    table.f64 = dtype_kernel<F64, F64, double>();
+    table.f32 = dtype_kernel<F32, F32, float>();
+    table.f16 = dtype_kernel<F32, F32, f16_t>();
+    table.bf16 = dtype_kernel<F32, F32, bf16_t>();
+    table.fma_burst_f64 = &fma_burst<Vec<double, Isa>, rows * vectors>;
+    table.fma_burst_f32 = &fma_burst<Vec<float, Isa>, rows * vectors>;
+    return table;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

@@ -1,0 +1,23 @@
+// Fused attention for Ampere and newer: kernel.h on the device, this on the host.
+#pragma once
+
+#include <string>
+
+#include "cuda/fused/fused_kernel.h"
+
+namespace fastattn::cuda {
+
+class FlashSm80 final : public FusedKernel {
+public:
+    static constexpr int kLeast = 80, kMost = 1000;
+    static constexpr bool kBuilt = true;
+    explicit FlashSm80(const DeviceContext& context) : FusedKernel(context) {}
+    // nullptr, or why not this problem.
+    static const char* refuses(const AttentionProblem& p) { return FusedKernel::refuses(p); }
+    std::string describe(const AttentionProblem& p, bool staged) const override;
+
+private:
+    void launch(const FlashArgs& args, std::byte* scratch, Stream stream) const override;
+};
+
+}  // namespace fastattn::cuda

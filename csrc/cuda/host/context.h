@@ -1,0 +1,78 @@
+// What is known of the CUDA devices of this process: probed once, at the first question; never while importing.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/blas/gemm.h"
+#include "cuda/simt/runtime.h"
+
+namespace fastattn::cuda {
+
+// Scratch for cuBLAS: what its documentation asks for on Hopper, and enough elsewhere.
+inline constexpr std::size_t kGemmWorkspaceBytes = std::size_t{32} << 20;
+// Freed memory that a device's pool keeps for the next call.
+inline constexpr std::size_t kPoolBytes = std::size_t{256} << 20;
+
+struct DeviceContext {
+    int index = 0;
+    DeviceProperties properties;
+    Pool pool = nullptr;
+    Stream own_stream = nullptr;  // for callers without one
+    GemmPlans* gemm = nullptr;
+};
+
+// Why no CUDA device can be used, or nullptr. Thread-safe; the answer is kept, except that a library which was offered
+// later (cublas::offer) is tried again.
+const char* unavailable() noexcept;
+// Devices are there and no library was opened yet.
+bool needs_library() noexcept;
+int usable_devices() noexcept;
+// The context of a device below usable_devices(), made at the first call; throws CudaError.
+const DeviceContext& context(int device);
+
+// Makes a device the thread's current one, and puts back what was.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device);
+    ~CurrentDevice();
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+// Device memory of one call, taken and given back in the order of its stream.
+class DeviceMemory {
+public:
+    // Throws OutOfMemory. 0 bytes: nothing.
+    DeviceMemory(const DeviceContext& context, std::size_t bytes, Stream stream, const char* what_for);
+    ~DeviceMemory();
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+    std::byte* data() const noexcept { return data_; }
+
+private:
+    std::byte* data_ = nullptr;
+    Stream stream_;
+};
+
+// Consecutive 256-byte aligned pieces of a block; with a null block it only counts.
+class Carver {
+public:
+    explicit Carver(std::byte* block) noexcept : block_(block) {}
+    std::byte* take(std::size_t bytes) noexcept {
+        std::byte* piece = block_ == nullptr ? nullptr : block_ + used_;
+        used_ += (bytes + 255) / 256 * 256;
+        return piece;
+    }
+    std::size_t used() const noexcept { return used_; }
+
+private:
+    std::byte* block_;
+    std::size_t used_ = 0;
+};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,242 @@
+// The gradients by their definition (attention.h), in double, one sum at a time: each element of dq, dk, dv, dbias,
+// dalibi and dsinks is the work of one item, which recomputes P and dS of all the pairs in its sum. So nothing is added
+// up across items, and a pair that a row may not attend is never read.
+#include "reference/backward.h"
+
+#include <algorithm>
+
+#include "core/broadcast.h"
+#include "reference/row.h"
+
+namespace fastattn {
+namespace {
+
+using Index = std::int64_t;
+
+// What the pairs of a row share: P = share * exp(s - top), delta - dlse.
+struct RowState {
+    double top, share, delta;
+};
+
+template <class T>
+class Backward {
+public:
+    Backward(const BackwardProblem& problem, double* query, RowState* rows, Executor& executor)
+        : b_(problem), p_(problem.forward), query_(query), rows_(rows), executor_(executor) {}
+
+    void prepare(Index b, Index h, Index i) {
+        const ReferenceRow<T> row(p_, query_, b, h, i);
+        RowState& state = state_of(row);
+        state = {};
+        if (!row.exists) return;
+        const T *dout = features<T>(b_.dout, b, i, h), *out = features<T>(p_.out, b, i, h);
+        for (Index d = 0; d < p_.value_dim; ++d)
+            state.delta += to_double(dout[d * b_.dout.dim]) * to_double(out[d * p_.out.dim]);
+        if (!std::isfinite(state.delta)) {  // of a row that may attend nothing it is the sum of nothing
+            bool any = false;
+            row.for_attended_keys(executor_, [&](Index, double) { any = true; });
+            if (!any) state.delta = 0.0;
+        }
+        if (b_.dlse.data != nullptr)
+            state.delta -= load_real(b_.dlse.data, b_.dlse.dtype, score_index(b_.dlse, b, h, i, 0));
+        state.top = load_real(p_.lse.data, p_.lse.dtype, score_index(p_.lse, b, h, i, 0));
+        state.share = 1.0;
+        // From some size on lse says too little of the sum of the weights; beside a bias of -1e9 nothing. It is found
+        // anew, and used where it agrees with lse as far as that tells (it may be of more keys than these).
+        const bool wide = p_.lse.dtype == DType::f64;
+        const double epsilon =
+            wide ? std::numeric_limits<double>::epsilon() : double(std::numeric_limits<float>::epsilon());
+        const double most =
+            wide ? std::numeric_limits<double>::max() : double(std::numeric_limits<float>::max());
+        const double size = std::abs(state.top);
+        if (!(size * epsilon * 1024 > 1.0) || size > most) return;
+        double max = row.sink, sum = 0.0;
+        row.for_attended_keys(executor_,
+                              [&](Index j, double bias) { max = std::max(max, row.score(j, bias)); });
+        row.for_attended_keys(executor_,
+                              [&](Index j, double bias) { sum += row.weight(row.score(j, bias), max); });
+        sum += row.sink_weight(max);
+        if (std::abs(max + std::log(sum) - state.top) > 4 * epsilon * size && size < most) return;
+        state.top = max;
+        state.share = 1.0 / sum;
+    }
+
+    // One pair that the row may attend.
+    struct Pair {
+        double kept, ds, ds_product;  // r P, dS, and dS before softcap: by scale * q.k
+    };
+    Pair pair(const ReferenceRow<T>& row, Index j, double bias) const {
+        const RowState& state = state_of(row);
+        const double s = row.capped(j);
+        const double weight = state.share * std::exp(row.placed(s, j, bias) - state.top);
+        const double keep = row.dropped(j) ? 0.0 : 1.0 / (1.0 - p_.dropout);
+        const T *dout = features<T>(b_.dout, row.b, row.i, row.h),
+                *v = features<T>(p_.v, row.b, j, row.kv_head);
+        double dp = 0.0;
+        for (Index d = 0; d < p_.value_dim; ++d)
+            dp += to_double(dout[d * b_.dout.dim]) * to_double(v[d * p_.v.dim]);
+        const double ds = weight * (keep * dp - state.delta);
+        const double slope = p_.softcap > 0 ? 1.0 - (s / p_.softcap) * (s / p_.softcap) : 1.0;
+        return {keep * weight, ds, ds * slope};
+    }
+
+    void query_row(Index b, Index h, Index i, double* acc) {
+        std::fill(acc, acc + p_.head_dim, 0.0);
+        const ReferenceRow<T> row(p_, query_, b, h, i);
+        if (row.exists) {
+            row.for_attended_keys(executor_, [&](Index j, double bias) {
+                const double ds = pair(row, j, bias).ds_product;
+                const T* k = features<T>(p_.k, b, j, row.kv_head);
+                for (Index d = 0; d < p_.head_dim; ++d) acc[d] += ds * to_double(k[d * p_.k.dim]);
+            });
+        }
+        store_row(b_.dq, b, i, h, p_.head_dim, acc, p_.scale);
+    }
+
+    void key_row(Index b, Index kv_head, Index j, double* acc) {
+        double *dk = acc, *dv = acc + p_.head_dim;
+        std::fill(acc, dv + p_.value_dim, 0.0);
+        for (Index h = kv_head * p_.group; h < (kv_head + 1) * p_.group; ++h) {
+            for_attending_rows(b, h, j, [&](const ReferenceRow<T>& row, double bias) {
+                const Pair x = pair(row, j, bias);
+                const T *q = features<T>(p_.q, b, row.i, h), *dout = features<T>(b_.dout, b, row.i, h);
+                for (Index d = 0; d < p_.head_dim; ++d) dk[d] += x.ds_product * to_double(q[d * p_.q.dim]);
+                for (Index d = 0; d < p_.value_dim; ++d) dv[d] += x.kept * to_double(dout[d * b_.dout.dim]);
+            });
+        }
+        store_row(b_.dk, b, j, kv_head, p_.head_dim, dk, p_.scale);
+        store_row(b_.dv, b, j, kv_head, p_.value_dim, dv, 1.0);
+    }
+
+    // The element of dbias that belongs to (b, h, i, j): the sum over the axes that it does not have.
+    void bias_element(Index b, Index h, Index i, Index j) {
+        const ScoreOperand& x = b_.dbias;
+        const auto last = [](Index stride, Index at, Index size) { return stride == 0 ? size : at + 1; };
+        double sum = 0.0;
+        for (Index bb = b; bb < last(x.batch, b, p_.batch); ++bb)
+            for (Index hh = h; hh < last(x.head, h, p_.q_heads); ++hh)
+                for (Index ii = i; ii < last(x.query, i, p_.q_size) && !executor_.stop_requested(); ++ii) {
+                    const ReferenceRow<T> row(p_, query_, bb, hh, ii);
+                    for (Index jj = j; jj < last(x.key, j, p_.kv_size); ++jj) {
+                        double bias;
+                        if (row.exists && jj >= row.range.begin && jj < row.range.end &&
+                            row.attends(jj, bias))
+                            sum += pair(row, jj, bias).ds;
+                    }
+                }
+        store_real(x.data, x.dtype, score_index(x, b, h, i, j), sum);
+    }
+
+    void slope_element(Index b, Index h) {
+        double sum = 0.0;
+        for_rows(b_.dalibi, b, h, [&](const ReferenceRow<T>& row) {
+            row.for_attended_keys(
+                executor_, [&](Index j, double bias) { sum -= pair(row, j, bias).ds * row.distance(j); });
+        });
+        store_real(b_.dalibi.data, b_.dalibi.dtype, score_index(b_.dalibi, b, h, 0, 0), sum);
+    }
+
+    void sink_element(Index h) {
+        double sum = 0.0;
+        for_rows(b_.dsinks, 0, h, [&](const ReferenceRow<T>& row) {
+            const RowState& state = state_of(row);
+            if (row.sink == -row.kInfinity) return;
+            // A sink of +inf has all the weight.
+            const double weight = row.sink == row.kInfinity ? 1.0 : std::exp(row.sink - state.top);
+            sum -= state.share * weight * state.delta;
+        });
+        store_real(b_.dsinks.data, b_.dsinks.dtype, score_index(b_.dsinks, 0, h, 0, 0), sum);
+    }
+
+private:
+    RowState& state_of(const ReferenceRow<T>& row) const {
+        return rows_[(row.b * p_.q_heads + row.h) * p_.q_size + row.i];
+    }
+
+    // The existing rows of head h, of batch entry b or, where the result has no batch axis, of all.
+    template <class F>
+    void for_rows(const ScoreOperand& result, Index b, Index h, F f) {
+        for (Index bb = b; bb < (result.batch == 0 ? p_.batch : b + 1); ++bb)
+            for (Index i = 0; i < p_.q_len(bb) && !executor_.stop_requested(); ++i)
+                f(ReferenceRow<T>(p_, query_, bb, h, i));
+    }
+
+    template <class F>
+    void for_attending_rows(Index b, Index h, Index j, F f) {
+        for (Index i = 0; i < p_.q_len(b); ++i) {
+            if (i % 16 == 0 && executor_.stop_requested()) return;
+            const KeyRange range = p_.key_range(b, i);
+            if (j < range.begin || j >= range.end) continue;
+            const ReferenceRow<T> row(p_, query_, b, h, i);
+            double bias;
+            if (row.attends(j, bias)) f(row, bias);
+        }
+    }
+
+    void store_row(const Operand& x, Index b, Index i, Index h, Index dim, const double* acc, double factor) {
+        const Index at = b * x.batch + i * x.seq + h * x.head;
+        for (Index d = 0; d < dim; ++d) store_real(x.data, p_.dtype, at + d * x.dim, factor * acc[d]);
+    }
+
+    const BackwardProblem& b_;
+    const AttentionProblem& p_;
+    double* query_;  // (D,)
+    RowState* rows_;  // (B, Hq, Sq)
+    Executor& executor_;
+};
+
+}  // namespace
+
+KernelPlan plan_reference_backward(const BackwardProblem& problem, Device, int, bool describe) {
+    const AttentionProblem& p = problem.forward;
+    KernelPlan plan;
+    const auto rows = static_cast<std::size_t>(p.batch * p.q_heads * p.q_size);
+    plan.shared_bytes = rows * sizeof(RowState);
+    plan.per_thread_bytes = static_cast<std::size_t>(2 * p.head_dim + p.value_dim) * sizeof(double);
+    plan.work_items = std::max({p.batch * p.q_heads * p.q_size, p.batch * p.kv_heads * p.kv_size, Index{1}});
+    if (describe) plan.algorithm = "element by element in double, every sum by itself";
+    return plan;
+}
+
+void run_reference_backward(const BackwardProblem& problem, const Target&, const Workspace& workspace,
+                            Executor& executor) {
+    const AttentionProblem& p = problem.forward;
+    with_element_type(p.dtype, [&](auto element) {
+        using T = decltype(element);
+        // f(backward, item, scratch of D + Dv) for every item.
+        const auto for_each = [&](Index items, auto f) {
+            auto item_fn = [&](Index item, int slot) {
+                auto* scratch = reinterpret_cast<double*>(
+                    workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+                if (executor.stop_requested()) return;
+                Backward<T> backward(problem, scratch, reinterpret_cast<RowState*>(workspace.shared),
+                                     executor);
+                f(backward, item, scratch + p.head_dim);
+            };
+            executor.for_each(items, item_fn);
+        };
+        const Index rows = p.q_heads * p.q_size, keys = p.kv_heads * p.kv_size;
+        for_each(p.batch * rows, [&](auto& backward, Index n, double*) {
+            backward.prepare(n / rows, n % rows / p.q_size, n % p.q_size);
+        });
+        for_each(p.batch * rows, [&](auto& backward, Index n, double* acc) {
+            backward.query_row(n / rows, n % rows / p.q_size, n % p.q_size, acc);
+        });
+        for_each(p.batch * keys, [&](auto& backward, Index n, double* acc) {
+            backward.key_row(n / keys, n % keys / p.kv_size, n % p.kv_size, acc);
+        });
+        const AxisSizes bias = own_sizes(problem.dbias, p), slopes = own_sizes(problem.dalibi, p),
+                        sinks = own_sizes(problem.dsinks, p);
+        for_each(bias.count(), [&](auto& backward, Index n, double*) {
+            const Index j = n % bias.key, i = n / bias.key % bias.query;
+            const Index h = n / bias.key / bias.query % bias.head, b = n / bias.key / bias.query / bias.head;
+            backward.bias_element(b, h, i, j);
+        });
+        for_each(slopes.count(), [&](auto& backward, Index n, double*) {
+            backward.slope_element(n / slopes.head, n % slopes.head);
+        });
+        for_each(sinks.count(), [&](auto& backward, Index h, double*) { backward.sink_element(h); });
+    });
+}
+
+}  // namespace fastattn
