@@ -33,7 +33,7 @@ def test_python_blocks_run_and_links_lead_somewhere(check_docs, page):
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="something is preloaded into every process")
 def test_cpp_blocks_compile(check_docs):
-    page = ROOT / "README.md"
+    page = ROOT / "docs/cpp.md"
     text = page.read_text(encoding="utf-8")
     assert check_docs.blocks(text, "cpp")
     assert not check_docs.cpp_errors(page, text)

@@ -1,4 +1,4 @@
-"""Runs on the CPU what README.md's table "What others lack" says of fastattn, PyTorch and JAX.
+"""Runs on the CPU what docs/comparison.md says of fastattn, PyTorch and JAX.
 
 pip install '.[test]' && python tools/peer_facts.py
 """
