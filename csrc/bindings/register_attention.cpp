@@ -1,6 +1,7 @@
 // fastattn.mha, fastattn.mha_backward and fastattn.explain: arguments in, AttentionParams, core, results out.
 #include <algorithm>
 #include <string_view>
+#include <utility>
 
 #include <fastattn/attention.h>
 
@@ -37,6 +38,9 @@ QAxes axes_of_q(const AttentionParams& params) noexcept {
     return {rank - (bshd ? 3 : 2), rank - (bshd ? 2 : 3), rank == 4 ? 0 : -1};
 }
 
+// What limit_threads() set for the calls of this thread.
+thread_local int thread_limit = 0;
+
 // One call's arguments, converted.
 struct Call {
     AttentionParams params;
@@ -69,6 +73,7 @@ void read_q_offset(const Arguments& arguments, Call& call) {
 
 void read_arguments(const Arguments& arguments, Call& call) {
     AttentionParams& params = call.params;
+    call.options.max_threads = thread_limit;
     const auto read = [&](Slot slot, TensorView& view) {
         if (arguments.given(slot)) {
             view = call.arrays.input(arguments[slot], slot_name(slot));
@@ -223,7 +228,9 @@ bool may_use_cuda(const AttentionProblem& problem, const RunOptions& options) {
         return false;
     }
     load_device_speeds();
-    return estimate_devices(problem, get_num_threads(), device_speeds()).gpu_is_faster();
+    const int all = get_num_threads(), limit = options.max_threads;
+    const int threads = limit > 0 && limit < all ? limit : all;
+    return estimate_devices(problem, threads, device_speeds()).gpu_is_faster();
 }
 
 const AttentionProblem& forward_of(const AttentionProblem& problem) { return problem; }
@@ -446,6 +453,10 @@ void register_attention(py::module_& m) {
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {
         throw py::error_already_set();
     }
+    m.def(
+        "limit_threads", [](int n) { return std::exchange(thread_limit, std::max(n, 0)); }, py::arg("n"),
+        "limit_threads(n)\n--\n\nAt most n CPU threads in calls of this Python thread, 0: no limit but "
+        "`get_num_threads`. Returns the limit before.");
 }
 
 }  // namespace fastattn::bindings

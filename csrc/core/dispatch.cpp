@@ -106,17 +106,22 @@ void check_device(Device device) {
 // Waking a worker costs as much as some hundred thousand FLOPs; below that per thread, fewer are faster.
 constexpr double kFlopsPerThread = 400e3;
 
-int useful_threads(const AttentionProblem& p) noexcept {
-    const int threads = get_num_threads();
+int within_limit(int threads, const RunOptions& options) noexcept {
+    return options.max_threads > 0 && options.max_threads < threads ? options.max_threads : threads;
+}
+
+int useful_threads(const AttentionProblem& p, const RunOptions& options) noexcept {
+    const int threads = within_limit(get_num_threads(), options);
     const double flops = flops_at_most(p);
     if (flops >= kFlopsPerThread * threads) return threads;
     return flops < 2.0 * kFlopsPerThread ? 1 : static_cast<int>(flops / kFlopsPerThread);
 }
 
 // For host arrays with no device asked for: the estimate, where a GPU kernel could take the call.
-bool faster_on_gpu(const AttentionProblem& problem) {
+bool faster_on_gpu(const AttentionProblem& problem, const RunOptions& options) {
     if (flops_at_most(problem) < kFlopsForGpu) return false;
-    return estimate_devices(problem, get_num_threads(), device_speeds()).gpu_is_faster() &&
+    const int threads = within_limit(get_num_threads(), options);
+    return estimate_devices(problem, threads, device_speeds()).gpu_is_faster() &&
            cuda_unavailable() == nullptr;
 }
 
@@ -142,7 +147,7 @@ DeviceChoice choose_device(const AttentionProblem& problem, const RunOptions& op
                   "the kernel that was asked for runs there",
                   true};
     } else {
-        choice = {{faster_on_gpu(problem) ? DeviceType::cuda : DeviceType::cpu, 0}, nullptr};
+        choice = {{faster_on_gpu(problem, options) ? DeviceType::cuda : DeviceType::cpu, 0}, nullptr};
     }
     if (problem.device.type == DeviceType::cuda && !(choice.device == problem.device))
         throw UnsupportedError("device: the arrays are on " + device_string(problem.device) +
@@ -150,9 +155,11 @@ DeviceChoice choose_device(const AttentionProblem& problem, const RunOptions& op
     return choice;
 }
 
-std::string describe_choice(const AttentionProblem& problem, const DeviceChoice& choice) {
+std::string describe_choice(const AttentionProblem& problem, const DeviceChoice& choice,
+                            const RunOptions& options) {
     if (choice.reason != nullptr) return choice.reason;
-    const DeviceEstimate estimate = estimate_devices(problem, get_num_threads(), device_speeds());
+    const int threads = within_limit(get_num_threads(), options);
+    const DeviceEstimate estimate = estimate_devices(problem, threads, device_speeds());
     std::string text = describe(estimate);
     if (const char* reason = estimate.gpu_is_faster() ? cuda_unavailable() : nullptr)
         text += std::string("; CUDA: ") + reason;
@@ -248,7 +255,8 @@ template <class Problem>
 Plan plan_on(const Problem& problem, Device device, const RunOptions& options, bool describe) {
     const Kernel& kernel = choose_kernel(problem, device, options);
     const auto plan_pass = pass_of(kernel, problem).plan;
-    int threads = options.num_threads > 0 ? options.num_threads : useful_threads(forward_of(problem));
+    int threads = options.num_threads > 0 ? within_limit(options.num_threads, options)
+                                          : useful_threads(forward_of(problem), options);
     if (threads > kMaxThreads) threads = kMaxThreads;
     KernelPlan details = plan_pass(problem, device, threads, describe);
     if (details.work_items < threads) {  // fewer slots, less workspace
@@ -359,7 +367,7 @@ Explanation explain(const AttentionProblem& problem, const RunOptions& options) 
     Explanation e;
     e.kernel = plan.kernel->name;
     e.device = device_string(plan.device);
-    e.device_choice = describe_choice(problem, chosen.choice);
+    e.device_choice = describe_choice(problem, chosen.choice, options);
     if (!chosen.obstacle.empty()) e.device_choice += "; " + chosen.obstacle;
     e.algorithm = plan.details.algorithm;
     e.workspace_bytes = static_cast<std::int64_t>(plan.total_bytes + plan.details.device_bytes);

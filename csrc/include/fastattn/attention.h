@@ -166,6 +166,7 @@ struct RunOptions {
     std::string_view kernel{};  // empty: FASTATTN_KERNEL, else the first kernel that supports it
     std::string_view device{};  // empty: FASTATTN_DEVICE, else where the arrays are
     int num_threads = 0;  // 0: get_num_threads()
+    int max_threads = 0;  // a further limit, of this call alone; 0: none
     // Arrays on a CUDA device: the cudaStream_t in which they are ready and the call is queued; null: the legacy
     // default stream. The call then returns before the result is there.
     void* stream = nullptr;
