@@ -145,6 +145,9 @@ double to_double(const Arguments& arguments, Slot slot, double fallback) {
         (is_ndarray(object) && !is_zero_dim_ndarray(object))) {
         fail_type(slot_name(slot), "a real number", object);
     }
+    if (!PyFloat_Check(object) && !PyLong_Check(object)) {
+        check_requires_grad(object, slot_name(slot));
+    }
     const double value = PyFloat_AsDouble(object);
     if (value == -1.0 && PyErr_Occurred() != nullptr) {
         if (PyErr_ExceptionMatches(PyExc_OverflowError)) {

@@ -77,13 +77,21 @@ Announced announced_device(PyObject* object, const char* name, CudaUse& cuda) {
     return {where};
 }
 
-void check_requires_grad(PyObject* object, const char* name) {
-    const PyRef flag = optional_attribute(object, "requires_grad");
-    if (flag && flag.get() == Py_True) {
-        raise(PyExc_TypeError,
-              "%s: this %.200s requires grad, and the gradient would be lost; use %s.detach()", name,
-              type_name(object), name);
+// PyTorch's views of negated numbers (x.conj().imag) hold the numbers and a bit, which DLPack has no place for: such an
+// input is a copy without the bit. Other libraries have no such views.
+PyRef without_negative_bit(PyObject* object, const char* name, bool for_output) {
+    const PyRef is_negated = optional_attribute(object, "is_neg");
+    if (!is_negated || !PyCallable_Check(is_negated.get()) ||
+        PyRef::checked(PyObject_CallNoArgs(is_negated.get())).get() != Py_True) {
+        return PyRef::borrow(object);
     }
+    if (for_output) {
+        raise(PyExc_ValueError,
+              "%s: expected an array that stores its own numbers, got a %.200s with PyTorch's negative bit "
+              "(%s.is_neg()), a view of negated ones",
+              name, type_name(object), name);
+    }
+    return PyRef::checked(PyObject_CallMethod(object, "resolve_neg", nullptr));
 }
 
 PyRef request_capsule(PyObject* object, const char* name, const Announced& where) {
@@ -201,11 +209,21 @@ bool has_dlpack(PyObject* object) {
     return !PyType_Check(object) && static_cast<bool>(optional_attribute(object, "__dlpack__"));
 }
 
+void check_requires_grad(PyObject* object, const char* name) {
+    const PyRef flag = optional_attribute(object, "requires_grad");
+    if (flag && flag.get() == Py_True) {
+        raise(PyExc_TypeError,
+              "%s: this %.200s requires grad, and the gradient would be lost; use %s.detach()", name,
+              type_name(object), name);
+    }
+}
+
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
                             bool& aligned, ByteStridedArray& bytes, CudaUse& cuda) {
     check_requires_grad(object, name);
     const Announced announced = announced_device(object, name, cuda);
-    const PyRef capsule = request_capsule(object, name, announced);
+    const PyRef plain = without_negative_bit(object, name, for_output);
+    const PyRef capsule = request_capsule(plain.get(), name, announced);
     ManagedTensor managed = take(capsule.get(), object, name);
     if (managed.versioned() && managed.version().major != dlpack::kMajorVersion) {
         // Only version, manager_ctx and deleter are sure to be where we think they are.
