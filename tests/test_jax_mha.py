@@ -274,6 +274,57 @@ def test_only_gradients_that_are_wanted_are_computed():
     assert_same((of_q(1.0)[0], of_side(1.0)[0]), jax.grad(out_of, (0, 1))(q, side))
 
 
+UNSEEN = np.arange(8)[:, None] > np.arange(8)  # the first row sees nothing
+UNSEEING: dict[str, dict[str, Any]] = {
+    "mask": {"mask": UNSEEN},
+    "bias": {"bias": jnp.where(jnp.asarray(UNSEEN), 0.5, -jnp.inf)},
+    "lengths": {"kv_lens": np.array([0], np.int32)},
+    "causal": {"causal": True, "q_offset": -3},
+    "sinks": {"mask": UNSEEN, "sinks": jnp.full(2, -jnp.inf)},
+}
+
+
+@pytest.mark.parametrize("rank", [4, 3])
+@pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
+@pytest.mark.parametrize("name", UNSEEING)
+def test_rows_that_see_nothing_are_no_mistake(name, flag, rank):
+    """Nothing that JAX looks at, results or what it keeps for the gradients, has an infinity of ours."""
+    q = jnp.asarray(qkv(np.float32, B=1, Sq=8, Hq=2, rank=rank)[0])
+    keywords = UNSEEING[name]
+
+    def loss(q: Any) -> Any:
+        return (fastattn.jax.mha(q, q, q, **keywords) ** 2).sum()
+
+    functions = (
+        jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.checkpoint(loss)),
+        lambda q: jax.vjp(loss, q)[1](1.0)[0],
+        lambda q: jax.vmap(jax.grad(loss))(q[None])[0],
+    )  # fmt: skip
+    want = jax.grad(loss)(q)
+    anything = jnp.full_like(q, np.nan if flag == "jax_debug_nans" else np.inf)
+
+    def of_masked(q: Any) -> Any:
+        return fastattn.jax.mha(q, anything, anything, mask=np.zeros(8, bool)).sum()
+
+    jax.config.update(flag, True)
+    try:
+        for function in functions:
+            assert_same(function(q), want)
+        assert not np.asarray(jax.grad(of_masked)(q)).any()
+    finally:
+        jax.config.update(flag, False)
+
+
+def test_debugging_still_finds_mistakes():
+    q = jnp.asarray(qkv(np.float32, B=1, Sq=8, Hq=2)[0])
+    jax.config.update("jax_debug_infs", True)
+    try:
+        with pytest.raises(FloatingPointError):
+            jax.grad(lambda q: (fastattn.jax.mha(q, q, q, mask=UNSEEN) / 0.0).sum())(q)
+    finally:
+        jax.config.update("jax_debug_infs", False)
+
+
 def test_gradients_of_what_has_none():
     q, k, v = qkv(np.float32, Sq=8)
     lengths, mask = np.array([5], np.int32), np.ones((8, 8), bool)
@@ -427,6 +478,39 @@ def test_seeds():
         RUN_TIME_ERRORS, match=r"INVALID_ARGUMENT: seed: expected 0 <= seed < 2\*\*64, got -3"
     ):
         dropped(seed=jnp.int32(-3))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_of_four_words(impl):
+    """Typed and raw, given and by default; every word counts."""
+    arrays = qkv(np.float32, B=2, Sq=16, Hq=2)
+    dropped = partial(fastattn.jax.mha, *arrays, dropout=0.5)
+    key = jax.random.key(7, impl=impl)
+    want = dropped(seed=key)
+    words = np.asarray(jax.random.key_data(key))
+    assert words.shape == (4,)
+    for seed in (words, jnp.asarray(words), jax.random.PRNGKey(7, impl=impl)):
+        assert_same(dropped(seed=seed), want)
+    with jax.default_prng_impl(impl):
+        assert_same(dropped(seed=jax.random.key(7)), want)
+        assert_same(dropped(seed=jax.random.PRNGKey(7)), want)
+        assert_same(dropped(seed=7), fastattn.mha(*arrays, dropout=0.5, seed=7))
+    others = [words ^ np.uint32(1 << bit) * (np.arange(4) == n) for n in range(4) for bit in (0, 31)]
+    others += [words[[1, 0, 3, 2]], np.zeros(4), np.array([1, 2, 3, 4]), np.array([3, 4, 1, 2])]
+    masks = [np.asarray(dropped(seed=x.astype(np.uint32))) for x in others]
+    assert len({x.tobytes() for x in (*masks, np.asarray(want))}) == len(others) + 1
+    # Traced, mapped and differentiated: the mask is that of the key alone.
+    assert_same(jax.jit(lambda key: dropped(seed=key))(key), want)
+    keys = jax.random.split(key, 3)
+    assert_same(jax.vmap(lambda key: dropped(seed=key))(keys), np.stack([dropped(seed=key) for key in keys]))
+    q, k, v = arrays
+
+    def loss(q: Any, key: Any) -> Any:
+        return (fastattn.jax.mha(q, k, v, dropout=0.5, seed=key) ** 2).sum()
+
+    assert_same(jax.jit(jax.grad(loss))(q, key), jax.grad(loss)(q, words))
+    with pytest.raises(ValueError, match=r"^seed: expected .* or \(4,\), got uint32\(2, 4\)"):
+        dropped(seed=np.zeros((2, 4), np.uint32))
 
 
 # ---- compilation, copies ------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class _Settings(NamedTuple):
     softcap: float | None
     dropout: float
     kernel: str | None
+    finite_lse: bool  # of what is kept for the gradients
 
     def attributes(self) -> dict[str, Any]:
         """Attributes of the call of the handler; what is None is absent."""
@@ -117,9 +118,10 @@ def mha(
     alibi_slopes : float array (Hq,) or (B,Hq), optional
     sinks : float array (Hq,), optional
     q_lens, kv_lens : integer array (B,), optional
-    seed : int, integer array (), uint32 array (2,) or a key of `jax.random`
+    seed : int, integer array (), uint32 array (2,) or (4,), or a key of `jax.random`
         For the dropout. Two words are the high and the low 32 bits, so ``jax.random.key(7)`` (threefry) gives
-        the same mask as 7. No value causes another compilation.
+        the same mask as 7. Four, a key of the kinds rbg and unsafe_rbg, are hashed. No value causes another
+        compilation.
     return_lse, return_weights : bool
         As in `fastattn.mha`.
 
@@ -168,6 +170,7 @@ def mha(
         softcap=None if softcap is None else float(softcap),
         dropout=float(dropout),
         kernel=kernel,
+        finite_lse=bool(jax.config.jax_debug_infs),
     )
     names = ("out", *("lse",) * bool(return_lse), *("weights",) * bool(return_weights))
     results = _mha(known, names, arrays)
@@ -202,7 +205,10 @@ def _offset(x: Any) -> Any:
 
 
 def _seed(x: Any) -> Any:
-    """The seed as the handler takes it: an integer array () or uint32 (2,), the high word first."""
+    """The seed as the handler takes it: an integer array () or uint32 (2,), the high word first.
+
+    Keys of the rbg kinds have four words, uint32 (4,); all of them make the two, by JAX's own hash of keys.
+    """
     if _is_int(x):
         if not 0 <= x < 2**64:
             raise ValueError(f"seed: expected 0 <= seed < 2**64, got {x}")
@@ -210,10 +216,13 @@ def _seed(x: Any) -> Any:
     x = _as_array("seed", x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
+    if x.shape == (4,) and x.dtype == np.uint32:
+        first = jax.random.wrap_key_data(x[:2], impl="threefry2x32")
+        x = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(first, x[2]), x[3]))
     if (x.shape == () and jnp.issubdtype(x.dtype, np.integer)) or (x.shape == (2,) and x.dtype == np.uint32):
         return x
     raise (ValueError if jnp.issubdtype(x.dtype, np.integer) else TypeError)(
-        f"seed: expected an int, an integer array (), or uint32 of shape (2,), got {x.dtype}{x.shape}"
+        f"seed: expected an int, an integer array (), or uint32 of shape (2,) or (4,), got {x.dtype}{x.shape}"
     )
 
 
@@ -245,42 +254,36 @@ _check_once = lru_cache(maxsize=4096, typed=True)(_check_now)
 
 
 # ---- the operation ----------------------------------------------------------------------------------
-@partial(jax.jit, static_argnums=(0, 1))
-def _mha(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> tuple[Any, ...]:
-    """Gives q, k, v, mask and bias four axes, and takes from the results those that q lacks."""
-    rank = arrays["q"].ndim
-    # Axes that q, k, v lack, in their own numbering and in that of (B,Hq,Sq,Sk).
-    missing: tuple[int, ...] = () if rank == 4 else (0,) if rank == 3 else (0, 2)
-    if rank == 2 and settings.layout == "bhsd":
-        missing = (0, 1)
-    full = {name: jnp.expand_dims(x, missing) if name in "qkv" else x for name, x in arrays.items()}
-    for name in {"mask", "bias"} & full.keys():
-        x = full[name]
-        full[name] = jnp.expand_dims(x, tuple(range(4 - x.ndim)))
-    results = _attention(settings, names, full)
-    without = {"out": missing}
-    return tuple(
-        jnp.squeeze(x, without.get(name, tuple(range(4 - rank))))
-        for name, x in zip(names, results, strict=True)
-    )
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> tuple[Any, ...]:
-    results = _call(_FORWARD, settings, names, arrays)
-    return tuple(results[name] for name in names)
+    results = _call(_FORWARD, settings, names, _with_all_axes(settings, arrays))
+    shapes = _result_shapes(settings, arrays)
+    return tuple(results[name].reshape(shapes[name]) for name in names)
+
+
+_mha = jax.jit(_attention, static_argnums=(0, 1))
 
 
 def _attention_fwd(settings: _Settings, names: tuple[str, ...], primals: Any) -> Any:
     arrays = {name: primal.value for name, primal in primals.items()}
     # A pytree without arrays: which keys it has is known when the backward pass is traced.
     wanted = {name: None for name in _SIDE & primals.keys() if primals[name].perturbed}
-    results = _call(_FORWARD, settings, tuple(dict.fromkeys((*names, "lse"))), arrays)
-    return tuple(results[name] for name in names), (arrays, results["out"], results["lse"], wanted)
+    all_names = tuple(dict.fromkeys((*names, "out", "lse")))
+    results = dict(zip(all_names, _attention(settings, all_names, arrays), strict=True))
+    lse = results["lse"]
+    if settings.finite_lse:
+        # A row that sees nothing has -inf, which jax_debug_infs takes for a mistake.
+        infinite = jnp.isinf(lse)
+        lse = jnp.where(infinite, 0, lse), infinite & (lse > 0), infinite & (lse < 0)
+    # The arrays as they came: else what is kept of an eager call is a result, which JAX may look at.
+    return tuple(results[name] for name in names), (arrays, results["out"], lse, wanted)
 
 
 def _attention_bwd(settings: _Settings, names: tuple[str, ...], residuals: Any, cotangents: Any) -> Any:
     arrays, out, lse, wanted = residuals
+    if settings.finite_lse:
+        lse, above, below = lse
+        lse = jnp.where(above, np.inf, jnp.where(below, -np.inf, lse)).astype(lse.dtype)
     given = {
         "d" + name: x
         for name, x in zip(names, cotangents, strict=True)
@@ -288,16 +291,56 @@ def _attention_bwd(settings: _Settings, names: tuple[str, ...], residuals: Any, 
     }
     if "dweights" in given:
         raise ValueError("return_weights: the weights have no gradient; compute them by jax.numpy for that")
-    operands = {**arrays, "out": out, "lse": lse, "dout": jnp.zeros_like(out), **given}
+    full = _with_all_axes(settings, arrays)
+    shapes = {name: x.shape for name, x in _result_types(settings, ("out", "lse"), full).items()}
+    rows = {"out": out, "lse": lse, "dout": jnp.zeros_like(out), **given}
+    rows = {name: x.reshape(shapes[name.removeprefix("d")]) for name, x in rows.items()}
     side = tuple("d" + name for name in sorted(wanted))
-    gradients = _call(_BACKWARD, settings, ("dq", "dk", "dv", *side), operands)
+    gradients = _call(_BACKWARD, settings, ("dq", "dk", "dv", *side), {**full, **rows})
     # Zeros that nobody reads where no gradient is wanted: jax 0.6 to 0.8 want one pytree always.
     for name in _SIDE & arrays.keys() - wanted.keys():
         gradients["d" + name] = jnp.zeros_like(arrays[name])
-    return ({name: gradients.get("d" + name) for name in arrays},)
+    return (
+        {
+            name: gradients["d" + name].reshape(x.shape) if "d" + name in gradients else None
+            for name, x in arrays.items()
+        },
+    )
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+# ---- axes -------------------------------------------------------------------------------------------
+def _with_all_axes(settings: _Settings, arrays: _Arrays) -> _Arrays:
+    """q, k, v, mask and bias with four axes."""
+    missing = _missing_axes(settings, arrays)
+    full = {name: jnp.expand_dims(x, missing) if name in "qkv" else x for name, x in arrays.items()}
+    for name in {"mask", "bias"} & full.keys():
+        x = full[name]
+        full[name] = jnp.expand_dims(x, tuple(range(4 - x.ndim)))
+    return full
+
+
+def _missing_axes(settings: _Settings, arrays: _Arrays) -> tuple[int, ...]:
+    """Those that q, k, v lack, in their own numbering of four."""
+    rank = arrays["q"].ndim
+    if rank == 2:
+        return (0, 1) if settings.layout == "bhsd" else (0, 2)
+    return () if rank == 4 else (0,)
+
+
+def _result_shapes(settings: _Settings, arrays: _Arrays) -> dict[str, tuple[int, ...]]:
+    """Of the results, without the axes that q lacks."""
+    names = ("out", "lse", "weights")
+    types = _result_types(settings, names, _with_all_axes(settings, arrays))
+    rank = arrays["q"].ndim
+    return {
+        name: (*arrays["q"].shape[:-1], types[name].shape[-1])
+        if name == "out"
+        else types[name].shape[4 - rank :]
+        for name in names
+    }
 
 
 # ---- the call of the handler ------------------------------------------------------------------------
