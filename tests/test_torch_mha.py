@@ -505,7 +505,8 @@ def test_signature_is_that_of_the_core():
     here = inspect.signature(ft.mha).parameters
     assert [name for name in core if name != "out"] == list(here)
     for name, parameter in here.items():
-        assert parameter.default == core[name].default, name
+        # PyTorch's own functions draw their dropout from its generator.
+        assert parameter.default == (None if name == "seed" else core[name].default), name
         if name not in "qkv":
             assert parameter.kind == inspect.Parameter.KEYWORD_ONLY
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.torch._ops import call
 
@@ -19,36 +20,40 @@ def mha(
     v: Tensor,
     *,
     layout: str = "bshd",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
+    softcap: float | Tensor | None = None,
     sinks: Tensor | None = None,
     q_lens: Tensor | None = None,
     kv_lens: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     device: str | torch.device | None = None,
     kernel: str | None = None,
 ) -> Any:
-    """`fastattn.mha` for tensors, differentiable once in q, k, v, bias, alibi_slopes and sinks.
+    """`fastattn.mha` for tensors, with gradients.
 
-    Gradients also flow through ``lse``, not through ``weights``. Under ``torch.autocast`` q, k and v are
-    cast to its dtype, unless they are float64.
+    Differentiable once in q, k, v, bias, alibi_slopes, sinks, scale and softcap. Gradients also flow through
+    ``lse``, not through ``weights``. Under ``torch.autocast`` q, k and v are cast to its dtype, unless they
+    are float64.
 
     Parameters
     ----------
     q, k, v : Tensor of float64, float32, float16 or bfloat16
         (B, Sq, Hq, D), (B, Sk, Hkv, D), (B, Sk, Hkv, Dv); ``layout="bhsd"``, three axes and two as in
         `fastattn.mha`. Hq is a multiple of Hkv. Any strides; none is copied.
-    layout, scale, causal, window, softcap, dropout, device, kernel
+    layout, causal, window, dropout, device, kernel
         As in `fastattn.mha`.
+    scale, softcap : float or Tensor of one element, optional
+        As in `fastattn.mha`. A tensor that requires grad gets one; that of softcap takes a second pass over
+        the pairs, by plain operations in float64.
     q_offset : int or integer Tensor () or (B,), optional
     mask : bool Tensor, broadcastable to (B, Hq, Sq, Sk), optional
     bias : Tensor of q's or lse's dtype, broadcastable to (B, Hq, Sq, Sk), optional
@@ -56,8 +61,10 @@ def mha(
     alibi_slopes : float Tensor (Hq,) or (B, Hq), optional
     sinks : float Tensor (Hq,), optional
     q_lens, kv_lens : integer Tensor (B,), optional
-    seed : int or integer Tensor ()
-        A tensor makes a compiled function draw anew without being compiled anew.
+    seed : int or integer Tensor (), optional
+        Of the dropout. None: drawn from PyTorch's default CPU generator in every call that drops anything, so
+        that ``torch.manual_seed`` repeats it. A tensor makes a compiled function draw anew without being
+        compiled anew.
     return_lse, return_weights : bool
 
     Returns
@@ -98,8 +105,23 @@ def mha(
     >>> q.grad.shape
     torch.Size([1, 128, 8, 64])
     """
+    tensors = (q, k, v, scale, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens, kv_lens, seed)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            mha, tensors, q, k, v, layout=layout, scale=scale, causal=causal, window=window,
+            q_offset=q_offset, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
+            q_lens=q_lens, kv_lens=kv_lens, dropout=dropout, seed=seed, return_lse=return_lse,
+            return_weights=return_weights, device=device, kernel=kernel,
+        )  # fmt: skip
     q, k, v = checked(TypeError, q=q, k=k, v=v)
+    if dropout is None:
+        raise TypeError("dropout: expected a number, got None")
+    drop = number("dropout", dropout)
+    scale, scale_tensor = learned_number("scale", scale, q)
+    softcap, softcap_tensor = learned_number("softcap", softcap, q)
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    if seed is None:
+        seed = drawn_seed() if drop else 0
     seed_number, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (integer("seed", seed), None)
     if seed_tensor is not None and (seed_tensor.dim() or seed_tensor.is_floating_point()):
         got = f"{seed_tensor.dtype} {tuple(seed_tensor.shape)}"
@@ -116,17 +138,16 @@ def mha(
     for name, flag in (("causal", causal), ("return_weights", return_weights)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-    if dropout is None:
-        raise TypeError("dropout: expected a number, got None")
     out, lse, weights = call(
         q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, offsets, seed_tensor,
-        _text("layout", layout), number("scale", scale), causal, left, right,
+        _text("layout", layout), scale, causal, left, right,
         None if offset is None else integer("q_offset", offset),
-        number("softcap", softcap), number("dropout", dropout),
+        softcap, drop,
         # The operator's integers have 64 bits and a sign.
         seed_number if seed_number < 2**63 else seed_number - 2**64,
         None if device is None else _text("device", device),
         None if kernel is None else _text("kernel", kernel), return_weights,
+        scale_tensor, softcap_tensor,
     )  # fmt: skip
     if not (return_lse or return_weights):
         return out
@@ -196,7 +217,29 @@ def number(name: str, x: Any) -> float | None:
     """A float, which alone the dispatcher takes."""
     if x is None or type(x) is float:
         return x
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(
+            f"{name}: there is no gradient of it, and this tensor requires one; use {name}.detach()"
+        )
     try:
         return float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {x!r}") from None
+
+
+def learned_number(
+    name: str, x: Any, q: Tensor, wrong: type[Exception] = TypeError
+) -> tuple[float | None, Tensor | None]:
+    """As a number or as a tensor (), one of them None; the operator reads the tensor when it runs."""
+    if not isinstance(x, Tensor):
+        return number(name, x), None
+    check_side(wrong, name, x, q)
+    if x.numel() != 1 or x.is_complex():
+        got = f"{x.dtype} {tuple(x.shape)}"
+        raise TypeError(f"{name}: expected a number or a real tensor of one element, got {got}")
+    return None, x.reshape(()) if x.dim() else x
+
+
+def drawn_seed() -> Tensor:
+    """A seed from PyTorch's default CPU generator, which torch.manual_seed and checkpointing control."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import _core
+from fastattn.torch._learned import fold_scale, scale_gradient, softcap_gradient
 
-# Every argument is positional and has no default: the dispatcher drops those that equal their default.
+# All is positional. The dispatcher drops arguments at the end that equal their default.
 _SIDES = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_lens, Tensor? kv_lens, "
     "Tensor? q_offset_tensor, Tensor? seed_tensor"
@@ -19,24 +22,20 @@ _OPTIONS = (
     "str layout, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
     "float? softcap, float dropout, SymInt seed, str? device, str? kernel"
 )
-_N_SIDES = 8
+# Used instead of `scale` and `softcap`: the numbers as tensors, which may be learned or change in a graph.
+_NUMBERS = "Tensor? scale_tensor=None, Tensor? softcap_tensor=None"
+_N_SIDES, _N_OPTIONS = 8, 11
 _N_INPUTS = 3 + _N_SIDES  # q, k, v come before the side arguments
-
-_torch_library: Any = torch.library  # in part without types
-_library = _torch_library.Library("fastattn", "FRAGMENT")
-_library.define(
-    f"mha(Tensor q, Tensor k, Tensor v, {_SIDES}, {_OPTIONS}, bool return_weights) -> "
+_REST = _N_SIDES + _N_OPTIONS + 1  # of the arguments after the first tensors: those without a default
+_SCHEMAS = (
+    f"mha(Tensor q, Tensor k, Tensor v, {_SIDES}, {_OPTIONS}, bool return_weights, {_NUMBERS}) -> "
     "(Tensor out, Tensor lse, Tensor weights)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
     "mha_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SIDES}, {_OPTIONS}, bool need_dbias) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"{_SIDES}, {_OPTIONS}, bool need_dbias, {_NUMBERS}, bool need_dscale=False, "
+    "bool need_dsoftcap=False) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks, Tensor dscale, "
+    "Tensor dsoftcap)",
 )
-mha = torch.ops.fastattn.mha.default
-mha_backward = torch.ops.fastattn.mha_backward.default
 
 # NumPy reads these where they lie, at a fraction of what PyTorch's __dlpack__ costs per call.
 _NUMPY_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32})
@@ -46,6 +45,8 @@ def _lend(x: Tensor) -> Any:
     """The memory of a tensor as the core takes it, without a copy."""
     if x.requires_grad:
         x = x.detach()
+    if x.is_neg() or x._is_zerotensor():  # views whose memory does not hold their numbers
+        x = x.clone()
     return x.numpy() if x.is_cpu and x.dtype in _NUMPY_DTYPES else x
 
 
@@ -54,6 +55,21 @@ def _adopt(x: Any, like: Tensor) -> Tensor:
     if x is None:
         return like.new_empty((0,))
     return x if isinstance(x, Tensor) else torch.from_numpy(x)
+
+
+def _limited(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """A call of the core, on no more threads than PyTorch may use."""
+    before = 0
+    try:
+        before = _core.limit_threads(torch.get_num_threads())
+        return function(*args, **keywords)
+    finally:
+        _core.limit_threads(before)
+
+
+def _numbers(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with a default, as many as there may be."""
+    return (*rest[_REST:], None, None, False, False)[:4] if len(rest) < _REST + 4 else rest[_REST:]
 
 
 def _keywords(
@@ -76,8 +92,12 @@ def _keywords(
     seed: int,
     device: str | None,
     kernel: str | None,
+    scale_tensor: Tensor | None,
+    softcap_tensor: Tensor | None,
 ) -> dict[str, Any]:
     """The arguments of the operators as those of the core."""
+    scale = scale if scale_tensor is None else float(scale_tensor.detach())
+    softcap = softcap if softcap_tensor is None else float(softcap_tensor.detach())
     keywords: dict[str, Any] = {
         "layout": layout,
         "scale": scale,
@@ -102,33 +122,48 @@ def _keywords(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    keywords = _keywords(*rest[:-1])
-    results = _core.mha(_lend(q), _lend(k), _lend(v), return_lse=True, return_weights=rest[-1], **keywords)
-    return _adopt(results[0], q), _adopt(results[1], q), _adopt(results[2] if rest[-1] else None, q)
+    return_weights = rest[_REST - 1]
+    keywords = _keywords(*rest[: _REST - 1], *_numbers(rest)[:2])
+    keywords |= {"return_lse": True, "return_weights": return_weights}
+    results = _limited(_core.mha, _lend(q), _lend(k), _lend(v), **keywords)
+    return _adopt(results[0], q), _adopt(results[1], q), _adopt(results[2] if return_weights else None, q)
 
 
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    grads = _core.mha_backward(
+    scale_tensor, softcap_tensor, need_dscale, need_dsoftcap = _numbers(rest)
+    settings: tuple[Any, ...] = (*rest[: _REST - 1], scale_tensor, softcap_tensor)
+    keywords = _keywords(*settings)
+    dscale = dsoftcap = None
+    if need_dsoftcap:
+        value = softcap_gradient(
+            lambda *args, **kw: _limited(_core.mha, *args, **kw), _lend, dout, dlse, q, k, v, out, keywords
+        )
+        dsoftcap = softcap_tensor.new_tensor(value)
+    folded, factor = q, 1.0
+    if need_dscale:
+        folded, keywords["scale"], factor = fold_scale(q, keywords["scale"])
+    grads = _limited(
+        _core.mha_backward,
         _lend(dout),
-        *(_lend(x) for x in (q, k, v, out, lse)),
+        *(_lend(x) for x in (folded, k, v, out, lse)),
         dlse=None if dlse is None else _lend(dlse),
-        need_dbias=rest[-1],
-        **_keywords(*rest[:-1]),
+        need_dbias=rest[_REST - 1],
+        **keywords,
     )
-    return tuple(_adopt(x, q) for x in grads)
-
-
-_library.impl("mha", _forward, "CompositeExplicitAutograd")
-_library.impl("mha_backward", _backward, "CompositeExplicitAutograd")
+    dq, *others = (_adopt(x, q) for x in grads)
+    if need_dscale:
+        dscale = scale_tensor.new_tensor(scale_gradient(q, dq, keywords["scale"]))
+        dq = dq if factor == 1.0 else dq * factor
+    return dq, *others, _adopt(dscale, q), _adopt(dsoftcap, q)
 
 
 # ---- shapes, for tracing and the meta device -----------------------------------------------------------
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layout, return_weights = rest[_N_SIDES], rest[-1]
+    layout, return_weights = rest[_N_SIDES], rest[_REST - 1]
     if q.dim() not in (2, 3, 4) or not q.dim() == k.dim() == v.dim():
         raise ValueError(f"q, k, v: expected one rank of 2, 3 or 4, got {q.dim()}, {k.dim()}, {v.dim()}")
     bshd = q.dim() > 2 and layout == "bshd"
@@ -145,13 +180,11 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    bias, alibi_slopes, sinks, need_dbias = *rest[1:4], rest[-1]
-    given = (q, k, v, bias if need_dbias else None, alibi_slopes, sinks)
+    bias, alibi_slopes, sinks, need_dbias = *rest[1:4], rest[_REST - 1]
+    scale, softcap, need_dscale, need_dsoftcap = _numbers(rest)
+    numbers = (scale if need_dscale else None, softcap if need_dsoftcap else None)
+    given = (q, k, v, bias if need_dbias else None, alibi_slopes, sinks, *numbers)
     return tuple(q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in given)
-
-
-_torch_library.register_fake("fastattn::mha", _fake_forward, lib=_library)
-_torch_library.register_fake("fastattn::mha_backward", _fake_backward, lib=_library)
 
 
 # ---- derivatives ------------------------------------------------------------------------------------------
@@ -159,8 +192,8 @@ _torch_library.register_fake("fastattn::mha_backward", _fake_backward, lib=_libr
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     out, lse, weights = output
-    ctx.save_for_backward(*inputs[:_N_INPUTS], out, lse)
-    ctx.options = inputs[_N_INPUTS:-1]
+    ctx.save_for_backward(*inputs[:_N_INPUTS], *_numbers(inputs[3:])[:2], out, lse)
+    ctx.options = inputs[_N_INPUTS : 3 + _REST - 1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(weights)
 
@@ -168,17 +201,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, dweights: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, out, lse = ctx.saved_tensors
+    *inputs, scale, softcap, out, lse = ctx.saved_tensors
     needed = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * len(needed)
+    learned = [*needed[3 + _REST :], False, False][:2]  # scale, softcap
     if dout is None and dlse is None:
         return tuple(grads)
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     bias = 4  # positions among the inputs: q 0, k 1, v 2, mask 3, bias 4, alibi_slopes 5, sinks 6
-    results = _call_backward(dout, dlse, *inputs[:3], out, lse, *inputs[3:], *ctx.options, needed[bias])
-    for position, grad in zip((0, 1, 2, bias, 5, 6), results, strict=True):
-        if needed[position]:
+    results = _call_backward(
+        dout, dlse, *inputs[:3], out, lse, *inputs[3:], *ctx.options, needed[bias], scale, softcap, *learned
+    )
+    for position, grad in zip((0, 1, 2, bias, 5, 6, 3 + _REST, 4 + _REST), results, strict=True):
+        if position < len(needed) and needed[position]:
             grads[position] = grad
     return tuple(grads)
 
@@ -188,10 +224,6 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
         "fastattn.torch: attention is differentiable once; a gradient of its gradient was asked for "
         "(torch.nn.functional.scaled_dot_product_attention with SDPBackend.MATH has one)"
     )
-
-
-_torch_library.register_autograd("fastattn::mha", _differentiate, setup_context=_save, lib=_library)
-_torch_library.register_autograd("fastattn::mha_backward", _refuse_second_derivative, lib=_library)
 
 
 # ---- torch.func -------------------------------------------------------------------------------------------
@@ -260,7 +292,8 @@ def call(*args: Any) -> Any:
         return mha(*args)
     if torch._C._are_functorch_transforms_active():
         return _TransformedMha.apply(*args)
-    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:7])
+    tensors = (*args[:7], *args[3 + _REST :])
+    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if learned or torch.autograd.forward_ad._current_level >= 0:
         return _Mha.apply(*args)
     with _below_autograd():
@@ -280,5 +313,66 @@ def _call_backward(*args: Any) -> Any:
 
 _map_mha: Callable[..., Any] = _map_over(call)
 _map_mha_backward: Callable[..., Any] = _map_over(_call_backward)
-_torch_library.register_vmap("fastattn::mha", _map_mha, lib=_library)
-_torch_library.register_vmap("fastattn::mha_backward", _map_mha_backward, lib=_library)
+
+
+# ---- FLOPs ------------------------------------------------------------------------------------------------
+
+
+def _score_flops(q: Any, k: Any, rest: tuple[Any, ...]) -> Any:
+    """2 for every query, key and head; shapes in."""
+    seq = -3 if len(q) > 2 and rest[_N_SIDES] == "bshd" else -2
+    return 2 * prod(q[:-1]) * k[seq]
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> Any:
+    # As FlopCounterMode counts PyTorch's own function: every pair, those that causal or a mask excludes too.
+    return _score_flops(q, k, rest) * (q[-1] + v[-1])
+
+
+def _backward_flops(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **_: Any
+) -> Any:
+    return _score_flops(q, k, rest) * (3 * q[-1] + 2 * v[-1])  # the scores once more, dq, dk; dP, dv
+
+
+# ---- registration -----------------------------------------------------------------------------------------
+
+
+def _register() -> Any:
+    torch_library: Any = torch.library  # in part without types
+    library = torch_library.Library("fastattn", "FRAGMENT")
+    try:
+        for schema in _SCHEMAS:
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for name, implementation, fake, backward, saved, mapped, flops in (
+            ("mha", _forward, _fake_forward, _differentiate, _save, _map_mha, _forward_flops),
+            ("mha_backward", _backward, _fake_backward, _refuse_second_derivative, None, _map_mha_backward,
+             _backward_flops),
+        ):  # fmt: skip
+            library.impl(name, implementation, "CompositeExplicitAutograd")
+            torch_library.register_fake(f"fastattn::{name}", fake, lib=library)
+            torch_library.register_autograd(f"fastattn::{name}", backward, setup_context=saved, lib=library)
+            torch_library.register_vmap(f"fastattn::{name}", mapped, lib=library)
+            register_flop_formula(getattr(torch.ops.fastattn, name))(flops)
+    except BaseException:
+        library._destroy()
+        raise
+    return library
+
+
+def _registered() -> bool:
+    """Whether this process has the operators: an earlier import made them, and left sys.modules."""
+    if not hasattr(torch.ops.fastattn, "mha"):
+        return False
+    for schema in _SCHEMAS:
+        packet = getattr(torch.ops.fastattn, schema.partition("(")[0])
+        if packet.default._schema != torch._C.parse_schema(f"fastattn::{schema}"):
+            raise ImportError("fastattn.torch: this process has the operators of another version; restart it")
+    return True
+
+
+if not _registered():
+    # PyTorch's dispatcher keeps the functions above, and they this: the operators live as long as it.
+    _library = _register()
+mha: Any = torch.ops.fastattn.mha.default
+mha_backward: Any = torch.ops.fastattn.mha_backward.default

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn.torch._mha import check_side, checked, number
+from fastattn.torch._mha import check_side, checked, drawn_seed, learned_number, number
 from fastattn.torch._ops import call
 
 
@@ -19,7 +20,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, computed by fastattn.
@@ -37,8 +38,8 @@ def scaled_dot_product_attention(
         Applied whenever positive, as there.
     is_causal : bool
         Row i sees keys 0 to i (aligned at the top left). Not together with attn_mask.
-    scale : float, optional
-        Default 1/sqrt(E).
+    scale : float or Tensor of one element, optional
+        Default 1/sqrt(E). A tensor that requires grad gets one.
     enable_gqa : bool
         Query heads share key and value heads, whose numbers divide Hq.
 
@@ -60,6 +61,12 @@ def scaled_dot_product_attention(
     NaN and Inf in keys and values that are masked do not reach the result; in PyTorch they do. Gradients,
     autocast, compilation and vmap are those of `mha`.
     """
+    tensors = (query, key, value, attn_mask, dropout_p, scale)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, query, key, value, attn_mask=attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
     wanted = getattr(query, "dtype", None)  # before autocast changes it
     query, key, value = checked(RuntimeError, query=query, key=key, value=value)
     if min(query.dim(), key.dim(), value.dim()) < 2:
@@ -71,7 +78,10 @@ def scaled_dot_product_attention(
             "query, key, value: expected shapes (..., L, E), (..., S, E) and (..., S, Ev), got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if not 0.0 <= dropout_p <= 1.0:
+    dropped = number("dropout_p", dropout_p)
+    if dropped is None:
+        raise TypeError("dropout_p: expected a number, got None")
+    if not 0.0 <= dropped <= 1.0:
         raise RuntimeError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
     lead: tuple[int, ...] = query.shape[:-2]
     merge = query.dim() > 4 or not lead == key.shape[:-2] == value.shape[:-2]
@@ -96,14 +106,15 @@ def scaled_dot_product_attention(
         else:
             single = attn_mask.dtype == torch.float32 and query.dtype != torch.float64
             bias = attn_mask if single else attn_mask.to(query.dtype)
-    drop = 0.0 < dropout_p < 1.0
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if drop else None
+    drop = 0.0 < dropped < 1.0
+    seed = drawn_seed() if drop else None
+    scale, scale_tensor = learned_number("scale", scale, query, RuntimeError)
     out: Tensor = call(
         query, key, value, mask, bias, None, None, None, None, None, seed,
-        "bhsd", number("scale", scale), is_causal, None, None, 0 if is_causal else None, None,
-        float(dropout_p) if drop else 0.0, 0, None, None, False,
+        "bhsd", scale, is_causal, None, None, 0 if is_causal else None, None,
+        dropped if drop else 0.0, 0, None, None, False, scale_tensor, None,
     )[0]  # fmt: skip
-    if dropout_p == 1.0:
+    if dropped == 1.0:
         out = out * 0.0
     return out.reshape(*lead, *out.shape[-2:]) if merge else out
 
@@ -140,7 +151,7 @@ def _merged(
     else:
         *outer, heads = broadcast(*leads)
         # Keys and values that all heads share need not be repeated.
-        kv_heads = 1 if all(not lead or lead[-1] == 1 for lead in leads[1:]) else heads
+        kv_heads = 1 if all(len(lead) == 0 or lead[-1] == 1 for lead in leads[1:]) else heads
     n_batch = math.prod(outer)
 
     def merged(x: Tensor, n_heads: int) -> Tensor:
