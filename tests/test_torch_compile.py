@@ -167,6 +167,42 @@ def test_arguments_that_change_are_not_compiled_in(kind):
         assert torch.equal(decode(q, k, v, kind(n), kind(n + 1), lens, n), want)
 
 
+BROADCAST: dict[str, Any] = {
+    "queries of batch 1": ((1, 4), (3, 4), (3, 4)),
+    "queries of batch 1, groups": ((1, 4), (3, 2), (3, 2)),
+    "one head": ((3, 4), (3, 1), (3, 1)),
+    "no batch": ((3, 4), (4,), ()),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+@once
+def test_sdpa_broadcasts_with_dynamic_shapes(name):
+    """Learned queries of batch 1 against a batch of keys, as the Q-Former has them, and others."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return ft.scaled_dot_product_attention(q, k, v, mask, enable_gqa=name.endswith("groups"))
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for L, S in ((5, 7), (6, 9)):
+        lengths = (L, S, S)
+        q, k, v = (
+            tensor(*lead, n, 8).requires_grad_() for lead, n in zip(BROADCAST[name], lengths, strict=True)
+        )
+        mask = tensor(3, 1, 1, S, seed=4) > -0.5
+        out, want = compiled(q, k, v, mask), attend(q, k, v, mask)
+        assert torch.equal(out, want)
+        grads = (
+            torch.autograd.grad(out.sin().sum(), (q, k, v)),
+            torch.autograd.grad(want.sin().sum(), (q, k, v)),
+        )
+        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, enable_gqa=name.endswith("groups")
+        )
+        assert torch.allclose(want, plain, rtol=1e-5, atol=1e-5)
+
+
 @once
 def test_dropout_draws_anew_in_every_call():
     q, k, v = (x.detach().transpose(1, 2) for x in qkv(Hkv=4))

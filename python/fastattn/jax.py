@@ -162,6 +162,7 @@ def mha(
     words = _seed(seed)
     if dropout > 0:
         arrays["seed"] = words
+    config: Any = jax.config  # in part without types
     known = _Settings(
         layout=layout,
         scale=None if scale is None else float(scale),
@@ -170,7 +171,7 @@ def mha(
         softcap=None if softcap is None else float(softcap),
         dropout=float(dropout),
         kernel=kernel,
-        finite_lse=bool(jax.config.jax_debug_infs),
+        finite_lse=bool(config.jax_debug_infs),
     )
     names = ("out", *("lse",) * bool(return_lse), *("weights",) * bool(return_weights))
     results = _mha(known, names, arrays)
