@@ -1,7 +1,10 @@
-"""Attention and mask functions for Transformers 5, by the conventions of its ``sdpa`` implementation."""
+"""Attention and mask functions for Transformers 5: what a model computes with them is what "eager" computes."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from fastattn.torch._mha import mha
 
 try:
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import (
         AttentionMaskInterface,
         bidirectional_mask_function,
@@ -20,14 +23,157 @@ try:
     )
 except ImportError as error:
     raise ImportError(f"fastattn.torch.register needs transformers>=5,<6: {error}") from error
+try:
+    from transformers.utils.output_capturing import _active_collector  # a private name
+except ImportError:
+    _active_collector = None
 
 _ATTRIBUTE = "_fastattn_structure"  # of a mask that `mask` made
+_GUARDED = "_fastattn_names"  # of the check that `register` puts in front of Transformers' own
 _jit: Any = torch.jit  # in part without types
+
+# Keywords that models hand to every implementation and that may be ignored. Any other is an error.
+_MASK = "the mask has it"
+_FORWARD = "of the model's forward pass; attention does not depend on it"
+_IGNORED = {
+    "sliding_window": _MASK,
+    "cu_seq_lens_q": _MASK,
+    "cu_seq_lens_k": _MASK,
+    "max_length_q": _MASK,
+    "max_length_k": _MASK,
+    "position_ids": "the queries and keys are rotated, and the mask has packed sequences",
+    "deterministic": "fastattn always is",
+    "num_items_in_batch": "of the loss",
+    "output_hidden_states": _FORWARD,
+    "output_router_logits": _FORWARD,
+    "return_dict": _FORWARD,
+    "use_cache": "the keys and values of the cache are in key and value",
+}
+# Modules whose weights in "eager" are those without the sinks, which scale the output alone.
+_WEIGHTS_WITHOUT_SINKS = frozenset({"GraniteSWAAttention", "GraniteMoeSWAAttention"})
 
 
 def register(name: str) -> None:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+    _guard(name)
+
+
+# ---- which models ------------------------------------------------------------------------------------
+
+
+def _guard(name: str) -> None:
+    """Has Transformers' check of ``attn_implementation`` refuse `name` for models that would not call us.
+
+    It runs in the constructor of every model and of every model within one, and when the implementation is set
+    later. For an implementation that was registered it only looks whether the name is known.
+    """
+    check: Any = PreTrainedModel.get_correct_attn_implementation
+    if not hasattr(check, _GUARDED):
+        check = _guarded(check)
+        PreTrainedModel.get_correct_attn_implementation = check
+    getattr(check, _GUARDED).add(name)
+
+
+def _guarded(check: Any) -> Any:
+    names: set[str] = set()
+
+    @functools.wraps(check)
+    def get_correct_attn_implementation(self: Any, *args: Any, **keywords: Any) -> Any:
+        result = check(self, *args, **keywords)
+        if result in names:
+            kind = type(self)
+            if not _calls_interface(kind):
+                why = "computes attention by itself, without Transformers' AttentionInterface"
+                raise ValueError(_refusal(kind.__name__, result, why))
+            for base in kind.__mro__:
+                _watch_tables(vars(sys.modules.get(base.__module__, object)), names)
+        return result
+
+    setattr(get_correct_attn_implementation, _GUARDED, names)
+    return get_correct_attn_implementation
+
+
+class _Table(dict[str, Any]):
+    """Classes of attention by the name of an implementation, as some models have them."""
+
+    names: frozenset[str] | set[str] = frozenset()
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        why = f"has {self['eager'].__name__} for {', '.join(self)} only"
+        raise ValueError(_refusal((_under_construction() or ["this model"])[-1], name, why))
+
+
+def _watch_tables(beside: Any, names: set[str]) -> None:
+    """Has a model's tables of attention classes refuse our names by a message, where it would be a KeyError.
+
+    Only the lookup itself tells which of the model's configs decides.
+    """
+    for key, table in list(beside.items()):
+        if key.endswith("ATTENTION_CLASSES") and isinstance(table, dict) and "eager" in table:
+            if not isinstance(table, _Table):
+                table = beside[key] = _Table(table)
+            table.names = names
+
+
+def _refusal(model: str, name: str, why: str) -> str:
+    within = next((f" of {x}" for x in _under_construction() if x != model), "")
+    return (
+        f'attn_implementation: {model}{within} {why}, and would never call "{name}"; use '
+        f'attn_implementation="eager". In a model of several parts this may be for one alone: '
+        f'attn_implementation={{"": "{name}", "<the key of its config>": "eager"}}'
+    )
+
+
+def _under_construction() -> list[str]:
+    """The models whose constructors are running, from the outermost on."""
+    found: list[str] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        model = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(model, PreTrainedModel) and type(model).__name__ not in found:
+            found.insert(0, type(model).__name__)
+        frame = frame.f_back
+    return found
+
+
+def _calls_interface(model: type) -> bool:
+    """Whether the modules of attention beside this class look up their function in the AttentionInterface.
+
+    Of the classes that it derives from, the first with attention beside it decides. Without any it is a model of
+    other models, which are asked in turn, or has no attention.
+    """
+    for base in model.__mro__:
+        beside = vars(sys.modules.get(base.__module__, object))
+        own = [
+            x for x in beside.values()
+            if isinstance(x, type) and issubclass(x, torch.nn.Module) and x.__module__ == base.__module__
+            and "Attention" in x.__name__
+        ]  # fmt: skip
+        if own:
+            return any(map(_calls, own))
+    return True
+
+
+def _calls(attention_class: type) -> bool:
+    for base in attention_class.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            continue
+        beside = vars(sys.modules.get(base.__module__, object))
+        if any(isinstance(x, AttentionInterface) for x in beside.values()):
+            return True
+        forward: Any = vars(base).get("forward")
+        while hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        if "ALL_ATTENTION_FUNCTIONS" in names or "AttentionInterface" in names:
+            return True
+    return False
+
+
+# ---- attention ---------------------------------------------------------------------------------------
 
 
 def attention(
@@ -35,37 +181,53 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     output_attentions: bool | None = False,
     cache: Any = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What a model calls: query (B,Hq,Sq,D), key and value (B,Hkv,Sk,D) to (B,Sq,Hq,Dv).
 
-    The mask is complete, sliding window included. Without one, a causal module of more than one query sees
-    keys from the top left, as in ``scaled_dot_product_attention``. `s_aux` are the sinks.
+    The mask is complete, sliding window included. Without one, a causal module sees keys from the top left, as in
+    ``scaled_dot_product_attention``, if there are as many as queries. `s_aux` are the sinks of the heads,
+    `sinks` (B,Hq,Sq,1) those of every query. `indices` (B,Sq,n) are the only keys that a query may see, and
+    `block_indices` the blocks of keys.
     """
     if cache is not None:
         raise ValueError("fastattn: continuous batching (a paged cache) is not supported; use sdpa for it")
-    keywords: dict[str, Any] = {}
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        # The length comes first: the other way round a compiled model gets a SymBool.
-        if query.shape[2] > 1 and causal:
-            keywords = {"causal": True, "q_offset": 0}
-    elif attention_mask.dtype == torch.bool:
-        keywords = _structure_of(attention_mask) or {"mask": attention_mask}
-    else:
-        keywords = {"bias": attention_mask}
+    for name, other in others.items():
+        if other is not None and name not in _IGNORED:
+            raise ValueError(
+                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know it; use "
+                f'attn_implementation="eager"'
+            )
+    n_batch = max(x.shape[0] for x in (query, key, value))
+    # Learned queries, which the whole batch shares.
+    query, key, value = (
+        x.expand(n_batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in (query, key, value)
+    )
+    if block_indices is not None:
+        attention_mask = _mask_of_blocks(module, query, key, attention_mask, block_indices, others)
+    keywords = _keywords(module, query, key, attention_mask, is_causal)
+    if indices is not None:
+        chosen = _mask_of_indices(module, query, key, indices)
+        keywords["mask"] = chosen & keywords["mask"] if "mask" in keywords else chosen
     if position_bias is not None:
         keywords["bias"] = position_bias + keywords["bias"] if "bias" in keywords else position_bias
-    results = mha(
+    wanted = _weights_wanted(output_attentions)
+    bare = wanted and s_aux is not None and _is_one_of(module, _WEIGHTS_WITHOUT_SINKS)
+    if bare and s_aux is not None and sinks is None:
+        s_aux, sinks = None, s_aux.view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+    out, lse, *weights = mha(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -75,34 +237,135 @@ def attention(
         dropout=dropout,
         seed=torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout > 0.0 else 0,
         return_lse=True,
-        return_weights=bool(output_attentions),
+        return_weights=wanted,
         **keywords,
     )
-    return results[0], results[2].to(query.dtype) if output_attentions else None
+    if sinks is not None:
+        if sinks.shape != (*lse.shape, 1):
+            expected = f"(B, Hq, Sq, 1), here {(*lse.shape, 1)}"
+            raise ValueError(f"sinks: expected {expected}, got {tuple(sinks.shape)} from {_name(module)}")
+        # exp(lse) is the denominator without the sink: the sink's share is taken off all weights alike.
+        share = torch.sigmoid(lse - sinks[..., 0].to(lse.dtype)).unsqueeze(-1)
+        out = (out * share.transpose(1, 2)).to(out.dtype)
+        if not bare:
+            weights = [x * share.detach() for x in weights]
+    return out, weights[0].to(query.dtype) if wanted else None
+
+
+def _weights_wanted(output_attentions: bool | None) -> bool:
+    """Asked for in the call, or by a model that records what its modules return."""
+    if output_attentions or _active_collector is None:
+        return bool(output_attentions)
+    if torch.compiler.is_compiling() and not getattr(_active_collector, "compiling", False):
+        return False  # a layer compiled by itself cannot read a context variable
+    recorded = _active_collector.get()
+    return recorded is not None and any("attentions" in key for key in recorded)
+
+
+def _is_one_of(module: torch.nn.Module, names: frozenset[str]) -> bool:
+    return any(base.__name__ in names for base in type(module).__mro__)
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__
+
+
+def _keywords(
+    module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool | None
+) -> dict[str, Any]:
+    """Keywords of `mha` for the mask."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # The length comes first: the other way round a compiled model gets a SymBool.
+        if n_queries > 1 and causal:
+            if n_queries != n_keys:
+                raise ValueError(
+                    f"attention_mask: {_name(module)} is causal and gave no mask for {n_queries} queries and {n_keys} "
+                    'keys, which does not say where the queries stand; use attn_implementation="eager"'
+                )
+            return {"causal": True, "q_offset": 0}
+        return {}
+    known = _structure_of(attention_mask)
+    if known is not None and attention_mask.shape[-2:] == (n_queries, n_keys):
+        return known
+    if attention_mask.dtype == torch.bool:
+        return {"mask": attention_mask}
+    # Promoted as in a sum with the scores.
+    exact = attention_mask.dtype in (query.dtype, torch.float32) and query.dtype != torch.float64
+    return {"bias": attention_mask if exact else attention_mask.to(query.dtype)}
+
+
+def _mask_of_indices(module: torch.nn.Module, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+    if indices.dim() != 3 or indices.shape[:2] != (query.shape[0], query.shape[2]):
+        expected = f"(B, Sq, n), here {(query.shape[0], query.shape[2])} and n"
+        raise ValueError(f"indices: expected {expected}, got {tuple(indices.shape)} from {_name(module)}")
+    chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+    return chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+
+
+def _mask_of_blocks(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    blocks: Tensor,
+    others: dict[str, Any],
+) -> Tensor:
+    """As the model makes it for "eager" (MiniMax M3)."""
+    make = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if make is None:
+        raise ValueError(
+            f'block_indices: {_name(module)} has no indexer.build_block_mask; use attn_implementation="eager"'
+        )
+    positions = others.get("position_ids")
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if positions is None:
+        positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
+    positions = positions if positions.dim() > 1 else positions.unsqueeze(0)
+    made: Tensor = make(
+        blocks, attention_mask, n_keys, query.dtype, query.device, positions.expand(query.shape[0], -1)
+    )
+    return made == 0
 
 
 # ---- masks -------------------------------------------------------------------------------------------
 
 
-def mask(**keywords: Any) -> Any:
-    """The mask of ``sdpa``: None where `is_causal` says it all, else bool (B,1,Sq,Sk).
+def mask(*, dtype: torch.dtype = torch.float32, **keywords: Any) -> Tensor:
+    """The mask of ``eager``, (B,1,Sq,Sk), 0 or the least number of `dtype`; never None.
 
-    Where the pattern is known, the tensor carries it: `attention` then computes by causality, window and a
-    mask of keys, (B,1,1,Sk), which skips what is not attended.
+    A model may slice it, add to it, or add it to scores of its own. An untouched one carries its pattern, by which
+    `attention` computes: causality, window and a mask of keys, (B,1,1,Sk), which skips what is not attended, or
+    else the bool mask.
     """
-    if torch.compiler.is_compiling() or _jit.is_tracing():
-        return sdpa_mask(**keywords)  # a trace must not depend on values
+    keywords |= {"allow_is_bidirectional_skip": False}
+    # A trace must not depend on values.
+    traced = torch.compiler.is_compiling() or _jit.is_tracing()
+    structure = (
+        None if traced or "q_offset" not in keywords else _structure(**keywords)
+    )  # older: cache_position
+    keywords["allow_is_causal_skip"] = False
+    if traced:
+        allowed: Any = sdpa_mask(**keywords)
+        return _added(allowed.to(torch.bool), dtype)
     with torch.inference_mode(False):  # a tensor made in inference mode does not count its changes
-        made: Any = sdpa_mask(**keywords)
-    if type(made) is Tensor and not made.is_inference() and made.shape[-2] > 1:  # no fake tensor
-        structure = _structure(**keywords) if "q_offset" in keywords else None  # older: cache_position
-        if structure is not None:
-            setattr(made, _ATTRIBUTE, (made._version, structure))
+        allowed = sdpa_mask(**keywords)
+        allowed = allowed.to(torch.bool)
+        made = _added(allowed, dtype)
+    if type(made) is Tensor and not made.is_inference():  # no fake tensor
+        setattr(made, _ATTRIBUTE, (made._version, {"mask": allowed} if structure is None else structure))
     return made
+
+
+def _added(allowed: Any, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(dtype).min)
 
 
 def _structure(
     *,
+    q_length: int,
     kv_length: int,
     q_offset: Any,
     kv_offset: int,
@@ -116,7 +379,8 @@ def _structure(
     """Keywords of `mha` for the pattern that the arguments of a mask function describe, if they are one."""
     keywords: dict[str, Any] = {}
     if mask_function is not bidirectional_mask_function:
-        keywords = {"causal": True, "q_offset": q_offset - kv_offset}
+        first = q_offset - kv_offset
+        keywords = {"causal": True, "q_offset": first}
         if mask_function is not causal_mask_function:
             # local_size is the sliding window or the size of a chunk; any further condition forbids the skip.
             is_window = (
@@ -128,17 +392,19 @@ def _structure(
             if not is_window:
                 return None
             keywords["window"] = local_size - 1, None
+        elif q_length == 1 and isinstance(first, int) and first >= kv_length - 1:
+            keywords = {}  # the next token sees all keys
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         keys = padding[:, kv_offset : kv_offset + kv_length]
         if not keys.all():
-            keywords["mask"] = keys[:, None, None, :]
+            keywords["mask"] = keys[:, None, None, :].to(torch.bool)
     return keywords
 
 
-def _structure_of(attention_mask: Tensor) -> dict[str, Any]:
+def _structure_of(attention_mask: Tensor) -> dict[str, Any] | None:
     """The pattern of this very tensor, unless it was changed since; a copy or a view carries none."""
     if torch.compiler.is_compiling():
-        return {}
+        return None
     known = getattr(attention_mask, _ATTRIBUTE, None)
-    return dict(known[1]) if known is not None and known[0] == attention_mask._version else {}
+    return dict(known[1]) if known is not None and known[0] == attention_mask._version else None
