@@ -53,7 +53,7 @@ def test_import_is_quick():
 def test_num_threads():
     code = "print(fastattn.get_num_threads())"
     assert run(code, env={"FASTATTN_NUM_THREADS": "3"})[0] == "3\n"
-    default = int(run(code)[0])
+    default = int(run(code, env={"OMP_NUM_THREADS": ""})[0])
     assert (
         1
         <= default
@@ -70,9 +70,50 @@ def test_num_threads_respects_affinity():
         import fastattn
         print(fastattn.get_num_threads())
         """,
+        env={"OMP_NUM_THREADS": ""},
         prelude=False,
     )
     assert out == "1\n"
+
+
+def threads_with(**env):
+    return int(run("print(fastattn.get_num_threads())", env={"OMP_NUM_THREADS": ""} | env)[0])
+
+
+def test_num_threads_of_openmp():
+    """What joblib and DataLoader set for their workers; a list has one number for each level of nesting."""
+    assert threads_with(OMP_NUM_THREADS="5") == 5
+    assert threads_with(OMP_NUM_THREADS="7,2,1") == 7
+    assert threads_with(OMP_NUM_THREADS=" 6 , 2 ") == 6
+    assert threads_with(OMP_NUM_THREADS="5", FASTATTN_NUM_THREADS="3") == 3
+    assert threads_with(OMP_NUM_THREADS="5", FASTATTN_NUM_THREADS="") == 5
+    assert threads_with(OMP_NUM_THREADS="5", FASTATTN_NUM_THREADS="many") == 5
+    assert threads_with(OMP_NUM_THREADS="100000") == 1024  # the most that there are
+
+
+@pytest.mark.parametrize("value", ["", " ", "0", "-2", "many", "1.5", "3,", ",3", "3,x", "3,0", "3;2", "9" * 20])
+def test_num_threads_that_openmp_ignores(value):
+    """OpenMP itself complains where it is loaded: nothing from here."""
+    out, err = run("print(fastattn.get_num_threads())", env={"OMP_NUM_THREADS": value})
+    assert int(out) == threads_with()
+    assert "OMP_NUM_THREADS" not in err or "libgomp" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this platform")
+def test_openmp_goes_before_the_cpus():
+    out, _ = run(
+        """
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        import fastattn
+        print(fastattn.get_num_threads(), fastattn.explain(*[__import__("numpy").ones((64, 512, 64), "f")] * 3).threads)
+        fastattn.set_num_threads(2)
+        print(fastattn.get_num_threads())
+        """,
+        env={"OMP_NUM_THREADS": "3"},
+        prelude=False,
+    )
+    assert out.split() == ["3", "3", "2"]
 
 
 @pytest.mark.parametrize("value", ["0", "-2", "many", "1.5", "", "99999999999999999999"])

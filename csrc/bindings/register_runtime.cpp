@@ -140,8 +140,9 @@ The number of CPU threads that a call may use, the calling one included.
 Returns
 -------
 int
-    What `set_num_threads` set last; before that FASTATTN_NUM_THREADS, else the CPUs that this process
-    may use (affinity and cgroup quota).
+    What `set_num_threads` set last; before that FASTATTN_NUM_THREADS, else the first number of
+    OMP_NUM_THREADS (what OpenMP would ignore is ignored), else the CPUs that this process may use
+    (affinity and cgroup quota). The variables are read at the first use.
 )doc");
     m.def("set_num_threads", &set_threads, py::arg("n"), R"doc(set_num_threads(n)
 --

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cerrno>
 #include <cfenv>
 #include <chrono>
@@ -420,6 +421,25 @@ namespace {
 
 std::atomic<int> thread_count{0};  // 0: not asked for yet
 
+// OMP_NUM_THREADS: a list of numbers above 0, one for each level of nested parallelism; the first is ours. 0 where it is
+// not set or, as OpenMP takes it, not such a list.
+int openmp_thread_count() noexcept {
+    const char* text = std::getenv("OMP_NUM_THREADS");
+    if (text == nullptr) return 0;
+    long first = 0;
+    while (true) {
+        char* end = nullptr;
+        errno = 0;
+        const long value = std::strtol(text, &end, 10);
+        if (errno != 0 || end == text || value < 1) return 0;
+        if (first == 0) first = value;
+        while (std::isspace(static_cast<unsigned char>(*end)) != 0) ++end;
+        if (*end == '\0') return static_cast<int>(std::min<long>(first, kMaxThreads));
+        if (*end != ',') return 0;
+        text = end + 1;
+    }
+}
+
 int default_thread_count() noexcept {
     const char* text = std::getenv("FASTATTN_NUM_THREADS");
     if (text != nullptr && *text != '\0') {
@@ -430,7 +450,8 @@ int default_thread_count() noexcept {
         std::fprintf(stderr, "fastattn: FASTATTN_NUM_THREADS: expected 1 to %d, got \"%s\"; ignored\n",
                      kMaxThreads, text);
     }
-    return std::min(usable_cpus(), kMaxThreads);
+    const int openmp = openmp_thread_count();
+    return openmp > 0 ? openmp : std::min(usable_cpus(), kMaxThreads);
 }
 
 }  // namespace
