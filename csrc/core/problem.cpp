@@ -132,7 +132,8 @@ void set_operands(const AttentionParams& a, AttentionProblem& p, const Axes& axe
         size_at(v, axes.head) != p.kv_heads)
         fail_operand("v", a.layout, {p.batch, p.kv_size, p.kv_heads, kAnySize}, "k", k, v);
     if (p.value_dim == 0) fail_empty_dim("v", v);
-    if ((p.kv_heads == 0) != (p.q_heads == 0) || (p.kv_heads != 0 && p.q_heads % p.kv_heads != 0))
+    // No query heads are a multiple of any number of heads; then the group has none.
+    if (p.kv_heads == 0 ? p.q_heads != 0 : p.q_heads % p.kv_heads != 0)
         fail_heads(q, k, p.q_heads, p.kv_heads);
     p.group = p.kv_heads == 0 ? 1 : p.q_heads / p.kv_heads;
     p.q = to_operand(q, axes);

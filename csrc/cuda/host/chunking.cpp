@@ -54,7 +54,7 @@ Chunks::Chunks(const AttentionProblem& p, const Chunk& region, std::size_t limit
       apart_(p.kv_size > kKeysToShare && p.ranges_known() &&
              (p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr)),
       row_(region.row) {
-    if (region_.batches <= 0 || region_.kv_heads <= 0 || region_.rows <= 0) {
+    if (region_.batches <= 0 || region_.kv_heads <= 0 || p_.group <= 0 || region_.rows <= 0) {
         row_ = region_.row + region_.rows;
         return;
     }

@@ -100,7 +100,8 @@ struct AttentionProblem {
     DType dtype = DType::f32;  // of q, k, v, out
     DType lse_dtype = DType::f32;  // of lse and weights
     Device device{};
-    std::int64_t batch = 0, q_heads = 0, kv_heads = 0, group = 1;
+    std::int64_t batch = 0, q_heads = 0, kv_heads = 0;
+    std::int64_t group = 1;  // q_heads / kv_heads: 0 without query heads, 1 without any
     std::int64_t q_size = 0, kv_size = 0;  // Sq, Sk
     std::int64_t head_dim = 0, value_dim = 0;  // D, Dv
     Operand q, k, v, out;
