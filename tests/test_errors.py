@@ -75,9 +75,9 @@ TYPE_ERRORS = [
 VALUE_ERRORS = [
     ("q-rank1", "q", {"q": ones(8), "k": ones(8), "v": ones(8)}, ["(8,)"]),
     ("q-rank0", "q", {"q": ones(), "k": ones(), "v": ones()}, ["()"]),
-    ("q-rank5", "q", {"q": ones(1, 2, 3, 4, 8)}, ["(1, 2, 3, 4, "]),
+    ("q-rank5", "q", {"q": ones(1, 2, 3, 4, 8)}, ["(1, 2, 3, 4, 8)"]),
     ("k-rank", "k", {"k": ones(5, 2, 8)}, ["(5, 2, 8)", "(2, 3, 4, 8)"]),
-    ("v-rank", "v", {"v": ones(1, 2, 5, 2, 6)}, ["(1, 2, 5, 2, "]),
+    ("v-rank", "v", {"v": ones(1, 2, 5, 2, 6)}, ["(1, 2, 5, 2, 6)"]),
     ("k-dim", "k", {"k": ones(2, 5, 2, 7)}, ["(2, 5, 2, 7)", "(2, 3, 4, 8)"]),
     ("k-batch", "k", {"k": ones(3, 5, 2, 8)}, ["(3, 5, 2, 8)", "(2, 3, 4, 8)"]),
     ("v-batch", "v", {"v": ones(1, 5, 2, 6)}, ["(1, 5, 2, 6)"]),
@@ -100,7 +100,7 @@ VALUE_ERRORS = [
     ("mask-last", "mask", {"mask": ones(3, 4, dtype=bool)}, ["(3, 4)", "(2, 4, 3, 5)"]),
     ("mask-batch", "mask", {"mask": ones(3, 1, 3, 5, dtype=bool)}, ["(3, 1, 3, 5)", "(2, 4, 3, 5)"]),
     ("mask-kv-heads", "mask", {"mask": ones(2, 2, 3, 5, dtype=bool)}, ["(2, 2, 3, 5)", "(2, 4, 3, 5)"]),
-    ("mask-rank", "mask", {"mask": ones(1, 1, 1, 3, 5, dtype=bool)}, ["(1, 1, 1, 3, "]),
+    ("mask-rank", "mask", {"mask": ones(1, 1, 1, 3, 5, dtype=bool)}, ["(1, 1, 1, 3, 5)"]),
     ("mask-empty", "mask", {"mask": ones(3, 0, dtype=bool)}, ["(3, 0)"]),
     ("bias-shape", "bias", {"bias": ones(4, 4)}, ["(4, 4)", "(2, 4, 3, 5)"]),
     ("alibi-shape", "alibi_slopes", {"alibi_slopes": ones(2)}, ["(2,)", "4"]),
@@ -190,6 +190,73 @@ def test_value_errors(name, given, pieces, function):
 @parametrize(OVERFLOWS)
 def test_byte_counts_that_overflow(name, given, pieces):
     expect(ValueError, name, given, pieces, call(fastattn.mha))
+
+
+MANY_AXES = {
+    "q": F4, "k": F4, "v": F4, "mask": bool, "bias": F4, "alibi_slopes": F4, "sinks": F4, "q_lens": np.int64,
+    "kv_lens": np.int64, "q_offset": np.int64, "out": F4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [5, 6, 32])
+@pytest.mark.parametrize("name", MANY_AXES)
+def test_messages_have_the_whole_shape(name, rank):
+    """Of an array with more axes than anything here may have, from NumPy and through DLPack."""
+    torch = pytest.importorskip("torch")
+    shape = (*(1,) * (rank - 5), 3, 1, 2, 1, 7)
+    x = np.zeros(shape, MANY_AXES[name])
+    for function in (fastattn.mha, fastattn.explain):
+        expect(ValueError, name, {name: x}, [str(shape)], call(function))
+        expect(ValueError, name, {name: torch.from_numpy(x)}, [str(shape)], call(function))
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])
+def test_messages_of_the_backward_have_the_whole_shape(name):
+    q, k, v = base().values()
+    out, lse = fastattn.mha(q, k, v, return_lse=True)
+    given = {"dout": out, "out": out, "lse": lse, "dlse": lse, name: ones(1, 3, 1, 2, 1, 7)}
+    with pytest.raises(ValueError, match=rf"^{name}: .*{re.escape('(1, 3, 1, 2, 1, 7)')}"):
+        fastattn.mha_backward(given.pop("dout"), q, k, v, given.pop("out"), given.pop("lse"), **given)
+
+
+# ---- masks of tokenizers --------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.float32])
+def test_masks_of_other_dtypes_say_how_they_become_bool(kind):
+    torch = pytest.importorskip("torch")
+    mask = ones(3, 5, dtype=kind)
+    for function in (fastattn.mha, fastattn.explain):
+        expect(TypeError, "mask", {"mask": mask}, ["use mask.astype(bool)", "(3, 5)"], call(function))
+        given = {"mask": torch.from_numpy(mask)}
+        expect(TypeError, "mask", given, ["use mask.bool()", "(3, 5)"], call(function))
+
+
+@pytest.mark.parametrize(
+    ("shape", "place"),
+    [((2, 5), "[:, None, None, :]"), ((2, 1, 5), "[:, None]"), ((2, 3, 5), "[:, None]")],
+)
+def test_masks_of_a_batch_are_told_their_axes(shape, place):
+    q, k, v = base().values()
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 2, shape)
+    expect(TypeError, "mask", {"mask": tokens}, ["int64", f", pass mask{place}"], call(fastattn.mha))
+    given = {"mask": tokens.astype(bool), "bias": tokens.astype(F4)}
+    for name, x in given.items():
+        expect(ValueError, name, {name: x}, [str(shape), f", pass {name}{place}"], call(fastattn.mha))
+        # And what it says is right: each entry has its own.
+        placed = x[:, None, None, :] if x.ndim == 2 else x[:, None]
+        out = fastattn.mha(q, k, v, **{name: placed})
+        for b in range(2):
+            alone = fastattn.mha(q[b], k[b], v[b], **{name: x[b][None] if x.ndim == 3 else x[b]})
+            np.testing.assert_allclose(out[b], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4), (5, 2), (3, 3, 5), (5,), (2,)])
+def test_other_masks_get_no_hint(shape):
+    mask = np.ones(shape, np.int64)
+    assert "pass" not in str(expect(TypeError, "mask", {"mask": mask}, [], call(fastattn.mha)))
+    if shape != (5,):
+        error = expect(ValueError, "mask", {"mask": mask.astype(bool)}, [], call(fastattn.mha))
+        assert "pass" not in str(error)
 
 
 def test_wrong_number_of_positions():

@@ -169,6 +169,7 @@ void set_shape(const dlpack::DLTensor& tensor, const char* name, TensorView& vie
               static_cast<int>(tensor.ndim));
     }
     view.rank = tensor.ndim;
+    view.full_shape = tensor.ndim > kMaxRank ? tensor.shape : nullptr;  // lives as long as the tensor
     is_empty = false;
     for (int axis = 0; axis < tensor.ndim; ++axis) {
         const std::int64_t length = tensor.shape[axis];

@@ -39,7 +39,8 @@ q_offset : int or integer array (B,), optional
     Position of query row 0 among the keys. Default: kv_len - q_len of the batch entry, so that the
     last row stands at the last key; 0 aligns the first row with the first key.
 mask : bool array, optional
-    Broadcastable to (B, Hq, Sq, Sk); True: may attend.
+    Broadcastable to (B, Hq, Sq, Sk); True: may attend. A padding mask (B, Sk) goes in as
+    ``mask[:, None, None, :]``: as it is, NumPy's rules take its B for queries.
 bias : array of q's or lse's dtype, optional
     Broadcastable to (B, Hq, Sq, Sk); added to the scaled and softcapped scores. -inf counts as masked.
 alibi_slopes : float array (Hq,) or (B, Hq), optional

@@ -120,6 +120,9 @@ bool view_ndarray(PyObject* array, const char* name, TensorView& view, ByteStrid
     view.readonly = (proxy->flags & npy_api::NPY_ARRAY_WRITEABLE_) == 0;
     view.rank = proxy->nd;
     view.data = proxy->data;
+    if (view.rank > kMaxRank) {
+        view.full_shape = reinterpret_cast<const std::int64_t*>(proxy->dimensions);
+    }
     const auto item = static_cast<std::int64_t>(item_size(dtype));
     const int rank = std::min(view.rank, kMaxRank);
     bool aligned = reinterpret_cast<std::uintptr_t>(proxy->data) % item_size(dtype) == 0;

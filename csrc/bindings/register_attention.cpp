@@ -104,6 +104,10 @@ void read_arguments(const Arguments& arguments, Call& call) {
     params.k = call.arrays.input(arguments[kK], "k");
     params.v = call.arrays.input(arguments[kV], "v");
     read(kMask, params.mask);
+    if (params.mask.given() && params.mask.dtype != DType::boolean &&
+        optional_attribute(arguments[kMask], "bool")) {
+        params.mask_as_bool = "mask.bool()";  // PyTorch's tensors have no astype()
+    }
     read(kBias, params.bias);
     read(kAlibiSlopes, params.alibi_slopes);
     read(kSinks, params.sinks);

@@ -59,7 +59,8 @@ DType to_dtype(DataType dtype, std::string_view name) {
 TensorView to_view(const xla_ffi::Buffer& buffer, std::string_view name) {
     TensorView view;
     view.dtype = to_dtype(buffer.dtype, name);
-    view.rank = static_cast<int>(std::min<std::int64_t>(buffer.rank, kMaxRank + 1));
+    view.rank = static_cast<int>(buffer.rank);
+    if (view.rank > kMaxRank) view.full_shape = buffer.dims;
     std::copy_n(buffer.dims, std::min(view.rank, kMaxRank), view.shape);
     if (view.rank <= kMaxRank) set_compact_strides(view);
     view.data = buffer.data == nullptr ? no_elements : buffer.data;

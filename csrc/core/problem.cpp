@@ -32,9 +32,25 @@ void check_lengths(const char* name, const HeadOperand& lens, Index batch, Index
     }
 }
 
+// Where a mask or bias with the axes (B, Sk) or (B, Sq, Sk) belongs; empty for others. As it is, it would broadcast
+// over queries and heads, or not at all.
+std::string axis_hint(const char* name, const TensorView& view, const AttentionProblem& p) {
+    const bool by_entry = (view.rank == 2 || view.rank == 3) && view.shape[0] == p.batch && p.batch > 1 &&
+                          view.shape[view.rank - 1] == p.kv_size;
+    if (!by_entry) return {};
+    const auto passed_as = [&](const char* axes, const char* index) {
+        return std::string("; if its axes are ") + axes + ", pass " + name + index;
+    };
+    if (view.rank == 2)
+        return passed_as("(B, Sk), as those of padding", "[:, None, None, :], of shape (B, 1, 1, Sk)");
+    if (view.shape[1] != 1 && view.shape[1] != p.q_size) return {};
+    return passed_as("(B, Sq, Sk)", "[:, None]");
+}
+
 void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& arrays) {
     if (a.mask.given()) {
-        if (a.mask.dtype != DType::boolean) fail_dtype("mask", "bool", a.mask.dtype);
+        if (a.mask.dtype != DType::boolean)
+            fail_mask_dtype(a.mask_as_bool, a.mask, axis_hint("mask", a.mask, p));
         p.mask = to_score_operand("mask", a.mask, p);
         arrays.side_input("mask", a.mask);
     }
@@ -181,8 +197,9 @@ ScoreOperand to_score_operand(const char* name, const TensorView& view, const At
         const int to = 4 - view.rank + axis;  // right-aligned, as NumPy broadcasts
         if (view.shape[axis] == 1) continue;
         if (view.shape[axis] != target[to])
-            fail_value(name, "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " +
-                                 shape_string(target, 4) + ", got " + shape_string(view));
+            fail_value(name,
+                       "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " + shape_string(target, 4) +
+                           ", got " + shape_string(view) + axis_hint(name, view, p));
         strides[to] = view.strides[axis];
     }
     if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0, view.device.type};

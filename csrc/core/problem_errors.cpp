@@ -30,9 +30,7 @@ OutOfMemory::OutOfMemory(const char* what_for, std::size_t size)
 
 std::string shape_string(const std::int64_t* shape, int rank) {
     std::string text = "(";
-    for (int axis = 0; axis < rank && axis < kMaxRank; ++axis)
-        text += (axis ? ", " : "") + std::to_string(shape[axis]);
-    if (rank > kMaxRank) text += ", ...";
+    for (int axis = 0; axis < rank; ++axis) text += (axis ? ", " : "") + std::to_string(shape[axis]);
     return text + (rank == 1 ? ",)" : ")");
 }
 
@@ -40,7 +38,13 @@ std::string shape_string(std::initializer_list<std::int64_t> shape) {
     return shape_string(shape.begin(), static_cast<int>(shape.size()));
 }
 
-std::string shape_string(const TensorView& view) { return shape_string(view.shape, view.rank); }
+std::string shape_string(const TensorView& view) {
+    if (view.rank <= kMaxRank) return shape_string(view.shape, view.rank);
+    if (view.full_shape != nullptr) return shape_string(view.full_shape, view.rank);
+    std::string text = shape_string(view.shape, kMaxRank);
+    text.back() = ',';
+    return text + " ...)";
+}
 
 std::string device_string(Device device) {
     return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
@@ -70,6 +74,11 @@ void fail_rank_match(const char* name, const TensorView& q, const TensorView& go
 
 void fail_dtype(const char* name, const char* expected, DType got) {
     throw TypeError(std::string(name) + ": expected " + expected + ", got " + dtype_name(got));
+}
+
+void fail_mask_dtype(const char* as_bool, const TensorView& got, const std::string& hint) {
+    throw TypeError(std::string("mask: expected bool, got ") + dtype_name(got.dtype) + " of shape " +
+                    shape_string(got) + "; use " + as_bool + hint);
 }
 
 void fail_dtype_match(const char* name, DType expected, DType got) {

@@ -27,6 +27,8 @@ std::string shape_string(const TensorView& view);
 [[noreturn]] void fail_rank(const char* name, const char* expected, const TensorView& got);
 [[noreturn]] void fail_rank_match(const char* name, const TensorView& q, const TensorView& got);
 [[noreturn]] void fail_dtype(const char* name, const char* expected, DType got);
+// as_bool: how the caller makes a bool array of it; hint: more to say, or empty.
+[[noreturn]] void fail_mask_dtype(const char* as_bool, const TensorView& got, const std::string& hint);
 [[noreturn]] void fail_dtype_match(const char* name, DType expected, DType got);
 [[noreturn]] void fail_bias_dtype(DType dtype, DType lse_dtype, DType got);
 [[noreturn]] void fail_device(const char* name, Device got, Device expected);

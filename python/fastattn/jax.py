@@ -114,6 +114,7 @@ def mha(
         Position of query row 0; an int of at most 32 bits without ``jax_enable_x64``. No value causes another
         compilation.
     mask : bool array, broadcastable to (B,Hq,Sq,Sk), optional
+        A padding mask (B,Sk) goes in as ``mask[:, None, None, :]``.
     bias : array of q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk), optional
     alibi_slopes : float array (Hq,) or (B,Hq), optional
     sinks : float array (Hq,), optional

@@ -83,6 +83,10 @@ TEST_F(Problem, OtherLayoutsAndRanks) {
 TEST_F(Problem, RanksMustAgree) {
     p.q.rank = 5;
     EXPECT_EQ(value_error(), "q: expected 2, 3 or 4 axes, got 5 with shape (2, 5, 4, 8, ...)");
+    const std::int64_t sizes[] = {2, 5, 4, 8, 1};
+    p.q.full_shape = sizes;
+    EXPECT_EQ(value_error(), "q: expected 2, 3 or 4 axes, got 5 with shape (2, 5, 4, 8, 1)");
+    p.q.full_shape = nullptr;
     p.q.rank = 1;
     EXPECT_EQ(value_error(), "q: expected 2, 3 or 4 axes, got 1 with shape (2,)");
     p.q.rank = 4;
@@ -174,7 +178,19 @@ TEST_F(Problem, MasksBroadcastRightAligned) {
     p.mask.rank = 5;
     EXPECT_EQ(value_error(), "mask: expected at most 4 axes, got 5 with shape (5, 0, 0, 0, ...)");
     p.mask = keys.view(DType::u8);
-    EXPECT_EQ(type_error(), "mask: expected bool, got uint8");
+    EXPECT_EQ(type_error(), "mask: expected bool, got uint8 of shape (7,); use mask.astype(bool)");
+    p.mask_as_bool = "a cast";
+    Array<std::uint8_t> padding({2, 7}), entries({2, 5, 7});
+    p.mask = padding.view(DType::u8);
+    EXPECT_EQ(
+        type_error(),
+        "mask: expected bool, got uint8 of shape (2, 7); use a cast; if its axes are (B, Sk), as those of "
+        "padding, pass mask[:, None, None, :], of shape (B, 1, 1, Sk)");
+    p.mask = entries.view();
+    EXPECT_EQ(
+        value_error(),
+        "mask: expected a shape that broadcasts to (B, Hq, Sq, Sk) = (2, 4, 5, 7), got (2, 5, 7); if its "
+        "axes are (B, Sq, Sk), pass mask[:, None]");
 }
 
 TEST_F(Problem, BiasDtypes) {

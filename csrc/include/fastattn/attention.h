@@ -61,6 +61,7 @@ struct AttentionParams {
     std::optional<std::int64_t> q_offset;  // position of query row 0; default kv_len - q_len
     TensorView q_offsets;  // the same per batch entry, integer (B,); at most one of the two
     TensorView mask;  // bool, broadcastable to (B,Hq,Sq,Sk); true: may attend
+    const char* mask_as_bool = "mask.astype(bool)";  // for the message about a mask of another dtype
     TensorView bias;  // q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk)
     TensorView alibi_slopes;  // any float dtype, (Hq,) or (B,Hq)
     TensorView sinks;  // any float dtype, (Hq,)

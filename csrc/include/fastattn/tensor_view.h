@@ -62,7 +62,8 @@ struct Device {
 inline constexpr int kMaxRank = 4;
 
 // A strided array. rank == -1 means "not given". A rank above kMaxRank is representable so that
-// validation can name it; shape and strides then hold the first kMaxRank axes only.
+// validation can name it; shape and strides then hold the first kMaxRank axes only, and full_shape, which the
+// caller keeps alive, may have all of them for the message.
 struct TensorView {
     void* data = nullptr;
     DType dtype = DType::f32;
@@ -71,6 +72,7 @@ struct TensorView {
     int rank = -1;
     std::int64_t shape[kMaxRank] = {0, 0, 0, 0};
     std::int64_t strides[kMaxRank] = {0, 0, 0, 0};
+    const std::int64_t* full_shape = nullptr;  // with a rank above kMaxRank, or null
 
     constexpr bool given() const noexcept { return rank >= 0; }
 };

@@ -56,6 +56,7 @@ def mha(
         the pairs, by plain operations in float64.
     q_offset : int or integer Tensor () or (B,), optional
     mask : bool Tensor, broadcastable to (B, Hq, Sq, Sk), optional
+        A padding mask (B, Sk) goes in as ``mask[:, None, None, :]``.
     bias : Tensor of q's or lse's dtype, broadcastable to (B, Hq, Sq, Sk), optional
         Its gradient is computed only where it requires one.
     alibi_slopes : float Tensor (Hq,) or (B, Hq), optional
