@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-MODULES = {"info": "info", "check": "run", "tune": "tune"}  # of fastattn._check
-
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m fastattn", description="Exact attention for NumPy arrays.")
@@ -73,9 +71,12 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["bench"]:
         return int(find_bench().main(argv[1:]))
     arguments = parser().parse_args(argv)
-    # Imported here, so that --help is quick and each command loads only what it needs.
-    module = importlib.import_module(f"fastattn._check.{MODULES[arguments.command]}")
-    return int(module.main(arguments))
+    # Imported here, so that --help is quick; by name, so that tools which freeze applications see it.
+    from fastattn._check import info, tune
+    from fastattn._check import run as check
+
+    mains = {"info": info.main, "check": check.main, "tune": tune.main}
+    return mains[arguments.command](arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
