@@ -24,7 +24,8 @@ constexpr std::int64_t kBlockBytes = 256 * 1024;
 // Depends on the problem of one (batch, head) alone.
 std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
     // More rows, fewer splits: what partial results take stays the same.
-    const std::int64_t most_splits = kMostSplits * 16 / std::max<std::int64_t>(plan.rows, 16);
+    const std::int64_t most_splits =
+        std::max<std::int64_t>(kMostSplits * 16 / std::max<std::int64_t>(plan.rows, 16), 1);
     std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
     length = std::max(length, round_up(ceil_div(p.kv_size, most_splits), kKeyBlock));
     const bool pays = p.weights.data == nullptr && plan.rows <= kSplitRows && p.kv_size > length;
