@@ -84,14 +84,16 @@ def softcap_gradient(
             if dlse is not None:
                 dlses = dlse.reshape(n_batch, heads, n_q)[:, :, block, None]
                 delta = delta - grouped(dlses)
-            dweight = douts @ values
+            dscore = douts @ values
             if keywords["dropout"] > 0:
-                dweight = dweight * _kept(keywords, block, weight)
-            share = grouped(q[:, :, block]) @ keys * (scale / cap)
+                dscore *= _kept(keywords, block, weight)
+            dscore.sub_(delta).mul_(weight)
+            # From 20 on tanh is 1, and its derivative 0: where the score is infinite too.
+            share = (grouped(q[:, :, block]) @ keys).mul_(scale / cap).clamp_(-64.0, 64.0)
             capped = share.tanh()
-            slope = torch.where(share.isinf(), capped, capped - share * (1.0 - capped * capped))
-            terms = torch.where(weight == 0, 0.0, weight * (dweight - delta) * slope)
-            total += _total(terms)
+            slope = torch.addcmul(capped, share, (capped * capped).sub_(1.0))
+            # Pairs that are masked may hold anything.
+            total += _total(slope.mul_(dscore).masked_fill_(weight == 0, 0.0))
     return total
 
 
