@@ -91,7 +91,9 @@ def test_num_threads_of_openmp():
     assert threads_with(OMP_NUM_THREADS="100000") == 1024  # the most that there are
 
 
-@pytest.mark.parametrize("value", ["", " ", "0", "-2", "many", "1.5", "3,", ",3", "3,x", "3,0", "3;2", "9" * 20])
+@pytest.mark.parametrize(
+    "value", ["", " ", "0", "-2", "many", "1.5", "3,", ",3", "3,x", "3,0", "3;2", "9" * 20]
+)
 def test_num_threads_that_openmp_ignores(value):
     """OpenMP itself complains where it is loaded: nothing from here."""
     out, err = run("print(fastattn.get_num_threads())", env={"OMP_NUM_THREADS": value})
@@ -105,8 +107,9 @@ def test_openmp_goes_before_the_cpus():
         """
         import os
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        import fastattn
-        print(fastattn.get_num_threads(), fastattn.explain(*[__import__("numpy").ones((64, 512, 64), "f")] * 3).threads)
+        import fastattn, numpy
+        x = numpy.ones((64, 512, 64), "f")
+        print(fastattn.get_num_threads(), fastattn.explain(x, x, x).threads)
         fastattn.set_num_threads(2)
         print(fastattn.get_num_threads())
         """,

@@ -75,7 +75,7 @@ def test_query_heads_need_key_heads():
     q, k, v = (x.swapaxes(1, 2) for x in problem(np.float32, "bhsd", 4, 0))
     q = np.ones((2, 3, 2, 8), np.float32)
     for function in (fastattn.mha, fastattn.explain, reference.mha):
-        with pytest.raises(ValueError, match="k: expected a number of heads that divides .*2"):
+        with pytest.raises(ValueError, match=r"k: expected a number of heads that divides .*2"):
             function(q, k, v)
 
 

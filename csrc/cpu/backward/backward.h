@@ -32,6 +32,19 @@ void store_row(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h,
         store_strided(V::load(row + d) * scale, to + d * x.dim, x.dim, dim - d);
 }
 
+// n sums move to their totals, or the totals take their place.
+template <class Acc>
+void end_section(Acc* sums, double* totals, std::int64_t n) {
+    for (std::int64_t c = 0; c < n; ++c) {
+        totals[c] += double(sums[c]);
+        sums[c] = 0;
+    }
+}
+template <class Acc>
+void take_totals(Acc* sums, const double* totals, std::int64_t n) {
+    for (std::int64_t c = 0; c < n; ++c) sums[c] = static_cast<Acc>(totals[c] + double(sums[c]));
+}
+
 // dk and dv of a block of keys, and what it adds to dq of all rows of the kv head.
 template <class E, class S>
 void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typename E::Acc* dq) {
@@ -40,11 +53,19 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
     const BackwardPlan& plan = block.plan;
     const BackwardBuffers<E>& at = block.at;
     start_keys(block, kv_head, j);
-    clear_vectors<V>(at.dk, plan.key_block * plan.d_stride);
-    clear_vectors<V>(at.dv, plan.key_block * plan.v_stride);
+    const std::int64_t dk_size = plan.key_block * plan.d_stride, dv_size = plan.key_block * plan.v_stride;
+    clear_vectors<V>(at.dk, dk_size);
+    clear_vectors<V>(at.dv, dv_size);
+    for (std::int64_t c = 0; plan.sections && c < dk_size + dv_size; ++c) at.dk_total[c] = 0;
+    std::int64_t blocks = 0;
     for (std::int64_t g = 0; g < p.group; ++g) {
         for (std::int64_t i = 0; i < p.q_size; i += plan.row_block) {
             if (block.executor.stop_requested()) return;
+            if (plan.sections && blocks++ == kSectionBlocks) {
+                end_section(at.dk, at.dk_total, dk_size);
+                end_section(at.dv, at.dv_total, dv_size);
+                blocks = 1;
+            }
             if (!start_rows<E, S>(block, kv_head * p.group + g, i)) continue;
             if (!find_ds(block)) return;
             auto* const dq_rows = dq + (g * p.q_size + i) * plan.d_stride;
@@ -52,6 +73,10 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
             add_query_products(block, dq_rows);
             if (block.careful) add_bad_products<E, S>(block, dq_rows);
         }
+    }
+    if (plan.sections) {
+        take_totals(at.dk, at.dk_total, dk_size);
+        take_totals(at.dv, at.dv_total, dv_size);
     }
     const Operand &dk = block.problem.dk, &dv = block.problem.dv;
     for (std::int64_t c = 0; c < block.keys.size; ++c) {

@@ -31,6 +31,7 @@ struct BackwardBuffers {
     Unit *weights, *ds, *ds_rows;  // P and dS as the products with dout and q take them, dS for that with k
     Acc *x, *p, *kept, *dp, *cap;  // a panel; kept: P after dropout, cap: the derivative of the softcap
     Acc *dk, *dv, *dq, *dq_chunk, *dbias;
+    double *dk_total, *dv_total;  // where the plan has sections
     BackwardRow<Acc>* rows;
     RowInfo* info;
     TileColumns* tiles;
@@ -38,7 +39,8 @@ struct BackwardBuffers {
 };
 
 template <class E>
-BackwardBuffers<E> backward_buffers(const BackwardOffsets& at, std::byte* workspace) {
+BackwardBuffers<E> backward_buffers(const BackwardOffsets& at, const BackwardPlan& plan,
+                                    std::byte* workspace) {
     using Acc = typename E::Acc;
     auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
     auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
@@ -51,6 +53,8 @@ BackwardBuffers<E> backward_buffers(const BackwardOffsets& at, std::byte* worksp
     to.x = accs(at.x), to.p = accs(at.p), to.kept = accs(at.kept), to.dp = accs(at.dp), to.cap = accs(at.cap);
     to.dk = accs(at.dk), to.dv = accs(at.dv), to.dq = accs(at.dq), to.dq_chunk = accs(at.dq_chunk);
     to.dbias = accs(at.dbias);
+    to.dk_total = plan.sections ? reinterpret_cast<double*>(workspace + at.totals) : nullptr;
+    to.dv_total = plan.sections ? to.dk_total + plan.key_block * plan.d_stride : nullptr;
     to.rows = reinterpret_cast<BackwardRow<Acc>*>(workspace + at.states);
     to.info = reinterpret_cast<RowInfo*>(workspace + at.info);
     to.tiles = reinterpret_cast<TileColumns*>(workspace + at.tiles);
@@ -121,7 +125,7 @@ struct BackwardBlock {
           plan(call.plan),
           executor(call.executor),
           x(make_block<E>(forward, 0)),
-          at(backward_buffers<E>(backward_offsets(problem, plan, tile_shape<E>()), workspace)),
+          at(backward_buffers<E>(backward_offsets(problem, plan, tile_shape<E>()), plan, workspace)),
           states(reinterpret_cast<BackwardRow<Acc>*>(call.shared + plan.states)),
           slopes(reinterpret_cast<Acc*>(call.shared + plan.slopes)),
           partials(reinterpret_cast<Acc*>(call.shared + plan.partials)),

@@ -30,6 +30,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
         std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(p.q_size, 1), row_unit));
     plan.key_blocks = ceil_div(p.kv_size, plan.key_block);
     plan.row_blocks = ceil_div(p.q_size, plan.row_block);
+    plan.sections = tile.unit_bytes == 4 && p.group * plan.row_blocks > kSectionBlocks;
     plan.chunk_blocks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, kMostChunks));
     plan.chunks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, plan.chunk_blocks));
     plan.q_units = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
@@ -99,6 +100,8 @@ BackwardOffsets backward_offsets(const BackwardProblem& problem, const BackwardP
     f.cap = take(tile);
     f.dk = take(keys * plan.d_stride * u);
     f.dv = take(keys * plan.v_stride * u);
+    if (plan.sections)
+        f.totals = take(keys * (plan.d_stride + plan.v_stride) * static_cast<std::int64_t>(sizeof(double)));
     const std::int64_t dq = plan.split ? 0 : p.group * p.q_size * plan.d_stride * u;
     f.dq = take(dq);
     f.dq_chunk = take(plan.chunks > 1 ? dq : 0);

@@ -65,11 +65,13 @@ public:
 
     void run(std::byte* workspace) {
         pass(false);
+        take_all_totals();
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
             start_item<E>(call_, item_, rows_, workspace, x_, at_);
             clear_output(x_, 0, rows_);
             pass(true);
+            take_all_totals();
         }
         if (pairs_) restore_columns();
         end_item<E, S>(call_, item_, x_);
@@ -80,28 +82,45 @@ private:
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (masked(j, n)) continue;
-            const int vectors = static_cast<int>((n + w - 1) / w);
-            if (!one_row_) next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
-            if (p_.head_dim % (w * E::scalars) == 0) {
-                score<false>(k_ + j * p_.k.seq, n);
-            } else {
-                score<true>(k_ + j * p_.k.seq, n);
-            }
-            for (std::int64_t r = 0; r < rows_; ++r) {
-                Acc* s = at_.scores + r * block;
-                const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
-                follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
-                store_weights(r, s, j, vectors);
-            }
-            if (!one_row_) next_ = keys_after(j);
-            const S* v = v_ + j * p_.v.seq;
-            if (careful) {
-                for (std::int64_t h = 0; h < item_.heads; ++h)
-                    add_values_carefully(h * item_.rows, v + h * p_.v.head, j, n);
-            } else {
-                add_values(v, n);
-            }
+            if (!masked(j, n)) attend_block(j, n, careful);
+            if (call_.plan.section_keys > 0 && (j + block) % call_.plan.section_keys == 0) end_sections();
+        }
+    }
+
+    void attend_block(std::int64_t j, std::int64_t n, bool careful) {
+        const int vectors = static_cast<int>((n + w - 1) / w);
+        if (!one_row_) next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
+        if (p_.head_dim % (w * E::scalars) == 0) {
+            score<false>(k_ + j * p_.k.seq, n);
+        } else {
+            score<true>(k_ + j * p_.k.seq, n);
+        }
+        for (std::int64_t r = 0; r < rows_; ++r) {
+            Acc* s = at_.scores + r * block;
+            const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
+            follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
+            store_weights(r, s, j, vectors);
+        }
+        if (!one_row_) next_ = keys_after(j);
+        const S* v = v_ + j * p_.v.seq;
+        if (careful) {
+            for (std::int64_t h = 0; h < item_.heads; ++h)
+                add_values_carefully(h * item_.rows, v + h * p_.v.head, j, n);
+        } else {
+            add_values(v, n);
+        }
+    }
+
+    void end_sections() {
+        for (std::int64_t r = 0; r < rows_; ++r) end_section(x_, r);
+        clear_output(x_, 0, rows_);
+    }
+
+    void take_all_totals() {
+        if (call_.plan.section_keys == 0) return;
+        for (std::int64_t r = 0; r < rows_; ++r) {
+            end_section(x_, r);
+            take_totals(x_, r);
         }
     }
 
@@ -363,15 +382,19 @@ private:
         FASTATTN_INLINE void operator()(int) const { next.advance(rows); }
     };
 
+    std::int64_t whole_columns() const { return p_.value_dim / w * w; }
+    // Their products are one sum, that is then added to O.
+    std::int64_t keys_at_once() const { return one_row_ ? kRowValueKeys : kValueKeys; }
+
     // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its columns as the
     // engine pairs them, until restore_columns().
     void add_values(const S* v, std::int64_t n) {
-        const std::int64_t whole = p_.value_dim / w * w;
+        const std::int64_t whole = whole_columns();
         const std::int64_t row_tiles = item_.rows / most_rows + item_.rows % most_rows / 2 + item_.rows % 2,
                            tiles = row_tiles * ((whole + F::nr - 1) / F::nr),
                            steps = tiles * FetchAhead::steps;
         FetchAhead ahead{next_, steps == 0 ? 0 : (kValueKeys + steps - 1) / steps};
-        const std::int64_t at_once = one_row_ ? kRowValueKeys : kValueKeys;
+        const std::int64_t at_once = keys_at_once();
         for (std::int64_t k = 0; k < n; k += at_once) {
             const std::int64_t depth = n - k < at_once ? n - k : at_once;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
@@ -445,15 +468,22 @@ private:
         if constexpr (E::scalars == 2) {
             if (pairs_) return add_pairs_carefully(first, values, j, n);
         }
-        for (std::int64_t k = 0; k < n; ++k) {
-            const S* v = values + k * p_.v.seq;
-            for (std::int64_t r = first; r < first + item_.rows; ++r) {
-                const Acc weight = at_.p[r * block + k];
-                if (weight == 0 && !attends(x_, x_.info[r], j + k)) continue;
-                Acc* o = x_.o + r * x_.o_stride;
-                for (std::int64_t c = 0; c < p_.value_dim; c += w) {
-                    const V x = load_n<V>(v + c, p_.value_dim - c);
-                    V::fma(V::set1(weight), x, V::load(o + c)).store(o + c);
+        // The sums of add_values to the last bit, less the values that a row may not attend.
+        const std::int64_t whole = whole_columns();
+        for (std::int64_t c = 0; c < p_.value_dim; c += w) {
+            const std::int64_t at_once = c < whole ? keys_at_once() : n;
+            for (std::int64_t begin = 0; begin < n; begin += at_once) {
+                const std::int64_t end = n - begin < at_once ? n : begin + at_once;
+                for (std::int64_t r = first; r < first + item_.rows; ++r) {
+                    V sum = V::zero();
+                    for (std::int64_t k = begin; k < end; ++k) {
+                        const Acc weight = at_.p[r * block + k];
+                        if (weight == 0 && !attends(x_, x_.info[r], j + k)) continue;
+                        const V x = load_n<V>(values + k * p_.v.seq + c, p_.value_dim - c);
+                        sum = V::fma(V::set1(weight), x, sum);
+                    }
+                    Acc* const o = x_.o + r * x_.o_stride + c;
+                    (V::load(o) + sum).store(o);
                 }
             }
         }
@@ -469,9 +499,12 @@ private:
                 strip[i] = is_finite(x) ? x : S{};
             }
             for_row_tiles(first, [&](std::int64_t r, auto rows) {
-                gemm_accumulate<E, decltype(rows)::value, 2>(x_.o + r * x_.o_stride + c, x_.o_stride,
-                                                             at_.p + r * block, block,
-                                                             PairedRows<S>{strip, n}, columns, (n + 1) / 2);
+                for (std::int64_t k = 0; k < n; k += kValueKeys) {
+                    const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
+                    gemm_accumulate<E, decltype(rows)::value, 2>(
+                        x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + r * block + k / 2, block,
+                        PairedRows<S>{strip + k * columns, depth}, columns, (depth + 1) / 2);
+                }
             });
             for (std::int64_t i = 0; i < n * columns; ++i) {
                 const std::int64_t k = i / columns;

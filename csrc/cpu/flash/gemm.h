@@ -104,7 +104,8 @@ FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename
 }
 
 // out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row), or = where `fresh`; side: beside the
-// first `before` of depth, whose results the rest may need.
+// first `before` of depth, whose results the rest may need. The products are summed by themselves and then added: a sum
+// that runs on over thousands of them rounds each to its own size.
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out_row,
                                           const typename E::Unit* a, std::int64_t a_row, B b,
@@ -113,18 +114,10 @@ FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out
     using V = typename E::V;
     run_before<E>(side);
     V acc[MR][NV];
-    if (fresh) {
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
-        }
-    } else {
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-            for (int n = 0; n < NV; ++n) acc[m][n] = V::load(out + m * out_row + n * V::width);
-        }
+        for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
     }
     if constexpr (runs_beside<E, Side>) {
         gemm_tile_with<E, MR, NV>(acc, a, a_row, b, b_row, before, false, side);
@@ -135,7 +128,10 @@ FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n].store(out + m * out_row + n * V::width);
+        for (int n = 0; n < NV; ++n) {
+            auto* const to = out + m * out_row + n * V::width;
+            (fresh ? acc[m][n] : V::load(to) + acc[m][n]).store(to);
+        }
     }
 }
 template <class E, int MR, int NV, class B>

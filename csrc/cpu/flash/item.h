@@ -142,6 +142,12 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
     x.row_shift = accs(at.row_shift);
     x.row_sum = accs(at.row_sum);
     x.o = accs(at.o);
+    if (call.plan.section_keys > 0) {
+        const std::int64_t size = padded_rows * (x.o_stride + E::sums);
+        x.o_total = reinterpret_cast<double*>(workspace + at.totals);
+        x.sum_total = x.o_total + padded_rows * x.o_stride;
+        for (std::int64_t n = 0; n < size; ++n) x.o_total[n] = 0;
+    }
     const RowRule rule(call.problem, item.batch);
     const std::int64_t group = call.problem.group, rows = item.rows * item.heads;
     KeyRange keys{item.key_end, item.key_begin};

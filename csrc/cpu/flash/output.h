@@ -113,9 +113,12 @@ void merge_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* part
         if (partials[s * stride] > top) top = partials[s * stride];
     }
     double l = 0, rounded_l = 0;
-    Acc* o = partials + kPartialHeader;  // summed in place, into the first one
+    // Summed in place: into the first of each kAtOnce, then into the first of all, as short sums round less.
+    constexpr std::int64_t kAtOnce = 16;
+    Acc* const first = partials + kPartialHeader;
     for (std::int64_t s = 0; s < splits; ++s) {
         const Acc* part = partials + s * stride;
+        Acc* const o = first + s / kAtOnce * kAtOnce * stride;
         const Acc m = part[0];
         // m is an integer or infinite; a split that saw nothing (-inf) has l = 0 or NaN, as it is.
         const double share = m == -kInf<Acc> || m == top ? 1.0 : ::exp2(double(m) - double(top));
@@ -124,10 +127,15 @@ void merge_row(const FlashBlock<E>& x, const RowInfo& row, typename E::Acc* part
         const V factor = V::set1(Acc(share));
         for (std::int64_t c = 0; c < x.o_stride; c += V::width) {
             const V y = V::load(part + kPartialHeader + c) * factor;
-            (s == 0 ? y : V::load(o + c) + y).store(o + c);
+            (s % kAtOnce == 0 ? y : V::load(o + c) + y).store(o + c);
         }
     }
-    write_output<E, S>(x, row, finish_sums(x, row, double(top), l, rounded_l).output, o);
+    for (std::int64_t s = kAtOnce; s < splits; s += kAtOnce) {
+        const Acc* part = first + s * stride;
+        for (std::int64_t c = 0; c < x.o_stride; c += V::width)
+            (V::load(first + c) + V::load(part + c)).store(first + c);
+    }
+    write_output<E, S>(x, row, finish_sums(x, row, double(top), l, rounded_l).output, first);
 }
 
 }  // namespace

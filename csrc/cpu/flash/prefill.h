@@ -45,31 +45,42 @@ public:
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (block_masked(j, n)) continue;
-            pack_block(j, n);
-            if (large_) plan_prefetch(j + block);
-            for (std::int64_t r = 0; r < padded_; r += E::mr) {
-                if (call_.executor.stop_requested()) return;
-                if (large_) {
-                    next_k_.advance(prefetch_rows_);
-                    next_v_.advance(prefetch_rows_);
-                    next_q_.advance(prefetch_rows_);
-                    out_.advance(prefetch_rows_);
-                }
-                const std::int64_t rows = padded_ - r < E::mr ? padded_ - r : E::mr;
-                with_count<E::mr / kRowStep>(static_cast<int>(rows / kRowStep), [&](auto count) {
-                    attend_tile<decltype(count)::value * kRowStep>(r, j, n);
-                });
-            }
+            if (!block_masked(j, n)) attend_block(j, n);
+            if (call_.executor.stop_requested()) return;
+            if (section_ends(j)) end_sections();
         }
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
             if (!tile_of(r).started) clear_output(x_, r, E::mr);
+        }
+        if (call_.plan.section_keys > 0) {
+            for (std::int64_t r = 0; r < padded_; ++r) {
+                end_section(x_, r);
+                take_totals(x_, r);
+            }
         }
         end_item<E, S>(call_, item_, x_);
         if (p_.weights.data != nullptr) write_weights();
     }
 
 private:
+    void attend_block(std::int64_t j, std::int64_t n) {
+        pack_block(j, n);
+        if (large_) plan_prefetch(j + call_.plan.key_block);
+        for (std::int64_t r = 0; r < padded_; r += E::mr) {
+            if (call_.executor.stop_requested()) return;
+            if (large_) {
+                next_k_.advance(prefetch_rows_);
+                next_v_.advance(prefetch_rows_);
+                next_q_.advance(prefetch_rows_);
+                out_.advance(prefetch_rows_);
+            }
+            const std::int64_t rows = padded_ - r < E::mr ? padded_ - r : E::mr;
+            with_count<E::mr / kRowStep>(static_cast<int>(rows / kRowStep), [&](auto count) {
+                attend_tile<decltype(count)::value * kRowStep>(r, j, n);
+            });
+        }
+    }
+
     // During the tiles of one block the keys and values of the next one, from key j on, are on their way; during
     // those of the last one what this thread will probably compute next.
     void plan_prefetch(std::int64_t j) {
@@ -95,6 +106,21 @@ private:
         next_k_ = rows_ahead<S, false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
         next_v_ = rows_ahead<S, false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
         prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
+    }
+
+    // Sections end at the same keys whatever the item's first one is.
+    bool section_ends(std::int64_t j) const {
+        const std::int64_t section = call_.plan.section_keys;
+        return section > 0 && (j + call_.plan.key_block) % section == 0;
+    }
+
+    void end_sections() {
+        for (std::int64_t r = 0; r < padded_; ++r) {
+            TileKeys& tile = tile_of(r);
+            if (!tile.started) continue;
+            end_section(x_, r);
+            if (r % E::mr == E::mr - 1 || r == padded_ - 1) tile.started = false;
+        }
     }
 
     // The rows of q or out of an item. Of a group where the heads of a query lie side by side: else each head is a stream

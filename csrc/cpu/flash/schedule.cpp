@@ -78,6 +78,8 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threa
     const std::int64_t heads = p.batch * p.kv_heads;
     plan.split_keys = split_length(p, plan);
     plan.key_splits = plan.split_keys > 0 ? ceil_div(p.kv_size, plan.split_keys) : 1;
+    const std::int64_t section = plan.decode ? kDecodeSectionKeys : kSectionKeys;
+    if (tile.unit_bytes == 4 && plan.split_keys > section) plan.section_keys = section;
     if (plan.decode) {
         plan.heads_per_item = decode_heads(p, plan, threads);
         plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);

@@ -28,6 +28,10 @@ inline constexpr std::int64_t kDecodeSplitKeys = 512; // the same for decode
 inline constexpr std::int64_t kSplitRows = 256;       // at most so many rows have their keys split
 inline constexpr std::int64_t kMostSplits = 256;  // of 16 rows: bounds the partial results of long caches
 
+// A running sum of float32 loses what is far below it, and sums of equal terms lose it in the same direction: after so many
+// keys it moves to a total in float64.
+inline constexpr std::int64_t kSectionKeys = 4096, kDecodeSectionKeys = 1024;
+
 inline constexpr std::int64_t kPartialHeader = 4;  // accumulators before o in a partial result
 
 struct FlashPlan {
@@ -40,6 +44,7 @@ struct FlashPlan {
     std::int64_t key_splits = 1;
     std::int64_t split_keys = 0;  // keys of a split (a multiple of kKeyBlock when key_splits > 1)
     std::int64_t key_block = 0;
+    std::int64_t section_keys = 0;  // multiple of key_block; 0: an item's sums need no totals
     std::int64_t items = 0;  // batch * head_items * row_items * key_splits
     std::int64_t groups = 1;  // neighbouring items that two threads should not share: see Executor
     std::int64_t merge_items = 0;  // second phase, when key_splits > 1

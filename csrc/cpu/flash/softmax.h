@@ -83,6 +83,8 @@ struct FlashBlock {
     Acc* row_shift;          // what is taken off x: m, or 0 as long as the row has seen nothing
     Acc* row_sum;            // l (rows, sums, width), summed at the end
     Acc* o;                  // (rows, o_stride)
+    double* o_total;         // the same of the sections of keys before; null: all in o
+    double* sum_total;       // of l (rows, sums)
 };
 
 template <class E>
@@ -102,6 +104,8 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
             p.mask.data != nullptr,
             cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr,
             0,
+            nullptr,
+            nullptr,
             nullptr,
             nullptr,
             nullptr,
@@ -391,6 +395,36 @@ void rescale_row(const FlashBlock<E>& x, std::int64_t r, typename E::Acc delta, 
         auto* l = x.row_sum + (r * E::sums + s) * V::width;
         (V::load(l) * alpha).store(l);
     }
+    if (x.o_total == nullptr) return;
+    for (std::int64_t c = 0; c < x.o_stride; ++c) x.o_total[r * x.o_stride + c] *= double(factor);
+    for (int s = 0; s < E::sums; ++s) x.sum_total[r * E::sums + s] *= double(factor);
+}
+
+// The end of a section of keys: what row r has summed moves to its totals.
+template <class E>
+void end_section(const FlashBlock<E>& x, std::int64_t r) {
+    using V = typename E::V;
+    const auto* o = x.o + r * x.o_stride;
+    double* const total = x.o_total + r * x.o_stride;
+    for (std::int64_t c = 0; c < x.o_stride; ++c) total[c] += double(o[c]);
+    for (int s = 0; s < E::sums; ++s) {
+        auto* l = x.row_sum + (r * E::sums + s) * V::width;
+        double sum = 0;
+        for (int i = 0; i < V::width; ++i) sum += double(l[i]);
+        x.sum_total[r * E::sums + s] += sum;
+        V::zero().store(l);
+    }
+}
+
+// After the last section: the totals take the place of the sums.
+template <class E>
+void take_totals(const FlashBlock<E>& x, std::int64_t r) {
+    using V = typename E::V;
+    using Acc = typename E::Acc;
+    const double* const total = x.o_total + r * x.o_stride;
+    for (std::int64_t c = 0; c < x.o_stride; ++c) x.o[r * x.o_stride + c] = static_cast<Acc>(total[c]);
+    for (int s = 0; s < E::sums; ++s)
+        x.row_sum[(r * E::sums + s) * V::width] = static_cast<Acc>(x.sum_total[r * E::sums + s]);
 }
 
 // l of row r: as computed (for lse), or as rounded for the product with v (for out).

@@ -33,6 +33,7 @@ struct TileKeys {
 struct FlashOffsets {
     std::size_t q, k, v, p, o, scores;       // units or accumulators
     std::size_t row_max, row_shift, row_sum;  // accumulators: (rows), (rows), (rows, sums, width)
+    std::size_t totals;                      // doubles: O (rows, o_stride), then l (rows, sums)
     std::size_t info, bad, tiles;            // RowInfo (rows), bytes (key_block), TileKeys (tiles of rows)
     std::size_t total;
 };
@@ -72,6 +73,8 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     f.row_max = take(rows * u);
     f.row_shift = take(rows * u);
     f.row_sum = take(rows * t.sums * t.width * u);
+    if (plan.section_keys > 0)
+        f.totals = take(rows * (plan.o_stride + t.sums) * static_cast<std::int64_t>(sizeof(double)));
     f.info = take(rows * static_cast<std::int64_t>(sizeof(RowInfo)));
     f.bad = take(keys);
     f.tiles = take((rows + t.mr - 1) / t.mr * static_cast<std::int64_t>(sizeof(TileKeys)));

@@ -78,14 +78,15 @@ FASTATTN_INLINE V exp2(V x) {
     }
 }
 
-// tanh(x) for y = 2 log2(e) x: u / (u + 2), u = 2^y - 1; relative accuracy also near 0, where softcap is the identity.
+// tanh(x) for y = 2 log2(e) x: u / (u + 2), u = 2^|y| - 1, with the sign of y; relative accuracy also near 0, where
+// softcap is the identity. Of |y|, as an error of u counts twice where u is near -1.
 template <class V>
 FASTATTN_INLINE V tanh_log2(V y) {
     using T = typename V::value_type;
     const V limit = V::set1(sizeof(T) == 8 ? T(116) : T(58));  // tanh is 1 to the last bit from half of it on
-    y = V::max(V::zero() - limit, V::min(limit, y));
-    const V n = V::round(y);
-    const V r = y - n;
+    const V size = V::min(limit, V::abs(y));
+    const V n = V::round(size);
+    const V r = size - n;
     V q;  // (2^r - 1) / r
     if constexpr (sizeof(T) == 8) {
         constexpr T c[] = {
@@ -104,7 +105,7 @@ FASTATTN_INLINE V tanh_log2(V y) {
     const V one = V::set1(T(1));
     const V two_n = V::scale2(one, n);
     const V u = V::fma(two_n, r * q, two_n - one);
-    return u / (u + V::set1(T(2)));
+    return V::copysign(u / (u + V::set1(T(2))), y);
 }
 
 template <class V>

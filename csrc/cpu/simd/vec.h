@@ -12,6 +12,7 @@
 //   mask_bytes(p)                     the mask of the bytes that are not 0
 //   fma(a,b,c) = a*b+c, + - * /       lanes
 //   max(a,b) min(a,b)                 b when either is NaN
+//   abs(a) copysign(a, b)             |a|; a, which is not negative, with the sign of b
 //   round(a)                          to nearest even
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
 //   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
@@ -26,6 +27,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "core/half.h"
 
@@ -139,6 +142,10 @@ struct Vec<T, Scalar> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+    using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+    static constexpr Bits sign = std::numeric_limits<Bits>::min();
+    static FASTATTN_INLINE Vec abs(Vec a) { return {(Lanes)((Mask)a.v & ~sign)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) { return {(Lanes)((Mask)a.v | ((Mask)b.v & sign))}; }
     static FASTATTN_INLINE Vec round(Vec a) {
         // From 2^23 (2^52) on every number is integral; below, adding it rounds the fraction away.
         const Lanes whole = set1(sizeof(T) == 4 ? T(8388608.0) : T(4503599627370496.0)).v;

@@ -62,6 +62,10 @@ struct Vec<float, Avx2> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        return {_mm256_or_ps(a.v, _mm256_and_ps(b.v, _mm256_set1_ps(-0.0f)))};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         const __m256 k = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), n.v));
@@ -142,6 +146,10 @@ struct Vec<double, Avx2> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        return {_mm256_or_pd(a.v, _mm256_and_pd(b.v, _mm256_set1_pd(-0.0)))};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm256_round_pd(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         // Integer conversion by the magic number 1.5 * 2^52: the low mantissa bits hold n.

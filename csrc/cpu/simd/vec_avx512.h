@@ -89,6 +89,12 @@ struct Vec<float, Avx512> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        const __m512i sign = _mm512_castps_si512(_mm512_set1_ps(-0.0f));  // a | (b & sign)
+        return {_mm512_castsi512_ps(
+            _mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v), sign, 0xf8))};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
     // One instruction each: reduce gives 0 for infinities, and scalef takes the floor itself.
@@ -181,6 +187,12 @@ struct Vec<double, Avx512> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {_mm512_abs_pd(a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        const __m512i sign = _mm512_castpd_si512(_mm512_set1_pd(-0.0));  // a | (b & sign)
+        return {_mm512_castsi512_pd(
+            _mm512_ternarylogic_epi64(_mm512_castpd_si512(a.v), _mm512_castpd_si512(b.v), sign, 0xf8))};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {_mm512_roundscale_pd(a.v, 8)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_pd(a.v, n.v)}; }
     // One instruction each: reduce gives 0 for infinities, and scalef takes the floor itself.

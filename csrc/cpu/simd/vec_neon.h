@@ -55,6 +55,10 @@ struct Vec<float, Neon> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        return {vbslq_f32(vdupq_n_u32(0x80000000u), b.v, a.v)};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         const float32x4_t k = vminq_f32(vmaxq_f32(n.v, vdupq_n_f32(-127.0f)), vdupq_n_f32(127.0f));
@@ -114,6 +118,10 @@ struct Vec<double, Neon> {
     static FASTATTN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
     static FASTATTN_INLINE Vec max(Vec a, Vec b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
     static FASTATTN_INLINE Vec min(Vec a, Vec b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
+    static FASTATTN_INLINE Vec abs(Vec a) { return {vabsq_f64(a.v)}; }
+    static FASTATTN_INLINE Vec copysign(Vec a, Vec b) {
+        return {vbslq_f64(vdupq_n_u64(std::uint64_t{1} << 63), b.v, a.v)};
+    }
     static FASTATTN_INLINE Vec round(Vec a) { return {vrndnq_f64(a.v)}; }
     static FASTATTN_INLINE Vec scale2(Vec a, Vec n) {
         const float64x2_t k = vminq_f64(vmaxq_f64(n.v, vdupq_n_f64(-1023.0)), vdupq_n_f64(1023.0));
