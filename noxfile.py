@@ -35,6 +35,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def models(session: nox.Session) -> None:
+    """Every model class of Transformers beside "eager", about half an hour of one core; ``-- llama bert``."""
+    session.install(".[test]")
+    session.run("python", "tools/walk_models.py", *session.posargs)
+
+
+@nox.session
 def cpp(session: nox.Session) -> None:
     """C++ tests of the release preset; ``-- -R dispatch`` picks some."""
     install(session, "build")

@@ -37,19 +37,18 @@ def registered() -> Iterator[None]:
 # By model type, with what must come out. "equal" has called fastattn, "own" has no attention that could.
 SAMPLE = {
     "albert": "equal", "bart": "equal", "bert": "equal", "bloom": "refused", "clip": "equal",
-    "csm_depth_decoder_model": "equal", "deepseek_v32": "equal", "doge": "equal", "dpt": "equal", "falcon": "refused",
-    "fuyu": "equal", "gemma2": "equal", "gemma3_text": "equal", "gemma4_text": "equal", "git": "refused",
-    "glm_moe_dsa": "equal", "gpt2": "equal", "gpt_neo": "refused", "gpt_oss": "equal", "granite_swa": "equal",
-    "hy_v4": "equal", "jamba": "equal", "llama": "equal", "mamba": "own", "megatron-bert": "refused",
+    "csm_depth_decoder_model": "equal", "deepseek_v32": "equal", "doge": "equal", "dpt": "equal",
+    "falcon": "refused", "fuyu": "equal", "gemma2": "equal", "gemma3_text": "equal", "gemma4_text": "equal",
+    "git": "refused", "glm_moe_dsa": "equal", "gpt2": "equal", "gpt_neo": "refused", "gpt_oss": "equal",
+    "granite_swa": "equal", "hy_v4": "equal", "llama": "equal", "mamba": "own", "megatron-bert": "refused",
     "minimax_m3_vl": "equal", "modernbert": "equal", "mpnet": "refused", "mpt": "refused", "opt": "equal",
-    "owlvit": "equal", "persimmon": "equal", "roformer": "refused", "sam": "refused", "t5": "equal", "vit": "equal",
+    "owlvit": "equal", "persimmon": "equal", "roformer": "refused", "t5": "equal", "vit": "equal",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_walk(model_type):
     import walk_models
-
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -59,10 +58,12 @@ def test_walk(model_type):
     assert results
     expected = SAMPLE[model_type]
     for name, result in results.items():
+        if name == "T5Stack":  # not a model of its own
+            continue
         assert result["status"] == expected.replace("own", "equal"), (name, result)
         if expected == "refused":
             assert result["when"] == "construction"
-            assert name in result["reason"] or "Vision" in result["reason"]
+            assert name in result["reason"]
             assert '"eager"' in result["reason"]
         else:
             assert "forward" in result["checks"]
@@ -161,6 +162,18 @@ def test_a_part_with_its_own_attention():
         transformers.models.gpt_neo.modeling_gpt_neo.GPT_NEO_ATTENTION_CLASSES["unknown"]
 
 
+def test_tables_of_attention_classes():
+    """Where only the layer's lookup tells whose config decides."""
+    config = transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8, mlp_dim=48,
+        output_channels=8, global_attn_indexes=[0],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Sam.* has SamVisionAttention for eager, sdpa only.*never call"):
+        transformers.SamVisionModel._from_config(config, attn_implementation="fastattn")
+    for name in ("eager", "sdpa"):
+        transformers.SamVisionModel._from_config(config, attn_implementation=name)
+
+
 def test_subclasses_of_ones_own():
     """The class that brought the attention decides."""
 
@@ -231,8 +244,9 @@ def test_a_mask_is_never_none(kind, n_queries, compiled, monkeypatch):
 def test_queries_that_are_fewer_than_the_mask_was_made_for(n_kept, side):
     """Gemma 4 with shared keys computes its last layers for the last queries alone."""
     config = transformers.Gemma4TextConfig(
-        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, sliding_window=5,
+        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        global_head_dim=8, sliding_window=5,
         hidden_size_per_layer_input=8, num_kv_shared_layers=2, initializer_range=0.2, pad_token_id=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
@@ -268,7 +282,7 @@ def test_no_mask_for_fewer_queries_than_keys():
     from fastattn.torch import _transformers
 
     q, k = heads(2, 3), heads(2, 7, seed=1)
-    with pytest.raises(ValueError, match="attention_mask: Module is causal .* 3 queries and 7 keys"):
+    with pytest.raises(ValueError, match=r"attention_mask: Module is causal .* 3 queries and 7 keys"):
         _transformers.attention(Module(), q, k, k, None)
     _transformers.attention(Module(), q[:, :, :1], k, k, None)
     _transformers.attention(Module(), q, k, k, None, is_causal=False)
@@ -318,7 +332,8 @@ def test_indices(side):
         vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
         topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8, index_topk=4, index_n_heads=2, index_head_dim=16, initializer_range=0.2,
+        qk_nope_head_dim=8, v_head_dim=8, index_topk=4, index_n_heads=2, index_head_dim=16,
+        initializer_range=0.2,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     eager, ours = models(transformers.DeepseekV32ForCausalLM, config)
@@ -328,7 +343,6 @@ def test_indices(side):
     rows = real if side else torch.ones_like(real)
     with torch.no_grad():
         want, got = (model(ids, **given).logits for model in (eager, ours))
-        ours.config.index_topk = 24
     assert (got - want)[rows].abs().max() <= TOLERANCE * want.abs().max()
     options = {"max_new_tokens": 6, "do_sample": False}
     want, got = (model.generate(ids, **given, **options) for model in (eager, ours))
@@ -367,7 +381,7 @@ def test_sinks_of_every_query(dropout):
         assert (x - y).abs().max() < 1e-5
 
 
-# ---- a batch of one beside a batch ---------------------------------------------------------------------------
+# ---- a batch of one beside a batch -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [(1, 3, 3), (3, 1, 1), (3, 3, 1), (1, 3, 1)])

@@ -3,10 +3,10 @@
 
     python tools/walk_models.py [--out FILE] [--jobs N] [--all-heads] [MODEL_TYPE ...]
 
-Each class is built tiny, with the same random weights in both, and runs forward without padding and with it on
-either side, with output_attentions, as a decoder and as an encoder where the config says which, and generates
-where it can. A class is "equal", "refused" by name, "skipped" with the reason (what "eager" cannot run, or what
-cannot be built tiny from its config alone), or "wrong". Any "wrong" is exit status 1.
+Each class is built tiny, with the same random weights in both, and runs forward without padding and with it
+on either side, with output_attentions, as a decoder and as an encoder where the config says which, and
+generates where it can. A class is "equal", "refused" by name, "skipped" with the reason (what "eager" cannot
+run, or what cannot be built tiny from its config alone), or "wrong". Any "wrong" is exit status 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastattn.torch
 from fastattn.torch import _transformers
@@ -60,7 +61,7 @@ for names, size in (
 ):  # fmt: skip
     SIZES |= dict.fromkeys(names.split(), size)
 FLOATS = dict.fromkeys(("initializer_range", "init_std", "initializer_factor"), 0.2)
-NO_TOKENS = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 2}
+NO_TOKENS = {"eos_token_id": 99, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 2}
 # What the rules do not find.
 SPECIAL: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]]}}
 KV_HEADS = re.compile("(swa_)?num_(key_value|kv)_heads|n_kv_heads|num_key_value_heads_per_layer")
@@ -83,7 +84,8 @@ def tiny(config_class: Any, shrunk: str) -> Any:
             value = getattr(base, key)
         except Exception:  # some have one in each layer's own config
             continue
-        if key in config_class.sub_configs:
+        fixed = isinstance(rule := getattr(config_class, key, None), property) and rule.fset is None
+        if key in config_class.sub_configs or fixed:
             continue
         number = isinstance(value, int) and not isinstance(value, bool)
         if key in NO_TOKENS:
@@ -98,7 +100,7 @@ def tiny(config_class: Any, shrunk: str) -> Any:
         elif key in FLOATS and isinstance(value, float) and value < 0.2:
             given[key] = FLOATS[key]
     types = getattr(base, "layer_types", None)
-    if isinstance(types, list) and types and shrunk != "nothing":
+    if isinstance(types, list) and types and shrunk != "nothing" and not fixed_types(config_class):
         kinds = list(dict.fromkeys(types))
         kinds = kinds if len(kinds) > 1 else kinds * 2
         given["layer_types"] = kinds
@@ -115,11 +117,13 @@ def tiny(config_class: Any, shrunk: str) -> Any:
         if shrunk != "nothing" and count and len(getattr(base, key)) > count:
             given[key] = getattr(base, key)[:count]
     rope = getattr(base, "rope_parameters", None)
-    if shrunk == "all" and isinstance(rope, dict) and "head_dim" in given or "mrope_section" in (rope or {}):
+    if isinstance(rope, dict) and shrunk == "all":
         rope = copy.deepcopy(rope)
-        section = (rope or {}).get("mrope_section")
-        if section and shrunk == "all":
-            half = given.get("head_dim", given.get("hidden_size", 64) // given.get("num_attention_heads", 4)) // 2
+        if rope.get("mrope_section"):
+            half = (
+                given.get("head_dim", given.get("hidden_size", 64) // given.get("num_attention_heads", 4))
+                // 2
+            )
             third = max(half // 3, 1)
             rope["mrope_section"] = [half - 2 * third, third, third]
             given["rope_parameters"] = rope
@@ -130,6 +134,11 @@ def tiny(config_class: Any, shrunk: str) -> Any:
     if shrunk == "all":
         given |= SPECIAL.get(config_class.model_type, {})
     return config_class(**given)
+
+
+def fixed_types(config_class: Any) -> bool:
+    rule = getattr(config_class, "layer_types", None)
+    return isinstance(rule, property) and rule.fset is None
 
 
 def n_parameters(model_class: Any, config: Any) -> int:
@@ -204,7 +213,9 @@ def inputs(model: Any) -> dict[str, Any]:
     wanted = [name for name in dict.fromkeys([*required, main]) if name in have or name in required]
     if "pixel_values" in signature and "input_ids" in signature and main == "input_ids":
         kind = type(model).__name__
-        if re.search("CLIP|Clip|Align|SigLip|Siglip|Flava|Bridge|Vilt|Owl|Group|Blip(?!2)|Kosmos2Model", kind):
+        if re.search(
+            "CLIP|Clip|Align|SigLip|Siglip|Flava|Bridge|Vilt|Owl|Group|Blip(?!2)|Kosmos2Model", kind
+        ):
             wanted.append("pixel_values")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in signature:
         wanted.append("decoder_input_ids")
@@ -275,9 +286,9 @@ def refusal(error: BaseException, names: set[str]) -> str | None:
 def variants(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "", {}
     text = config.get_text_config()
-    if not getattr(config, "is_encoder_decoder", False):
-        if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):
-            yield "is_decoder=True", {"is_decoder": True}
+    either = getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention")
+    if either and not getattr(config, "is_encoder_decoder", False):
+        yield "is_decoder=True", {"is_decoder": True}
     if type(text).__name__ in BIDIRECTIONAL:
         yield "is_causal=False", {"is_causal": False}
 
@@ -337,6 +348,7 @@ def compare(model_class: Any, config: Any, eager: Any, given: dict[str, Any]) ->
         calls += 1
         return _transformers.attention(*args, **keywords)
 
+    registered = ALL_ATTENTION_FUNCTIONS["fastattn"]
     transformers.AttentionInterface.register("fastattn", counted)
     checks: list[str] = []
     check = "construction"
@@ -372,7 +384,7 @@ def compare(model_class: Any, config: Any, eager: Any, given: dict[str, Any]) ->
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return {"status": "wrong", "reason": f"{check}: {text}", "checks": checks}
     finally:
-        fastattn.torch.register()
+        transformers.AttentionInterface.register("fastattn", registered)
     return {"status": "equal", "checks": checks, "calls": calls}
 
 
@@ -415,8 +427,8 @@ def generation_checks(model: Any, given: dict[str, Any]) -> Iterator[tuple[str, 
 def generate(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Any:
     keep = {key: x for key, x in given.items() if not key.startswith("decoder_")}
     result = model.generate(
-        **keep, **options, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1, output_logits=True,
-        return_dict_in_generate=True,
+        **keep, **options, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1,
+        output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     return {"sequences": result["sequences"], "logits": result["logits"]}
 
@@ -450,7 +462,11 @@ def model_classes(config_class: Any, all_heads: bool) -> list[Any]:
                     found[name] = x
     if all_heads:
         return list(found.values())
-    heads = [x for x in found.values() if not re.search(r"For(?!CausalLM|ConditionalGeneration)|LMHead", x.__name__)]
+    heads = [
+        x
+        for x in found.values()
+        if not re.search(r"For(?!CausalLM|ConditionalGeneration)|LMHead", x.__name__)
+    ]
     return heads or list(found.values())[:1]
 
 

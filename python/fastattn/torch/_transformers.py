@@ -1,4 +1,4 @@
-"""Attention and mask functions for Transformers 5: what a model computes with them is what "eager" computes."""
+"""Attention and mask functions for Transformers 5: a model computes with them what it computes in "eager"."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def register(name: str) -> None:
 def _guard(name: str) -> None:
     """Has Transformers' check of ``attn_implementation`` refuse `name` for models that would not call us.
 
-    It runs in the constructor of every model and of every model within one, and when the implementation is set
-    later. For an implementation that was registered it only looks whether the name is known.
+    It runs in the constructor of every model and of every model within one, and when the implementation is
+    set later. For an implementation that was registered it only looks whether the name is known.
     """
     check: Any = PreTrainedModel.get_correct_attn_implementation
     if not hasattr(check, _GUARDED):
@@ -142,8 +142,8 @@ def _under_construction() -> list[str]:
 def _calls_interface(model: type) -> bool:
     """Whether the modules of attention beside this class look up their function in the AttentionInterface.
 
-    Of the classes that it derives from, the first with attention beside it decides. Without any it is a model of
-    other models, which are asked in turn, or has no attention.
+    Of the classes that it derives from, the first with attention beside it decides. Without any it is a model
+    of other models, which are asked in turn, or has no attention.
     """
     for base in model.__mro__:
         beside = vars(sys.modules.get(base.__module__, object))
@@ -197,8 +197,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What a model calls: query (B,Hq,Sq,D), key and value (B,Hkv,Sk,D) to (B,Sq,Hq,Dv).
 
-    The mask is complete, sliding window included. Without one, a causal module sees keys from the top left, as in
-    ``scaled_dot_product_attention``, if there are as many as queries. `s_aux` are the sinks of the heads,
+    The mask is complete, sliding window included. Without one, a causal module sees keys from the top left, as
+    in ``scaled_dot_product_attention``, if there are as many as queries. `s_aux` are the sinks of the heads,
     `sinks` (B,Hq,Sq,1) those of every query. `indices` (B,Sq,n) are the only keys that a query may see, and
     `block_indices` the blocks of keys.
     """
@@ -207,8 +207,8 @@ def attention(
     for name, other in others.items():
         if other is not None and name not in _IGNORED:
             raise ValueError(
-                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know it; use "
-                f'attn_implementation="eager"'
+                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know it; "
+                'use attn_implementation="eager"'
             )
     n_batch = max(x.shape[0] for x in (query, key, value))
     # Learned queries, which the whole batch shares.
@@ -281,8 +281,9 @@ def _keywords(
         if n_queries > 1 and causal:
             if n_queries != n_keys:
                 raise ValueError(
-                    f"attention_mask: {_name(module)} is causal and gave no mask for {n_queries} queries and {n_keys} "
-                    'keys, which does not say where the queries stand; use attn_implementation="eager"'
+                    f"attention_mask: {_name(module)} is causal and gave no mask for {n_queries} queries and "
+                    f"{n_keys} keys, which does not say where the queries stand; use "
+                    'attn_implementation="eager"'
                 )
             return {"causal": True, "q_offset": 0}
         return {}
@@ -335,9 +336,9 @@ def _mask_of_blocks(
 def mask(*, dtype: torch.dtype = torch.float32, **keywords: Any) -> Tensor:
     """The mask of ``eager``, (B,1,Sq,Sk), 0 or the least number of `dtype`; never None.
 
-    A model may slice it, add to it, or add it to scores of its own. An untouched one carries its pattern, by which
-    `attention` computes: causality, window and a mask of keys, (B,1,1,Sk), which skips what is not attended, or
-    else the bool mask.
+    A model may slice it, add to it, or add it to scores of its own. An untouched one carries its pattern, by
+    which `attention` computes: causality, window and a mask of keys, (B,1,1,Sk), which skips what is not
+    attended, or else the bool mask.
     """
     keywords |= {"allow_is_bidirectional_skip": False}
     # A trace must not depend on values.
