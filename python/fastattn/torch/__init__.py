@@ -23,8 +23,8 @@ __all__ = ["mha", "register", "scaled_dot_product_attention"]
 def register(name: str = "fastattn") -> None:
     """Make fastattn an attention implementation of Transformers 5, for ``attn_implementation=name``.
 
-    A model that computes attention by itself, and so would never call it, is refused by a ValueError when it is
-    constructed; this takes a check in front of ``PreTrainedModel.get_correct_attn_implementation``.
+    A model that computes attention by itself, and so would never call it, is refused by a ValueError when it
+    is constructed; this takes a check in front of ``PreTrainedModel.get_correct_attn_implementation``.
 
     Parameters
     ----------

@@ -197,18 +197,18 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What a model calls: query (B,Hq,Sq,D), key and value (B,Hkv,Sk,D) to (B,Sq,Hq,Dv).
 
-    The mask is complete, sliding window included. Without one, a causal module sees keys from the top left, as
-    in ``scaled_dot_product_attention``, if there are as many as queries. `s_aux` are the sinks of the heads,
-    `sinks` (B,Hq,Sq,1) those of every query. `indices` (B,Sq,n) are the only keys that a query may see, and
-    `block_indices` the blocks of keys.
+    The mask is complete, sliding window included. Without one, a causal module sees keys from the top left,
+    as in ``scaled_dot_product_attention``, if there are as many as queries. `s_aux` are the sinks of the
+    heads, `sinks` (B,Hq,Sq,1) those of every query. `indices` (B,Sq,n) are the only keys that a query may
+    see, and `block_indices` the blocks of keys.
     """
     if cache is not None:
         raise ValueError("fastattn: continuous batching (a paged cache) is not supported; use sdpa for it")
     for name, other in others.items():
         if other is not None and name not in _IGNORED:
             raise ValueError(
-                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know it; "
-                'use attn_implementation="eager"'
+                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know "
+                'it; use attn_implementation="eager"'
             )
     n_batch = max(x.shape[0] for x in (query, key, value))
     # Learned queries, which the whole batch shares.
