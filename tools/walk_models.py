@@ -61,7 +61,7 @@ for names, size in (
 ):  # fmt: skip
     SIZES |= dict.fromkeys(names.split(), size)
 FLOATS = dict.fromkeys(("initializer_range", "init_std", "initializer_factor"), 0.2)
-NO_TOKENS = {"eos_token_id": 99, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 2}
+TOKENS = {"eos_token_id": 99, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 2}
 # What the rules do not find.
 SPECIAL: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]]}}
 KV_HEADS = re.compile("(swa_)?num_(key_value|kv)_heads|n_kv_heads|num_key_value_heads_per_layer")
@@ -88,8 +88,8 @@ def tiny(config_class: Any, shrunk: str) -> Any:
         if key in config_class.sub_configs or fixed:
             continue
         number = isinstance(value, int) and not isinstance(value, bool)
-        if key in NO_TOKENS:
-            given[key] = NO_TOKENS[key]
+        if key in TOKENS:
+            given[key] = TOKENS[key]
         elif shrunk != "nothing" and number and key in SIZES and (value > SIZES[key]):
             if shrunk == "all" or "layer" in key or "vocab" in key:
                 given[key] = SIZES[key]
@@ -169,7 +169,9 @@ def inputs(model: Any) -> dict[str, Any]:
         return torch.randn(*shape, generator=generator)
 
     def ids(length: int = LENGTH) -> torch.Tensor:
-        return torch.randint(3, 97, (BATCH, length), generator=generator)
+        made = torch.randint(3, 97, (BATCH, length), generator=generator)
+        made[:, -1] = TOKENS["eos_token_id"]  # where some take the features of the text
+        return made
 
     config = model.config
     text = config.get_text_config()
@@ -543,17 +545,23 @@ def main() -> int:
             process.join()
             del running[model_type]
             results |= found
+            if args.out:
+                write(args.out, results)
             for name, result in found.items():
                 if result["status"] == "wrong" or args.types:
                     print(name, {k: v for k, v in result.items() if args.types or k != "checks"}, flush=True)
     counts = collections.Counter(x["status"] for x in results.values())
     print(dict(counts))
-    if args.out:
-        head = {"transformers": transformers.__version__, "torch": torch.__version__, "counts": dict(counts)}
-        with open(args.out, "w") as file:
-            json.dump(head | {"models": dict(sorted(results.items()))}, file, indent=1)
-            file.write("\n")
     return 1 if counts["wrong"] else 0
+
+
+def write(file: str, results: dict[str, Any]) -> None:
+    """After every model type, so that a walk that is stopped leaves what it has."""
+    counts = collections.Counter(x["status"] for x in results.values())
+    head = {"transformers": transformers.__version__, "torch": torch.__version__, "counts": dict(counts)}
+    with open(file, "w") as out:
+        json.dump(head | {"models": dict(sorted(results.items()))}, out, indent=1)
+        out.write("\n")
 
 
 if __name__ == "__main__":
