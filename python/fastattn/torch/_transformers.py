@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -23,10 +24,11 @@ try:
     )
 except ImportError as error:
     raise ImportError(f"fastattn.torch.register needs transformers>=5,<6: {error}") from error
-try:
-    from transformers.utils.output_capturing import _active_collector  # a private name
-except ImportError:
-    _active_collector = None
+_active_collector: Any = None
+with contextlib.suppress(ImportError):  # a private name
+    from transformers.utils import output_capturing
+
+    _active_collector = getattr(output_capturing, "_active_collector", None)
 
 _ATTRIBUTE = "_fastattn_structure"  # of a mask that `mask` made
 _GUARDED = "_fastattn_names"  # of the check that `register` puts in front of Transformers' own
@@ -68,10 +70,11 @@ def _guard(name: str) -> None:
     It runs in the constructor of every model and of every model within one, and when the implementation is
     set later. For an implementation that was registered it only looks whether the name is known.
     """
-    check: Any = PreTrainedModel.get_correct_attn_implementation
+    models: Any = PreTrainedModel
+    check = models.get_correct_attn_implementation
     if not hasattr(check, _GUARDED):
         check = _guarded(check)
-        PreTrainedModel.get_correct_attn_implementation = check
+        models.get_correct_attn_implementation = check
     getattr(check, _GUARDED).add(name)
 
 
@@ -226,7 +229,8 @@ def attention(
     wanted = _weights_wanted(output_attentions)
     bare = wanted and s_aux is not None and _is_one_of(module, _WEIGHTS_WITHOUT_SINKS)
     if bare and s_aux is not None and sinks is None:
-        s_aux, sinks = None, s_aux.view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        sinks = s_aux.view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        s_aux = None
     out, lse, *weights = mha(
         query.transpose(1, 2),
         key.transpose(1, 2),
