@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import textwrap
 import threading
 import time
 
@@ -311,3 +312,51 @@ def test_exit_while_daemon_threads_wait_for_the_gil():
         for _ in range(6): threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.05)
     """, timeout=30)  # fmt: skip
+
+
+LEAVING = """
+    import threading
+    sys.setswitchinterval(INTERVAL)
+    q, s = np.ones((1, 1, 1, 8), np.float32), np.ones((1, 64, 4, 16), np.float32)
+    k = np.broadcast_to(np.ones((), np.float32), (1, 2**27, 1, 8))
+    def loop():  # Python code wherever fastattn asks for something
+        for _ in range(50): pass
+    class Slow:
+        def __init__(self, array=None): self.array = array
+        def __dlpack__(self, **keywords): loop(); return self.array.__dlpack__(**keywords)
+        def __dlpack_device__(self): loop(); return self.array.__dlpack_device__()
+    class Number:
+        def __index__(self): loop(); return 1
+        def __repr__(self): loop(); return "Number"
+        def __del__(self): loop()
+    def fails(*args, **keywords):
+        try: fastattn.mha(*args, **keywords)
+        except (TypeError, ValueError): pass
+        else: raise AssertionError
+    def busy():
+        while True:
+            CALL
+    for _ in range(THREADS): threading.Thread(target=busy, daemon=True).start()
+    if DELAY: time.sleep(DELAY)
+"""
+LEAVING_CALLS = {
+    "huge": "fastattn.mha(q, k, k)",
+    "small": "fastattn.mha(s, s, s)",
+    "dlpack": "fastattn.mha(Slow(s), Slow(s), Slow(s), alibi_slopes=Slow(s[0, 0, :, 0]))",
+    "numbers": "fastattn.mha(s, s, s, q_offset=Number(), seed=Number(), window=[Number(), Number()])",
+    "errors": "fails(s, s, s, layout=Number()); fails(s, Slow(s.astype(complex)), s); fails(s, s, q)",
+    "explain": "fastattn.explain(s, s, s); fastattn.kernels()",
+    "backward": "fastattn.mha_backward(s, s, s, s, *fastattn.mha(s, s, s, return_lse=True))",
+    "measure": "fastattn._core.measure_read_bandwidth(1 << 16, 1, 0.001)",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="threads are not unwound there")
+@pytest.mark.parametrize("call", LEAVING_CALLS.values(), ids=LEAVING_CALLS)
+def test_exit_while_daemon_threads_are_anywhere_in_a_call(call):
+    """CPython before 3.14 unwinds the stack of a thread that comes for the GIL at exit; that aborted the process."""
+    code = textwrap.dedent(LEAVING.replace("CALL", call))
+    # Threads that change places as usual, and all the time.
+    for threads, interval, delay in ((1, 0.005, 0), (2, 1e-6, 0), (2, 1e-6, 0.002), (2, 0.005, 0.01)):
+        begin = f"THREADS, INTERVAL, DELAY = {threads}, {interval}, {delay}\n"
+        assert run(begin + code, timeout=60) == ("", "")

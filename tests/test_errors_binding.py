@@ -374,3 +374,29 @@ def test_module_in_another_interpreter():
     print("fine")
     """
     assert run(code)[0].strip() == "fine"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there it works")
+def test_a_sub_interpreter_that_is_too_old_is_told():
+    """Before 3.12 the import waited forever for the GIL of the main interpreter."""
+    code = """
+    import _xxsubinterpreters as interpreters
+    script = '''
+    for _ in range(2):  # nothing is left behind by the first
+        try:
+            import fastattn
+        except ImportError as error:
+            assert "sub-interpreter" in str(error) and "3.12" in str(error), error
+        else:
+            raise AssertionError("no error")
+    '''
+    import textwrap
+    for _ in range(2):
+        other = interpreters.create()
+        interpreters.run_string(other, textwrap.dedent(script))
+        interpreters.destroy(other)
+    import fastattn, numpy as np
+    q = np.ones((2, 4), np.float32)
+    assert (fastattn.mha(q, q, q) == 1).all()
+    """
+    run(code, prelude=False, timeout=60)

@@ -173,9 +173,9 @@ PyRef Result::take(PyObject* q) {
     if (!buffer_) {
         return std::move(object_);
     }
-    const py::object buffer = py::cast(std::move(*buffer_));
+    const PyRef buffer = PyRef::steal(py::cast(std::move(*buffer_)).release().ptr());
     buffer_.reset();
-    return PyRef::checked(PyObject_CallMethod(glue().get(), "adopt", "OO", q, buffer.ptr()));
+    return PyRef::checked(PyObject_CallMethod(glue().get(), "adopt", "OO", q, buffer.get()));
 }
 
 void mark_written(PyObject* out) {

@@ -59,11 +59,7 @@ void CudaUse::wait() noexcept {
         return;
     }
     try {
-        if (!may_release_gil()) {
-            return cuda_wait(device_.index, stream_);
-        }
-        const WithoutGil detached;
-        cuda_wait(device_.index, stream_);
+        without_gil([this] { cuda_wait(device_.index, stream_); });
     } catch (...) {
         failure_ = std::current_exception();
     }
@@ -74,9 +70,15 @@ void prepare_cuda() {
     if (done.load(std::memory_order_acquire) || !cuda_needs_library()) {
         return;
     }
-    const py::object path = py::module_::import("fastattn._cuda").attr("find_cublas")();
-    if (!path.is_none()) {
-        cuda_offer_library(path.cast<std::string>().c_str());
+    const PyRef glue = PyRef::checked(PyImport_ImportModule("fastattn._cuda"));
+    const PyRef path = PyRef::checked(PyObject_CallMethod(glue.get(), "find_cublas", nullptr));
+    if (path.get() != Py_None) {
+        PyObject* bytes = nullptr;
+        if (PyUnicode_FSConverter(path.get(), &bytes) == 0) {
+            throw PythonError{};
+        }
+        const PyRef owner = PyRef::steal(bytes);
+        cuda_offer_library(PyBytes_AS_STRING(bytes));
     }
     done.store(true, std::memory_order_release);
 }
@@ -86,10 +88,15 @@ void load_device_speeds() {
     if (done.exchange(true, std::memory_order_acq_rel)) {
         return;
     }
-    const py::object speeds = py::module_::import("fastattn._cuda").attr("stored_speeds")();
-    if (!speeds.is_none()) {
-        py::module_::import("fastattn._core").attr("set_device_speeds")(**py::dict(speeds));
+    const PyRef glue = PyRef::checked(PyImport_ImportModule("fastattn._cuda"));
+    const PyRef speeds = PyRef::checked(PyObject_CallMethod(glue.get(), "stored_speeds", nullptr));
+    if (speeds.get() == Py_None) {
+        return;
     }
+    const PyRef core = PyRef::checked(PyImport_ImportModule("fastattn._core"));
+    const PyRef set = PyRef::checked(PyObject_GetAttrString(core.get(), "set_device_speeds"));
+    const PyRef none = PyRef::checked(PyTuple_New(0));
+    PyRef::checked(PyObject_Call(set.get(), none.get(), speeds.get()));
 }
 
 }  // namespace fastattn::bindings

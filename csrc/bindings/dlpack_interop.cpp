@@ -20,11 +20,11 @@ void wrap_producer_error(PyObject* object, const char* name, const char* method)
     if (PyErr_ExceptionMatches(PyExc_BufferError) || PyErr_ExceptionMatches(PyExc_ValueError) ||
         PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_NotImplementedError) ||
         PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        py::error_already_set error;
-        const py::str text(error.value());
-        error.restore();
+        PyRef error = take_error();
+        const PyRef text = PyRef::checked(PyObject_Str(error.get()));
+        set_error(std::move(error));
         raise_from(PyExc_TypeError, "%s: this %.200s cannot be read through DLPack; its %s says: %U", name,
-                   type_name(object), method, text.ptr());
+                   type_name(object), method, text.get());
     }
     throw PythonError{};
 }
@@ -197,13 +197,15 @@ ManagedTensor::~ManagedTensor() {
     if (legacy_ == nullptr && versioned_ == nullptr) {
         return;
     }
-    const ErrorSaver saver;  // the deleter may run Python code
-    if (versioned_ != nullptr && versioned_->deleter != nullptr) {
-        versioned_->deleter(versioned_);
-    }
-    if (legacy_ != nullptr && legacy_->deleter != nullptr) {
-        legacy_->deleter(legacy_);
-    }
+    in_destructor([this] {
+        const ErrorSaver saver;  // the deleter may run Python code
+        if (versioned_ != nullptr && versioned_->deleter != nullptr) {
+            versioned_->deleter(versioned_);
+        }
+        if (legacy_ != nullptr && legacy_->deleter != nullptr) {
+            legacy_->deleter(legacy_);
+        }
+    });
 }
 
 bool has_dlpack(PyObject* object) {

@@ -1,5 +1,7 @@
 #include "bindings/errors.h"
 
+#include <cxxabi.h>
+
 #include <exception>
 #include <new>
 
@@ -19,36 +21,14 @@ void add_exception(py::module_& m, const char* name, const char* qualified_name,
 }
 
 // An exception class of this module.
-void set_own_error(PyObject* module, const char* name, const char* text) noexcept {
-    PyObject* type = PyObject_GetAttrString(module, name);
-    if (type != nullptr) {
-        PyErr_SetString(type, text);
-        Py_DECREF(type);
+void set_own_error(PyObject* module, const char* name, const char* text) {
+    const PyRef type = PyRef::steal(PyObject_GetAttrString(module, name));
+    if (type) {
+        PyErr_SetString(type.get(), text);
     }
 }
 
-}  // namespace
-
-void add_exceptions(py::module_& m) {
-    add_exception(m, "UnsupportedError", "fastattn.UnsupportedError",
-                  "A kernel or device that was asked for by name cannot do the job; the message says why.",
-                  PyExc_ValueError);
-    add_exception(m, "CudaError", "fastattn.CudaError",
-                  "A CUDA call failed. Where the message says so, the process must be restarted.",
-                  PyExc_RuntimeError);
-    py::register_local_exception_translator([](std::exception_ptr exception) {
-        try {
-            std::rethrow_exception(exception);
-        } catch (const Error&) {
-            const PyRef module = PyRef::steal(PyImport_ImportModule("fastattn._core"));
-            if (module) {
-                set_python_error(module.get());
-            }
-        }
-    });
-}
-
-void set_python_error(PyObject* module) noexcept {
+void translate(PyObject* module) {
     try {
         throw;
     } catch (const PythonError&) {
@@ -74,8 +54,47 @@ void set_python_error(PyObject* module) noexcept {
         PyErr_SetString(PyExc_MemoryError, "fastattn: no memory for the bookkeeping of this call");
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
-    } catch (...) {
+    }
+#if defined(__GLIBCXX__)
+    catch (const abi::__forced_unwind&) {  // pthread_cancel(): not ours to stop
+        throw;
+    }
+#endif
+    catch (...) {
         PyErr_SetString(PyExc_RuntimeError, "fastattn: an unknown C++ exception");
+    }
+}
+
+}  // namespace
+
+void add_exceptions(py::module_& m) {
+    add_exception(m, "UnsupportedError", "fastattn.UnsupportedError",
+                  "A kernel or device that was asked for by name cannot do the job; the message says why.",
+                  PyExc_ValueError);
+    add_exception(m, "CudaError", "fastattn.CudaError",
+                  "A CUDA call failed. Where the message says so, the process must be restarted.",
+                  PyExc_RuntimeError);
+    py::register_local_exception_translator([](std::exception_ptr exception) {
+        try {
+            std::rethrow_exception(exception);
+        } catch (const PythonError&) {
+            // set already
+        } catch (const Error&) {
+            const PyRef module = PyRef::steal(PyImport_ImportModule("fastattn._core"));
+            if (module) {
+                set_python_error(module.get());
+            }
+        }
+    });
+}
+
+void set_python_error(PyObject* module) {
+    stay_if_leaving();
+    try {
+        translate(module);
+    } catch (...) {  // setting an error allocates, and that may run the garbage collector
+        stay_if_leaving();
+        throw;
     }
 }
 

@@ -11,6 +11,6 @@ void add_exceptions(py::module_& m);
 
 // Inside a catch block: sets the Python error that the current exception stands for. `module` is
 // fastattn._core of this interpreter.
-void set_python_error(PyObject* module) noexcept;
+void set_python_error(PyObject* module);
 
 }  // namespace fastattn::bindings

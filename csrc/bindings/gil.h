@@ -1,20 +1,10 @@
 // Computing without the GIL, and being interrupted meanwhile.
 #pragma once
 
-#include <chrono>
-#include <thread>
-
+#include "bindings/leaving.h"
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {
-
-inline bool interpreter_is_finalizing() noexcept {
-#if PY_VERSION_HEX >= 0x030D0000
-    return Py_IsFinalizing() != 0;
-#else
-    return _Py_IsFinalizing() != 0;
-#endif
-}
 
 // Detaches this thread from the interpreter while it lives.
 class WithoutGil {
@@ -38,8 +28,8 @@ public:
             if (!stop && self.thread_ == Thread::unknown) {
                 stop = !self.ask_which_thread();
             }
-        } catch (...) {  // as in attach(): Python code gives the GIL up now and then
-            if (interpreter_is_finalizing()) park();
+        } catch (...) {  // our caller, the thread pool, is noexcept
+            stay_if_leaving();
             throw;
         }
         self.state_ = PyEval_SaveThread();
@@ -49,33 +39,31 @@ public:
 private:
     enum class Thread { unknown, main, other };
 
-    // A daemon thread that comes back while the interpreter shuts down would be ended by unwinding its stack without
-    // the GIL, through our destructors. CPython 3.14 parks it; so do we with an older one, whether it finds out
-    // before it waits for the GIL or, by the start of that unwinding, afterwards. (The thread that shuts down never
-    // gets here: it keeps the GIL, see may_release_gil.)
+    // A thread that comes back while the interpreter shuts down stays here, whether it finds out before it waits for
+    // the GIL or, by the start of the unwinding, afterwards. (The thread that shuts down never gets here: it keeps the
+    // GIL, see may_release_gil.)
     void attach() noexcept {
-        if (interpreter_is_finalizing()) park();
+        if (interpreter_is_finalizing()) sleep_forever();
         try {
             PyEval_RestoreThread(state_);
         } catch (...) {
-            park();
+            sleep_forever();
         }
-    }
-
-    [[noreturn]] static void park() noexcept {
-        while (true) std::this_thread::sleep_for(std::chrono::hours(1));
     }
 
     // False with a Python error set: this runs Python code, in which a signal handler may raise. That error
     // is the caller's; swallowing it would lose a Ctrl-C.
     bool ask_which_thread() {
         try {
-            const py::module_ threading = py::module_::import("threading");
-            const py::object main_ident = threading.attr("main_thread")().attr("ident");
-            thread_ = main_ident.equal(threading.attr("get_ident")()) ? Thread::main : Thread::other;
+            const PyRef threading = PyRef::checked(PyImport_ImportModule("threading"));
+            const PyRef main = PyRef::checked(PyObject_CallMethod(threading.get(), "main_thread", nullptr));
+            const PyRef main_ident = PyRef::checked(PyObject_GetAttrString(main.get(), "ident"));
+            const PyRef ident = PyRef::checked(PyObject_CallMethod(threading.get(), "get_ident", nullptr));
+            const int is_main = PyObject_RichCompareBool(main_ident.get(), ident.get(), Py_EQ);
+            if (is_main < 0) return false;
+            thread_ = is_main != 0 ? Thread::main : Thread::other;
             return true;
-        } catch (py::error_already_set& error) {
-            error.restore();
+        } catch (const PythonError&) {
             return false;
         }
     }
@@ -86,5 +74,13 @@ private:
 
 // Whether the calling thread may detach: not while it is shutting the interpreter down itself.
 inline bool may_release_gil() noexcept { return !interpreter_is_finalizing(); }
+
+// f(), without the GIL where it may be released.
+template <class F>
+auto without_gil(const F& f) {
+    if (!may_release_gil()) return f();
+    const WithoutGil detached;
+    return f();
+}
 
 }  // namespace fastattn::bindings

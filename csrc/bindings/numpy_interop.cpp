@@ -3,12 +3,56 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
 
 namespace fastattn::bindings {
 namespace {
 
 using py::detail::npy_api;
+
+// What is used of NumPy's C API, a table whose places are its stable ABI. pybind11 has it too, but lets go of the GIL
+// when it is first asked for it, in a way that a thread does not survive while the interpreter ends (leaving.h).
+struct NumpyApi {
+    unsigned (*feature_version)();
+    PyTypeObject* array_type;
+    PyObject* (*descr_from_type)(int);
+    int (*descr_converter)(PyObject*, PyObject**);
+    PyObject* (*new_from_descr)(PyTypeObject*, PyObject*, int, const Py_intptr_t*, const Py_intptr_t*, void*,
+                                int, PyObject*);
+};
+
+const NumpyApi& numpy_api() {
+    static std::atomic<const NumpyApi*> known{nullptr};  // the same for every interpreter
+    const NumpyApi* api = known.load(std::memory_order_acquire);
+    if (api != nullptr) {
+        return *api;
+    }
+    const PyRef module = PyRef::checked(PyImport_ImportModule("numpy._core.multiarray"));
+    const PyRef capsule = PyRef::checked(PyObject_GetAttrString(module.get(), "_ARRAY_API"));
+    auto* const* table = static_cast<void* const*>(PyCapsule_GetPointer(capsule.get(), nullptr));
+    if (table == nullptr) {
+        throw PythonError{};
+    }
+    auto made = std::make_unique<NumpyApi>();
+    made->feature_version = reinterpret_cast<decltype(made->feature_version)>(table[211]);
+    made->array_type = static_cast<PyTypeObject*>(table[2]);
+    made->descr_from_type = reinterpret_cast<decltype(made->descr_from_type)>(table[45]);
+    made->descr_converter = reinterpret_cast<decltype(made->descr_converter)>(table[174]);
+    made->new_from_descr = reinterpret_cast<decltype(made->new_from_descr)>(table[94]);
+    if (known.compare_exchange_strong(api, made.get(), std::memory_order_acq_rel)) {
+        return *made.release();
+    }
+    return *api;  // another thread was quicker
+}
+
+std::int64_t itemsize_of(PyObject* descr) {
+    if (numpy_api().feature_version() < 0x12) {  // NumPy 1
+        return py::detail::array_descriptor1_proxy(descr)->elsize;
+    }
+    return py::detail::array_descriptor2_proxy(descr)->elsize;
+}
 
 static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "a 64-bit platform");
 
@@ -54,7 +98,7 @@ bool dtype_of(PyObject* descr, DType& dtype) {
     // type and the size are what identifies it without importing anything.
     if (proxy->type_num >= kFirstUserType &&
         ends_with_bfloat16(reinterpret_cast<PyTypeObject*>(proxy->typeobj)->tp_name) &&
-        py::reinterpret_borrow<py::dtype>(descr).itemsize() == 2) {
+        itemsize_of(descr) == 2) {
         dtype = DType::bf16;
         return true;
     }
@@ -89,7 +133,7 @@ void check_subclass(PyObject* array, const char* name) {
 
 }  // namespace
 
-bool is_ndarray(PyObject* object) { return npy_api::get().PyArray_Check_(object); }
+bool is_ndarray(PyObject* object) { return PyObject_TypeCheck(object, numpy_api().array_type) != 0; }
 
 bool is_zero_dim_ndarray(PyObject* object) {
     return is_ndarray(object) && py::detail::array_proxy(object)->nd == 0;
@@ -102,7 +146,7 @@ bool is_numpy_bool(PyObject* object) {
 
 bool view_ndarray(PyObject* array, const char* name, TensorView& view, ByteStridedArray& bytes) {
     const auto* proxy = py::detail::array_proxy(array);
-    if (Py_TYPE(array) != npy_api::get().PyArray_Type_) {
+    if (Py_TYPE(array) != numpy_api().array_type) {
         check_subclass(array, name);
     }
     DType dtype{};
@@ -156,25 +200,28 @@ static PyRef bfloat16_descr(PyObject* q) {
     }
     const PyRef module = PyRef::checked(PyImport_ImportModule("ml_dtypes"));
     const PyRef type = PyRef::checked(PyObject_GetAttrString(module.get(), "bfloat16"));
-    const py::dtype dtype = py::dtype::from_args(py::reinterpret_borrow<py::object>(type.get()));
-    return PyRef::borrow(dtype.ptr());
+    PyObject* dtype = nullptr;
+    if (numpy_api().descr_converter(type.get(), &dtype) == 0) {
+        throw PythonError{};
+    }
+    return PyRef::steal(dtype);
 }
 
 PyRef new_ndarray(const char* name, PyObject* q, DType dtype, int rank, const std::int64_t* shape,
                   TensorView& view) {
     const std::int64_t size = checked_bytes(name, dtype, rank, shape);
-    auto& api = npy_api::get();
+    const NumpyApi& api = numpy_api();
     py::ssize_t dimensions[kMaxRank] = {};
     std::copy_n(shape, rank, dimensions);
     PyObject* descr = nullptr;  // NewFromDescr takes the reference
     switch (dtype) {
-        case DType::f64: descr = api.PyArray_DescrFromType_(npy_api::NPY_DOUBLE_); break;
-        case DType::f16: descr = api.PyArray_DescrFromType_(kHalf); break;
+        case DType::f64: descr = api.descr_from_type(npy_api::NPY_DOUBLE_); break;
+        case DType::f16: descr = api.descr_from_type(kHalf); break;
         case DType::bf16: descr = bfloat16_descr(q).release(); break;
-        default: descr = api.PyArray_DescrFromType_(npy_api::NPY_FLOAT_); break;
+        default: descr = api.descr_from_type(npy_api::NPY_FLOAT_); break;
     }
     PyRef array = PyRef::steal(
-        api.PyArray_NewFromDescr_(api.PyArray_Type_, descr, rank, dimensions, nullptr, nullptr, 0, nullptr));
+        api.new_from_descr(api.array_type, descr, rank, dimensions, nullptr, nullptr, 0, nullptr));
     if (!array) {
         if (PyErr_ExceptionMatches(PyExc_MemoryError)) {
             PyErr_Clear();

@@ -8,6 +8,8 @@
 
 #include <utility>
 
+#include "bindings/leaving.h"
+
 namespace fastattn::bindings {
 
 namespace py = pybind11;
@@ -22,13 +24,15 @@ public:
     PyRef(PyRef&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
     PyRef& operator=(PyRef&& other) noexcept {
         if (this != &other) {
-            Py_XDECREF(std::exchange(object_, std::exchange(other.object_, nullptr)));
+            PyRef old = PyRef(std::exchange(object_, std::exchange(other.object_, nullptr)));
         }
         return *this;
     }
     PyRef(const PyRef&) = delete;
     PyRef& operator=(const PyRef&) = delete;
-    ~PyRef() { Py_XDECREF(object_); }
+    ~PyRef() {
+        if (object_ != nullptr) in_destructor([this] { Py_DECREF(object_); });
+    }
 
     static PyRef steal(PyObject* object) noexcept { return PyRef(object); }
     static PyRef borrow(PyObject* object) noexcept {
@@ -59,14 +63,43 @@ template <class... Args>
     throw PythonError{};
 }
 
+// The error that is set, which it is no longer then.
+inline PyRef take_error() {
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyRef::steal(PyErr_GetRaisedException());
+#else
+    PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    const PyRef own_type = PyRef::steal(type), own_traceback = PyRef::steal(traceback);
+    PyRef error = PyRef::steal(value);
+    if (traceback != nullptr) {
+        PyException_SetTraceback(value, traceback);
+    }
+    return error;
+#endif
+}
+
+// Sets it again.
+inline void set_error(PyRef error) {
+#if PY_VERSION_HEX >= 0x030C0000
+    PyErr_SetRaisedException(error.release());
+#else
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(error.get()));
+    Py_INCREF(type);
+    PyObject* traceback = PyException_GetTraceback(error.get());
+    PyErr_Restore(type, error.release(), traceback);
+#endif
+}
+
 // The same, with the error that is set now as its __cause__.
 template <class... Args>
 [[noreturn]] void raise_from(PyObject* type, const char* format, Args... args) {
-    py::error_already_set cause;  // takes the error that is set
+    PyRef cause = take_error();
     PyErr_Format(type, format, args...);
-    py::error_already_set error;
-    error.value().attr("__cause__") = cause.value();
-    error.restore();
+    PyRef error = take_error();
+    PyException_SetCause(error.get(), cause.release());
+    set_error(std::move(error));
     throw PythonError{};
 }
 
@@ -77,13 +110,17 @@ class ErrorSaver {
 public:
 #if PY_VERSION_HEX >= 0x030C0000
     ErrorSaver() noexcept : error_(PyErr_GetRaisedException()) {}
-    ~ErrorSaver() { PyErr_SetRaisedException(error_); }
+    ~ErrorSaver() {
+        in_destructor([this] { PyErr_SetRaisedException(error_); });
+    }
 
 private:
     PyObject* error_;
 #else
     ErrorSaver() noexcept { PyErr_Fetch(&type_, &value_, &traceback_); }
-    ~ErrorSaver() { PyErr_Restore(type_, value_, traceback_); }
+    ~ErrorSaver() {
+        in_destructor([this] { PyErr_Restore(type_, value_, traceback_); });
+    }
 
 private:
     PyObject *type_ = nullptr, *value_ = nullptr, *traceback_ = nullptr;

@@ -411,25 +411,31 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     prepare_cuda();
     call.options.stream = call.arrays.cuda().stream();
     const Explanation plan = explain(problem, call.options);
-    py::dict refused;
+    const PyRef refused = PyRef::checked(PyDict_New());
     for (const Refusal& refusal : plan.refused) {
-        refused[py::str(refusal.kernel)] = refusal.reason;
+        const PyRef reason = PyRef::checked(PyUnicode_FromString(refusal.reason.c_str()));
+        if (PyDict_SetItemString(refused.get(), refusal.kernel.c_str(), reason.get()) != 0) {
+            throw PythonError{};
+        }
     }
+    const PyRef keyword_arguments = PyRef::checked(
+        Py_BuildValue("{s:s,s:s,s:s,s:s,s:L,s:L,s:i,s:d,s:d,s:O}", "kernel", plan.kernel.c_str(), "device",
+                      plan.device.c_str(), "device_choice", plan.device_choice.c_str(), "algorithm",
+                      plan.algorithm.c_str(), "workspace_bytes", static_cast<long long>(plan.workspace_bytes),
+                      "work_items", static_cast<long long>(plan.work_items), "threads", plan.threads, "flops",
+                      plan.flops, "bytes", plan.bytes, "refused", refused.get()));
     // Looked up per call: a class kept here would outlive its interpreter.
-    const py::object type = py::module_::import("fastattn._attention").attr("Explanation");
-    using namespace py::literals;
-    py::object result =
-        type("kernel"_a = plan.kernel, "device"_a = plan.device, "device_choice"_a = plan.device_choice,
-             "algorithm"_a = plan.algorithm, "workspace_bytes"_a = plan.workspace_bytes,
-             "work_items"_a = plan.work_items, "threads"_a = plan.threads, "flops"_a = plan.flops,
-             "bytes"_a = plan.bytes, "refused"_a = refused);
-    return PyRef::steal(result.release().ptr());
+    const PyRef module = PyRef::checked(PyImport_ImportModule("fastattn._attention"));
+    const PyRef type = PyRef::checked(PyObject_GetAttrString(module.get(), "Explanation"));
+    const PyRef none = PyRef::checked(PyTuple_New(0));
+    return PyRef::checked(PyObject_Call(type.get(), none.get(), keyword_arguments.get()));
 }
 
 using Run = PyRef (*)(PyObject* const*, Py_ssize_t, PyObject*);
 
+// Not noexcept: a thread that is cancelled unwinds through it.
 template <Run run>
-PyObject* entry(PyObject* module, PyObject* const* args, Py_ssize_t count, PyObject* keywords) noexcept {
+PyObject* entry(PyObject* module, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     try {
         return run(args, count, keywords).release();
     } catch (...) {

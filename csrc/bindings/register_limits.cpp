@@ -6,6 +6,8 @@
 #include <fastattn/attention.h>
 #include <fastattn/limits.h>
 
+#include "bindings/gil.h"
+
 namespace fastattn::bindings {
 
 namespace py = pybind11;
@@ -25,16 +27,14 @@ void register_limits(py::module_& module) {
         "measure_fma_peak",
         [](const std::string& kernel, const std::string& dtype, int threads, double seconds) {
             const DType type = float_dtype(dtype);
-            const py::gil_scoped_release release;
-            return measure_fma_peak(kernel, type, threads, seconds);
+            return without_gil([&] { return measure_fma_peak(kernel, type, threads, seconds); });
         },
         py::arg("kernel"), py::arg("dtype"), py::arg("threads"), py::arg("seconds") = 0.2,
         "FLOP/s of this kernel's multiply-adds in registers.");
     module.def(
         "measure_read_bandwidth",
         [](std::size_t bytes, int threads, double seconds) {
-            const py::gil_scoped_release release;
-            return measure_read_bandwidth(bytes, threads, seconds);
+            return without_gil([&] { return measure_read_bandwidth(bytes, threads, seconds); });
         },
         py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.3,
         "Bytes/s at which all threads together read `bytes` bytes, each its own part.");

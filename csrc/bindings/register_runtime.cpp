@@ -17,6 +17,7 @@ namespace {
 
 // One row per kernel; fastattn._attention makes KernelInfo of it.
 py::list kernel_rows() {
+    const StaysIfLeaving stays;
     prepare_cuda();
     py::list rows;
     for (const KernelInfo& kernel : kernels()) {
