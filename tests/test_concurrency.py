@@ -354,7 +354,7 @@ LEAVING_CALLS = {
 @pytest.mark.skipif(sys.platform == "win32", reason="threads are not unwound there")
 @pytest.mark.parametrize("call", LEAVING_CALLS.values(), ids=LEAVING_CALLS)
 def test_exit_while_daemon_threads_are_anywhere_in_a_call(call):
-    """CPython before 3.14 unwinds the stack of a thread that comes for the GIL at exit; that aborted the process."""
+    """CPython before 3.14 unwinds a thread that comes for the GIL at exit; the process aborted."""
     code = textwrap.dedent(LEAVING.replace("CALL", call))
     # Threads that change places as usual, and all the time.
     for threads, interval, delay in ((1, 0.005, 0), (2, 1e-6, 0), (2, 1e-6, 0.002), (2, 0.005, 0.01)):

@@ -705,10 +705,17 @@ def test_imported_on_demand():
             if name == "jax":
                 raise ModuleNotFoundError("No module named 'jax'", name="jax")
     sys.meta_path.insert(0, Hidden())
+    needs = "fastattn.jax needs JAX, which is not installed: pip install 'fastattn[jax]'"
+    try:
+        import fastattn.jax
+    except ModuleNotFoundError as error:
+        assert str(error) == needs
+    else:
+        raise AssertionError
     try:
         fastattn.jax
-    except ModuleNotFoundError as error:
-        assert str(error) == "fastattn.jax needs JAX, which is not installed: pip install 'fastattn[jax]'"
+    except AttributeError as error:
+        assert str(error) == "module 'fastattn' has no attribute 'jax' here: " + needs
     else:
         raise AssertionError
     """

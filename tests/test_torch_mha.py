@@ -529,13 +529,19 @@ def test_without_pytorch():
         """
         sys.modules["torch"] = None
         try:
-            fastattn.torch
+            import fastattn.torch
         except ModuleNotFoundError as error:
             print(error.name, error)
+        try:
+            fastattn.torch
+        except AttributeError as error:
+            print(error)
         """
     )
-    assert out.startswith("torch fastattn.torch needs PyTorch")
-    assert "pip install 'fastattn[torch]'" in out
+    first, second = out.splitlines()
+    assert first.startswith("torch fastattn.torch needs PyTorch")
+    assert "pip install 'fastattn[torch]'" in first
+    assert second == "module 'fastattn' has no attribute 'torch' here: " + first.removeprefix("torch ")
 
 
 def test_training_is_that_of_pytorch():

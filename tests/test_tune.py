@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +222,7 @@ def test_no_file_and_files_of_other_machines_are_silent(cache: Path) -> None:
         ({"speeds": {"to_host": -1.0}}, "to_host: expected a finite number above 0"),
         ({"speeds": {"to_host": float("nan")}}, "to_host: expected a finite number above 0"),
         ({"speeds": {"to_host": float("inf")}}, "to_host: expected a finite number above 0"),
+        ({"speeds": {"to_host": 10**400}}, "to_host: expected a finite number above 0"),
     ],
 )
 def test_a_bad_file_is_ignored_with_a_warning(changes: dict[str, Any], message: str, cache: Path) -> None:
@@ -229,7 +233,7 @@ def test_a_bad_file_is_ignored_with_a_warning(changes: dict[str, Any], message: 
     assert str(cache) in str(caught[0].message)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"[" * 100_000])
 def test_a_file_that_is_no_document(content: bytes, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_bytes(content)
@@ -237,10 +241,103 @@ def test_a_file_that_is_no_document(content: bytes, cache: Path) -> None:
         assert _cuda.stored_speeds() is None
 
 
-def test_a_file_that_cannot_be_read(cache: Path) -> None:
-    cache.mkdir(parents=True)
-    with pytest.warns(RuntimeWarning, match="is ignored"):
-        assert _cuda.stored_speeds() is None
+def a_folder(root: Path) -> None:
+    (root / "fastattn" / "tune.json").mkdir(parents=True)
+
+
+def a_file_for_a_folder(root: Path) -> None:
+    (root / "fastattn").write_text("")
+
+
+def a_device_for_a_folder(root: Path) -> None:
+    (root / "fastattn").symlink_to("/dev/null")
+
+
+def a_loop(root: Path) -> None:
+    (root / "fastattn").symlink_to(root / "fastattn")
+
+
+def a_dangling_link(root: Path) -> None:
+    (root / "fastattn").mkdir()
+    (root / "fastattn" / "tune.json").symlink_to(root / "nothing")
+
+
+def a_device(root: Path) -> None:
+    (root / "fastattn").mkdir()
+    (root / "fastattn" / "tune.json").symlink_to("/dev/zero")
+
+
+def a_pipe_without_an_end(root: Path) -> None:
+    (root / "fastattn").mkdir()
+    os.mkfifo(root / "fastattn" / "tune.json")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        a_folder,
+        a_file_for_a_folder,
+        a_device_for_a_folder,
+        a_loop,
+        a_dangling_link,
+        a_device,
+        a_pipe_without_an_end,
+    ],
+)
+def test_what_is_no_file_is_as_good_as_absent(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    assert _cuda.stored_speeds() is None
+
+
+@pytest.mark.parametrize("function", ["stat", "open"])
+def test_a_file_that_one_may_not_read(function: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's home. (The super-user may read all, so the refusal is made.)"""
+    write(cache)
+    module: Any = os if function == "stat" else io
+    honest = getattr(module, function)
+
+    def refuse(path: Any, *args: Any, **keywords: Any) -> Any:
+        if str(path).startswith(str(cache.parent)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path, *args, **keywords)
+
+    monkeypatch.setattr(module, function, refuse)
+    assert _cuda.stored_speeds() is None
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/nonexistent", "/proc/1/root", "/", "", "relative", None])
+def test_any_home_is_silent(home: str | None, tmp_path: Path) -> None:
+    """In a call that asks for the speeds, where a warning is an error."""
+    code = (
+        "import os, pwd, sys\n"
+        "if 'HOME' not in os.environ: pwd.getpwuid = {}.__getitem__  # KeyError: nobody's\n"
+        "import numpy as np, fastattn\n"
+        "k = np.broadcast_to(np.float32(1), (1, 1 << 20, 1, 64))\n"
+        "fastattn.mha(k[:, :1], k, k)\n"
+        "print('fastattn._cuda' in sys.modules)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    env |= {} if home is None else {"HOME": home}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_tune_without_a_home_says_so_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "relative")
+    assert _cuda.tune_file() is None
+    assert main(["tune"]) == 2
+    assert "XDG_CACHE_HOME: expected an absolute path" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

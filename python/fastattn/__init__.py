@@ -7,6 +7,7 @@ same kind. ``fastattn.reference`` is the readable NumPy version of the same func
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from fastattn import _threadpoolctl
@@ -47,16 +48,44 @@ __all__ = [
 
 _threadpoolctl.register()
 
-_ON_DEMAND = ("jax", "reference", "torch")  # modules, imported when first used
+# Modules, imported when first used, and what each needs beside NumPy.
+_ON_DEMAND = {"jax": "jax", "reference": None, "torch": "torch"}
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _ON_DEMAND:
-        import importlib
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
+    try:
         return importlib.import_module(f"fastattn.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except Exception as error:  # only so may hasattr, help and inspect walk over a module that has none
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r} here: {error}") from error
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ON_DEMAND})
+    here = {name for name, needed in _ON_DEMAND.items() if needed is None or _can_be_found(needed)}
+    return sorted({*globals(), *__all__, *here})
+
+
+def _can_be_found(module: str) -> bool:
+    """Whether it is imported or installed, without importing it."""
+    import importlib.util
+
+    if sys.modules.get(module) is not None:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # a finder that raises finds nothing
+        return False
+
+
+def _imports_of_the_core() -> None:
+    """Never called. What the compiled module imports, for tools that freeze applications to see."""
+    import threading  # noqa: F401
+
+    import numpy.ma  # noqa: F401
+
+    import fastattn._arrays
+    import fastattn._cuda
+    import fastattn.reference  # noqa: F401

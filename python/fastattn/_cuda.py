@@ -6,9 +6,7 @@ Imported when CUDA is first used, by the compiled module; nothing here needs a G
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
-import math
 import os
 import sys
 import warnings
@@ -39,7 +37,7 @@ def find_cublas() -> str | None:
 
 def _cublas_of_pathfinder() -> str | None:
     try:
-        pathfinder = importlib.import_module("cuda.pathfinder")
+        import cuda.pathfinder as pathfinder
     except ImportError:
         return None
     try:
@@ -54,17 +52,18 @@ def _cublas_of_packages(folders: list[str]) -> str | None:
     """NVIDIA's wheels put it there; so does torch, which depends on them."""
     for folder in folders:
         path = Path(folder or ".") / "nvidia" / "cu13" / "lib" / CUBLAS
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises where one may not look
             return str(path.resolve())
     return None
 
 
-def tune_file() -> Path:
-    """Where `tune` writes: ``fastattn/tune.json`` in $XDG_CACHE_HOME, else ~/.cache."""
+def tune_file() -> Path | None:
+    """Where `tune` writes: ``fastattn/tune.json`` in $XDG_CACHE_HOME, else ~/.cache; None without a home."""
     cache = os.environ.get("XDG_CACHE_HOME")
     # The specification says that a relative path is to be ignored.
     folder = Path(cache) if cache and os.path.isabs(cache) else Path(os.path.expanduser("~")) / ".cache"
-    return folder / "fastattn" / "tune.json"
+    # Without $HOME, a user who is in no list of users keeps the "~".
+    return folder / "fastattn" / "tune.json" if folder.is_absolute() else None
 
 
 def gpu_name() -> str | None:
@@ -94,21 +93,22 @@ def stored_speeds() -> dict[str, float] | None:
     Returns
     -------
     dict of str to float or None
-        Some or all of `SPEEDS`; those that are missing keep their defaults. None where there is no file,
-        where it is of another machine, and, with a warning, where it is not what `tune` writes.
+        Some or all of `SPEEDS`; those that are missing keep their defaults. None where there is no file
+        that can be read, where it is of another machine, and, with a warning, where it is not what `tune`
+        writes.
     """
     path = tune_file()
+    # Nobody has to have a cache, or a home: what cannot be read is as good as absent. A pipe might never end.
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        _warn(path, str(error))
+        if path is None or not os.path.isfile(path):
+            return None
+        content = path.read_bytes()
+    except OSError:
         return None
     try:
-        document = json.loads(text)
+        document = json.loads(content.decode())
         speeds = checked_speeds(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _warn(path, str(error))
         return None
     return speeds if document["machine"] == this_machine() else None
@@ -134,7 +134,7 @@ def checked_speeds(document: Any) -> dict[str, float]:
             raise ValueError(f"speeds: {name!r} is none of {', '.join(SPEEDS)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"speeds: {name}: expected a number, got {value!r}")
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value <= sys.float_info.max:  # NaN fails it too, as does an int that is no float
             raise ValueError(f"speeds: {name}: expected a finite number above 0, got {value!r}")
     return {name: float(value) for name, value in speeds.items()}
 

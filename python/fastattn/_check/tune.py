@@ -64,14 +64,16 @@ def main(arguments: Any) -> int:
     """Measures, prints, and writes the file that later processes read."""
     if not arguments.seconds > 0:
         raise ValueError(f"--seconds: expected a number above 0, got {arguments.seconds}")
+    path = _cuda.tune_file()
+    if path is None and not arguments.dry_run:
+        raise ValueError("XDG_CACHE_HOME: expected an absolute path, since this user has no home to write to")
     reason = cuda_problem()
     speeds, notes = measure(arguments.seconds / MEASUREMENTS, reason is None)
     if reason is not None:
         notes.append(f"no GPU was measured: {reason}")
     print(report(speeds, _core.device_speeds(), notes))
-    if arguments.dry_run:
+    if path is None or arguments.dry_run:
         return 0
-    path = _cuda.tune_file()
     write(path, document(speeds))
     print(f"\nwrote {path}; it counts from the next process on")
     return 0
