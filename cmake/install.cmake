@@ -14,6 +14,12 @@ if(FASTATTN_CUDA_KIND STREQUAL "cuda")
 endif()
 configure_package_config_file(cmake/fastattnConfig.cmake.in fastattnConfig.cmake
   INSTALL_DESTINATION ${FASTATTN_CMAKE_DIR})
+if(IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}" AND NOT IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
+  # Then the package cannot tell from its own place where the headers are, and CMake takes the prefix of the
+  # configuration. `cmake --install --prefix` may give another.
+  install(CODE "file(WRITE \"\$ENV{DESTDIR}${FASTATTN_CMAKE_DIR}/fastattnIncludes.cmake\"
+    \"set(FASTATTN_INCLUDE_DIR \\\"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_INCLUDEDIR}\\\")\n\")" COMPONENT cpp)
+endif()
 # Before 1.0 a minor version may change the API.
 write_basic_package_version_file(fastattnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fastattnConfig.cmake

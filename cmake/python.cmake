@@ -1,15 +1,13 @@
 # The extension module fastattn._core. It is installed as component "python", which is all that a wheel holds.
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+set(FASTATTN_PYBIND11_DIR "")
 if(NOT pybind11_DIR)
   # Outside scikit-build-core nobody tells CMake where pip put pybind11.
   execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir OUTPUT_VARIABLE FASTATTN_PYBIND11_DIR
     OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE FASTATTN_PYBIND11_FAILED)
-  if(NOT FASTATTN_PYBIND11_FAILED)
-    set(pybind11_DIR "${FASTATTN_PYBIND11_DIR}" CACHE PATH "pybind11's CMake package")
-  endif()
 endif()
 set(PYBIND11_FINDPYTHON ON)
-find_package(pybind11 3.0 CONFIG REQUIRED)
+find_package(pybind11 3.0 CONFIG REQUIRED HINTS "${FASTATTN_PYBIND11_DIR}")
 
 file(GLOB FASTATTN_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 # NO_EXTRAS: no link-time optimisation; it would buy nothing, the hot code is in the ISA objects.
