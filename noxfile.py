@@ -30,7 +30,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
     """pytest on the installed package, on every Python that is here."""
-    session.install(".[test]")
+    session.install("-C", "build-dir=build/{wheel_tag}", ".[test]")
     session.run("pytest", *session.posargs)
 
 
