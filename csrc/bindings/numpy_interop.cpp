@@ -29,7 +29,14 @@ const NumpyApi& numpy_api() {
     if (api != nullptr) {
         return *api;
     }
-    const PyRef module = PyRef::checked(PyImport_ImportModule("numpy._core.multiarray"));
+    PyRef module = PyRef::steal(PyImport_ImportModule("numpy._core.multiarray"));
+    if (!module && PyErr_ExceptionMatches(PyExc_ModuleNotFoundError)) {
+        PyErr_Clear();  // NumPy 1 in a frozen application, which has no use for the new name
+        module = PyRef::checked(PyImport_ImportModule("numpy.core.multiarray"));
+    }
+    if (!module) {
+        throw PythonError{};
+    }
     const PyRef capsule = PyRef::checked(PyObject_GetAttrString(module.get(), "_ARRAY_API"));
     auto* const* table = static_cast<void* const*>(PyCapsule_GetPointer(capsule.get(), nullptr));
     if (table == nullptr) {
