@@ -1,4 +1,4 @@
-"""Draws some cases of a record anew: ``python -m attnbench.plots RECORD.json NAME.png [--cases NAMES]``, in bench/."""
+"""Draws a record again: in bench, ``python -m attnbench.plots RECORD.json NAME.png [--cases NAMES]``."""
 
 from __future__ import annotations
 
