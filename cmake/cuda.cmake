@@ -1,6 +1,7 @@
 # The CUDA room, csrc/cuda. FASTATTN_CUDA says what it holds:
 #
-#   AUTO      CUDA kernels where a working nvcc >= 12.0 is found, else none (the default)
+#   AUTO      CUDA kernels where a working nvcc >= 12.0 is found, else none (the default; in somebody's project it is OFF,
+#             as enabling CUDA writes to their cache)
 #   ON        CUDA kernels for every architecture, or a configure error that says what is missing
 #   OFF       none: no_cuda.cpp fills the symbols
 #   EMULATED  for tests only: the CUDA kernels compiled as C++ and run on this machine's memory, tests/cuda_emulator
@@ -140,7 +141,13 @@ function(fastattn_try_nvcc nvcc)
   file(WRITE ${probe}/probe.cu "#include <cuda_runtime_api.h>\n#include <cuda_fp16.h>\n#include <concepts>\n"
     "template <std::integral T> __global__ void kernel(T* x) { *x = 0; }\n"
     "int main() { kernel<int><<<1, 1>>>(nullptr); return cudaDeviceSynchronize(); }\n")
-  execute_process(COMMAND ${nvcc} --dryrun -c ${probe}/probe.cu OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  separate_arguments(flags UNIX_COMMAND "${CMAKE_CUDA_FLAGS} ${CMAKE_CUDA_FLAGS_RELEASE} $ENV{CUDAFLAGS}")
+  execute_process(COMMAND ${nvcc} ${flags} --dryrun -c ${probe}/probe.cu OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(output MATCHES "ftz=1|prec_div=0|prec_sqrt=0")
+    message(FATAL_ERROR "fastattn: CUDAFLAGS, CMAKE_CUDA_FLAGS or NVCC_APPEND_FLAGS ask nvcc for fast math "
+      "(-use_fast_math, -ftz, -prec-div or -prec-sqrt), and results would be wrong; leave it out, or build with "
+      "FASTATTN_CUDA=OFF")
+  endif()
   if(NOT output MATCHES "#\\$ TOP=([^\r\n]+)")
     give_up("${nvcc} --dryrun does not say where its toolkit is")
   endif()
@@ -237,7 +244,9 @@ function(fastattn_add_device_objects target architectures)
     POSITION_INDEPENDENT_CODE ON)
   # -std here, as CMake 3.25 does not know that nvcc has C++20. --threads: architectures at once. --fmad=true, nvcc's
   # default, is wanted on the device.
-  target_compile_options(${target} PRIVATE -std=c++20 --threads=2 -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+  list(JOIN FASTATTN_IEEE_FLAGS "," ieee)
+  target_compile_options(${target} PRIVATE -std=c++20 --threads=2
+    -Xcompiler=${ieee},-Wall,-Wextra,-ffp-contract=off)
   if(FASTATTN_WERROR)
     target_compile_options(${target} PRIVATE -Werror=all-warnings -Xcompiler=-Werror)
   endif()

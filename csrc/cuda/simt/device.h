@@ -21,6 +21,7 @@
 #endif
 
 #include "core/half.h"
+#include "core/ieee_arithmetic.h"
 
 namespace fastattn::cuda {
 namespace {
