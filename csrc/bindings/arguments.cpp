@@ -14,19 +14,11 @@
 namespace fastattn::bindings {
 namespace {
 
-constexpr std::string_view kNames[] = {
-    "q",        "k",       "v",    "layout",       "scale",          "causal", "window",
-    "q_offset", "mask",    "bias", "alibi_slopes", "softcap",        "sinks",  "q_lens",
-    "kv_lens",  "dropout", "seed", "return_lse",   "return_weights", "out",    "device",
-    "kernel",   "dout",    "lse",  "dlse",         "need_dbias",
-};
-static_assert(std::size(kNames) == kSlots, "one name per slot");
-
 // By content: interned pointers would have to be kept per interpreter, and some short comparisons that fail at
 // the length or the first letters cost nanoseconds.
 int find_slot(std::string_view name) noexcept {
     for (int slot = 0; slot < kSlots; ++slot) {
-        if (kNames[slot] == name) {
+        if (kArguments[slot].name == name) {
             return slot;
         }
     }
@@ -38,7 +30,7 @@ int find_slot(std::string_view name) noexcept {
     int count = 0;
     for (int i = 0; i < signature.positional_count; ++i) {
         if (arguments.values[signature.positional[i]] == nullptr) {
-            missing[count++] = "'" + std::string(kNames[signature.positional[i]]) + "'";
+            missing[count++] = "'" + std::string(kArguments[signature.positional[i]].name) + "'";
         }
     }
     std::string list = missing[0];
@@ -74,7 +66,21 @@ std::int64_t to_saturated(PyObject* object, const char* name, const char* expect
 
 }  // namespace
 
-const char* slot_name(Slot slot) noexcept { return kNames[slot].data(); }
+const char* slot_name(Slot slot) noexcept { return kArguments[slot].name.data(); }
+
+std::string signature_text(const Signature& signature) {
+    std::string text = std::string(signature.function) + "($module";
+    for (int i = 0; i < signature.positional_count; ++i) {
+        text += ", " + std::string(kArguments[signature.positional[i]].name);
+    }
+    text += ", *";
+    for (const ArgumentRow& row : kArguments) {
+        if (row.*signature.taken == Taken::name) {
+            text += ", " + std::string(row.name) + "=" + row.fallback;
+        }
+    }
+    return text + ")\n--\n\n";
+}
 
 Arguments parse_arguments(const Signature& signature, PyObject* const* args, Py_ssize_t count,
                           PyObject* keywords) {
@@ -95,12 +101,12 @@ Arguments parse_arguments(const Signature& signature, PyObject* const* args, Py_
             PyErr_Clear();  // lone surrogates: certainly none of ours
         }
         const int slot = text == nullptr ? -1 : find_slot({text, static_cast<std::size_t>(length)});
-        if (slot < 0 || (signature.by_name >> slot & 1u) == 0) {
+        if (slot < 0 || !signature.takes(slot)) {
             raise(PyExc_TypeError, "%s() got an unexpected keyword argument %R", signature.function, keyword);
         }
         if (arguments.values[slot] != nullptr) {
             raise(PyExc_TypeError, "%s() got multiple values for argument '%s'", signature.function,
-                  kNames[slot].data());
+                  kArguments[slot].name.data());
         }
         arguments.values[slot] = args[count + i];
     }

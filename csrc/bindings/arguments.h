@@ -4,56 +4,53 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <string_view>
 
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {
 
 enum Slot {
-    kQ,
-    kK,
-    kV,
-    kLayout,
-    kScale,
-    kCausal,
-    kWindow,
-    kQOffset,
-    kMask,
-    kBias,
-    kAlibiSlopes,
-    kSoftcap,
-    kSinks,
-    kQLens,
-    kKvLens,
-    kDropout,
-    kSeed,
-    kReturnLse,
-    kReturnWeights,
-    kOut,
-    kDevice,
-    kKernel,
-    kDout,
-    kLse,
-    kDlse,
-    kNeedDbias,
+#define FASTATTN_ARGUMENT(name, slot, fallback, forward, backward) slot,
+#include "core/arguments.inc"
+#undef FASTATTN_ARGUMENT
     kSlots,
+};
+
+// How a function takes an argument.
+enum class Taken { none, position, name };
+
+// A row of core/arguments.inc.
+struct ArgumentRow {
+    std::string_view name;
+    const char* fallback;
+    Taken forward, backward;
+};
+inline constexpr ArgumentRow kArguments[] = {
+#define FASTATTN_ARGUMENT(name, slot, fallback, forward, backward) \
+    {#name, fallback, Taken::forward, Taken::backward},
+#include "core/arguments.inc"
+#undef FASTATTN_ARGUMENT
 };
 
 // What a function takes: some arguments by position or name, the others by name.
 struct Signature {
     const char* function;
+    Taken ArgumentRow::* taken;
     Slot positional[6];
     int positional_count;
-    std::uint32_t by_name;  // a bit for each slot
+
+    constexpr bool takes(int slot) const noexcept { return kArguments[slot].*taken != Taken::none; }
 };
 inline constexpr Signature forward_signature(const char* function) {
-    return {function, {kQ, kK, kV}, 3, ((1u << kDout) - 1u)};
+    return {function, &ArgumentRow::forward, {kQ, kK, kV}, 3};
 }
 inline constexpr Signature kBackwardSignature = {
-    "mha_backward",
-    {kDout, kQ, kK, kV, kOut, kLse},
-    6,
-    ((1u << kSlots) - 1u) & ~((1u << kReturnLse) | (1u << kReturnWeights))};
+    "mha_backward", &ArgumentRow::backward, {kDout, kQ, kK, kV, kOut, kLse}, 6};
+
+// The first line of a docstring, which inspect.signature() reads, and the end of that part.
+std::string signature_text(const Signature& signature);
 
 // Borrowed references; nullptr: not given. None counts as not given for keywords whose default is None.
 struct Arguments {

@@ -1,16 +1,9 @@
-// Docstrings of the C functions. The first line up to "--" is what inspect.signature() reads.
+// Docstrings of the C functions, without the signature in front (signature_text()).
 #pragma once
 
 namespace fastattn::bindings {
 
-#define FASTATTN_MHA_SIGNATURE                                                                               \
-    "($module, q, k, v, *, layout='bshd', scale=None, causal=False, window=None, q_offset=None, mask=None, " \
-    "bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, kv_lens=None, dropout=0.0, "       \
-    "seed=0, "                                                                                               \
-    "return_lse=False, return_weights=False, out=None, device=None, kernel=None)\n--\n\n"
-
 inline constexpr const char* kMhaDoc =
-    "mha" FASTATTN_MHA_SIGNATURE
     R"doc(Exact multi-head attention, fused: ``softmax(scale * q @ k.T + ...) @ v`` in O(S) memory.
 
 B is the batch, Hq and Hkv are query and key/value heads (Hq a multiple of Hkv: GQA, MQA), Sq and Sk
@@ -120,7 +113,6 @@ Examples
 )doc";
 
 inline constexpr const char* kExplainDoc =
-    "explain" FASTATTN_MHA_SIGNATURE
     R"doc(The plan of a call of `mha` with these arguments, without running it.
 
 Parameters
@@ -148,11 +140,6 @@ Examples
 )doc";
 
 inline constexpr const char* kBackwardDoc =
-    "mha_backward"
-    "($module, dout, q, k, v, out, lse, *, dlse=None, layout='bshd', scale=None, causal=False, window=None, "
-    "q_offset=None, mask=None, bias=None, alibi_slopes=None, softcap=None, sinks=None, q_lens=None, "
-    "kv_lens=None, "
-    "dropout=0.0, seed=0, need_dbias=True, device=None, kernel=None)\n--\n\n"
     R"doc(Gradients of `mha`, with the weights recomputed from lse: O(S) memory.
 
 Parameters
@@ -207,7 +194,5 @@ Examples
 >>> fastattn.mha_backward(np.ones_like(out), q, q, q, out, lse, causal=True).dk.shape
 (1, 128, 8, 64)
 )doc";
-
-#undef FASTATTN_MHA_SIGNATURE
 
 }  // namespace fastattn::bindings

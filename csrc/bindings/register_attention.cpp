@@ -1,5 +1,6 @@
 // fastattn.mha, fastattn.mha_backward and fastattn.explain: arguments in, AttentionParams, core, results out.
 #include <algorithm>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -453,11 +454,14 @@ PyCFunction c_function() noexcept {
 }  // namespace
 
 void register_attention(py::module_& m) {
-    // CPython keeps pointers to this table; it holds no Python objects.
+    // CPython keeps pointers to these; they hold no Python objects.
+    static const std::string docs[] = {signature_text(forward_signature("mha")) + kMhaDoc,
+                                       signature_text(forward_signature("explain")) + kExplainDoc,
+                                       signature_text(kBackwardSignature) + kBackwardDoc};
     static PyMethodDef methods[] = {
-        {"mha", c_function<run_mha>(), METH_FASTCALL | METH_KEYWORDS, kMhaDoc},
-        {"explain", c_function<run_explain>(), METH_FASTCALL | METH_KEYWORDS, kExplainDoc},
-        {"mha_backward", c_function<run_backward>(), METH_FASTCALL | METH_KEYWORDS, kBackwardDoc},
+        {"mha", c_function<run_mha>(), METH_FASTCALL | METH_KEYWORDS, docs[0].c_str()},
+        {"explain", c_function<run_explain>(), METH_FASTCALL | METH_KEYWORDS, docs[1].c_str()},
+        {"mha_backward", c_function<run_backward>(), METH_FASTCALL | METH_KEYWORDS, docs[2].c_str()},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {

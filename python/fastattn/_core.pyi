@@ -1,6 +1,8 @@
 """Types of the compiled module. Users see its parts through the package."""
 
-from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeVar, overload
+from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, TypeVar, overload
+
+from typing_extensions import Unpack
 
 from fastattn._attention import Explanation, Gradients
 
@@ -39,31 +41,35 @@ class Buffer:
     @property
     def dtype(self) -> str: ...
 
+# The arguments that mha, explain and mha_backward share (csrc/core/arguments.inc).
+class _Options(TypedDict, total=False):
+    layout: _Layout
+    scale: _Number | None
+    causal: bool
+    window: _Window | None
+    q_offset: SupportsIndex | _Array | None
+    mask: _Array | None
+    bias: _Array | None
+    alibi_slopes: _Array | None
+    softcap: _Number | None
+    sinks: _Array | None
+    q_lens: _Array | None
+    kv_lens: _Array | None
+    dropout: _Number
+    seed: SupportsIndex
+    device: str | None
+    kernel: str | None
+
 @overload
 def mha(
     q: _Q,
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: Literal[False] = False,
     return_weights: Literal[False] = False,
     out: _Q | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> _Q: ...
 @overload
 def mha(
@@ -71,25 +77,10 @@ def mha(
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: Literal[True],
     return_weights: Literal[False] = False,
     out: _Q | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[_Q, Any]: ...
 @overload
 def mha(
@@ -97,25 +88,10 @@ def mha(
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: Literal[False] = False,
     return_weights: Literal[True],
     out: _Q | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[_Q, Any]: ...
 @overload
 def mha(
@@ -123,25 +99,10 @@ def mha(
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: Literal[True],
     return_weights: Literal[True],
     out: _Q | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[_Q, Any, Any]: ...
 @overload
 def mha(
@@ -149,50 +110,20 @@ def mha(
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: bool = False,
     return_weights: bool = False,
     out: _Q | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> Any: ...
 def explain(
     q: _Array,
     k: _Array,
     v: _Array,
     *,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     return_lse: bool = False,
     return_weights: bool = False,
     out: _Array | None = None,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> Explanation: ...
 def mha_backward(
     dout: _Array,
@@ -203,23 +134,8 @@ def mha_backward(
     lse: _Array,
     *,
     dlse: _Array | None = None,
-    layout: _Layout = "bshd",
-    scale: _Number | None = None,
-    causal: bool = False,
-    window: _Window | None = None,
-    q_offset: SupportsIndex | _Array | None = None,
-    mask: _Array | None = None,
-    bias: _Array | None = None,
-    alibi_slopes: _Array | None = None,
-    softcap: _Number | None = None,
-    sinks: _Array | None = None,
-    q_lens: _Array | None = None,
-    kv_lens: _Array | None = None,
-    dropout: _Number = 0.0,
-    seed: SupportsIndex = 0,
     need_dbias: bool = True,
-    device: str | None = None,
-    kernel: str | None = None,
+    **options: Unpack[_Options],
 ) -> Gradients: ...
 def kernel_rows() -> list[tuple[str, str, tuple[str, ...], bool, str]]: ...
 def cpu_features() -> dict[str, str | None]: ...

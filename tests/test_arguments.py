@@ -1,0 +1,122 @@
+"""Everything that writes the arguments down by hand agrees with csrc/core/arguments.inc."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fastattn
+from fastattn import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = re.compile(r'^FASTATTN_ARGUMENT\((\w+), k\w+, "([^"]*)", (\w+), (\w+)\)$', re.MULTILINE)
+
+
+class Argument(NamedTuple):
+    name: str
+    default: object
+    forward: str
+    backward: str
+
+
+TABLE = [
+    Argument(name, ast.literal_eval(default) if default else inspect.Parameter.empty, forward, backward)
+    for name, default, forward, backward in ROW.findall((ROOT / "csrc/core/arguments.inc").read_text())
+]
+# Of mha and explain, and of mha_backward, whose arguments by position have an order of their own.
+FORWARD = {x.name: x.default for x in TABLE if x.forward != "none"}
+BACKWARD = dict.fromkeys(["dout", "q", "k", "v", "out", "lse"], inspect.Parameter.empty) | {
+    x.name: x.default for x in TABLE if x.backward == "name"
+}
+
+
+def without(arguments: dict[str, object], *names: str) -> dict[str, object]:
+    return {name: default for name, default in arguments.items() if name not in names}
+
+
+def signature(function: object) -> dict[str, object]:
+    return {name: x.default for name, x in inspect.signature(function).parameters.items()}  # type: ignore[arg-type]
+
+
+def test_the_table_is_read_whole():
+    text = (ROOT / "csrc/core/arguments.inc").read_text()
+    assert len(TABLE) == len(re.findall(r"^FASTATTN_ARGUMENT", text, re.MULTILINE)) > 20
+    assert {x.name for x in TABLE if x.backward == "position"} == set(list(BACKWARD)[:6])
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [(fastattn.mha, FORWARD), (fastattn.explain, FORWARD), (fastattn.mha_backward, BACKWARD)],
+    ids=["mha", "explain", "mha_backward"],
+)
+def test_the_compiled_functions(function, wanted):
+    assert list(signature(function).items()) == list(wanted.items())
+    for name, parameter in inspect.signature(function).parameters.items():
+        by_position = wanted[name] is inspect.Parameter.empty
+        kind = parameter.POSITIONAL_OR_KEYWORD if by_position else parameter.KEYWORD_ONLY
+        assert parameter.kind == kind, name
+    if function is fastattn.explain:
+        return  # it refers to mha
+    documented = set(re.findall(r"^([a-z_, ]+) : ", inspect.getdoc(function) or "", re.MULTILINE))
+    documented |= set(re.findall(r"^([a-z_]+(?:, [a-z_]+)+)$", inspect.getdoc(function) or "", re.MULTILINE))
+    assert set(wanted) <= {name for names in documented for name in names.split(", ")}
+
+
+def test_the_reference():
+    # It has no devices or kernels, writes into nothing, and takes the dtype of the computation.
+    forward = without(FORWARD, "out", "device", "kernel") | {"dtype": None}
+    assert list(signature(reference.mha).items()) == list(forward.items())
+    backward = without(BACKWARD, "device", "kernel") | {"out": None, "lse": None, "dtype": None}
+    assert list(signature(reference.mha_backward).items()) == list(backward.items())
+
+
+def test_pytorch():
+    torch = pytest.importorskip("fastattn.torch")
+    # seed=None draws from PyTorch's generator.
+    assert list(signature(torch.mha).items()) == list((without(FORWARD, "out") | {"seed": None}).items())
+    for operator in ("mha", "mha_backward"):
+        schema = getattr(pytest.importorskip("torch").ops.fastattn, operator).default._schema
+        names = {x.name.removesuffix("_tensor") for x in schema.arguments}
+        names = {re.sub("^window_(left|right)$", "window", name) for name in names}
+        wanted = set(FORWARD) - {"out", "return_lse"} if operator == "mha" else set(BACKWARD)
+        assert names - {"need_dscale", "need_dsoftcap"} == wanted
+
+
+def test_jax():
+    jax = pytest.importorskip("fastattn.jax")
+    assert list(signature(jax.mha).items()) == list(without(FORWARD, "out", "device").items())
+
+
+def test_stubs():
+    tree = ast.parse((ROOT / "python/fastattn/_core.pyi").read_text())
+    (options,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "_Options"]
+    shared = [x.target.id for x in options.body if isinstance(x, ast.AnnAssign)]  # type: ignore[union-attr]
+    assert shared == [x.name for x in TABLE if x.forward == x.backward == "name"]
+    for name, wanted in (("mha", FORWARD), ("explain", FORWARD), ("mha_backward", BACKWARD)):
+        functions = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == name]
+        assert functions
+        for function in functions:
+            own = [x.arg for x in (*function.args.args, *function.args.kwonlyargs)]
+            assert set(own) | set(shared) == set(wanted)
+            assert not set(own) & set(shared)
+            for x, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+                # An overload without a default asks for True.
+                assert default is None or ast.literal_eval(default) == wanted[x.arg]
+
+
+def test_documents():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("## Arguments of `mha`")[2], re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(FORWARD)
+
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    block = re.search(r"```text\nmha\((.*?)\)\n```", text, re.DOTALL)
+    assert block is not None
+    written = re.findall(r"(\w+)=([^,\s]+)", block[1])
+    wanted = [(x.name, x.default) for x in TABLE if x.forward == "name"]
+    assert [(name, ast.literal_eval(default)) for name, default in written] == wanted
