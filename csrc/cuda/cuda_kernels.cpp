@@ -30,8 +30,6 @@ const char* refuses(const AttentionProblem& p) {
     return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
 }
 
-bool is_empty(const AttentionProblem& p) noexcept { return p.batch == 0 || p.q_heads == 0 || p.q_size == 0; }
-
 // Of a staged unit only sizes are known before it is there.
 AttentionProblem unit_problem(const AttentionProblem& p, const Chunk& unit) noexcept {
     return place_unit(p, unit, lay_out_unit(p, unit), nullptr, nullptr, nullptr);

@@ -74,6 +74,11 @@ inline Fold fold_of(const AttentionProblem& p, const Operand& q, const Operand& 
     return fold_of(p.group, chunk, {{q, p.head_dim}, {out, p.value_dim}});
 }
 
+// Whether there is no row of any head.
+inline bool is_empty(const AttentionProblem& p) noexcept {
+    return p.batch == 0 || p.q_heads == 0 || p.kv_heads == 0 || p.q_size == 0;
+}
+
 // Whether cuBLAS can read (or write) an array of `rows` rows of `dims` elements where it lies: neighbours in the last axis, rows
 // apart, and for 16-bit types 16-byte steps, without which it has no fast kernels.
 bool is_gemm_operand(const Operand& x, DType dtype, Index rows, Index dims) noexcept;

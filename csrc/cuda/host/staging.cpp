@@ -39,7 +39,7 @@ void copy_out(const AttentionProblem& p, const Chunk& unit, const AttentionProbl
 
 // ---- units --------------------------------------------------------------------------------------------------
 Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p), all_(whole(p)) {
-    if (p.batch == 0 || p.q_heads == 0 || p.q_size == 0) {
+    if (is_empty(p)) {
         batch_ = p.batch;
         return;
     }
@@ -64,7 +64,7 @@ Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p)
 }
 
 Index Units::count() const noexcept {
-    if (p_.batch == 0 || p_.q_heads == 0 || p_.q_size == 0) return 0;
+    if (is_empty(p_)) return 0;
     const auto pieces = [](Index n, Index of) { return (n + of - 1) / of; };
     return pieces(p_.batch, batches_) * pieces(p_.kv_heads, kv_heads_) * pieces(p_.q_size, rows_);
 }
@@ -340,7 +340,7 @@ std::size_t staged_bytes(const AttentionProblem& p) noexcept { return lay_out_bl
 
 void run_staged(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
                 const DeviceKernel& kernel, Executor& executor) {
-    if (p.batch == 0 || p.q_heads == 0 || p.q_size == 0) return;
+    if (is_empty(p)) return;
     StagedCall(p, context, workspace_bytes, kernel, executor).run();
 }
 
