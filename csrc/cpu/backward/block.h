@@ -75,7 +75,7 @@ struct RowBlock {
     bool bad_query = false, bad_gradient = false;  // NaN or Inf among q, among dout
 };
 
-// What memory is asked for while P and dS of a block of rows are computed: rows that are read after it, and rows of
+// What is prefetched while P and dS of a block of rows are computed: rows that are read after it, and rows of
 // results.
 struct BackwardAhead {
     RowPrefetch<false> q, dout, k, v;

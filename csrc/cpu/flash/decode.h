@@ -268,7 +268,7 @@ private:
     }
 
     // With one row for each head the products cost next to nothing, and the time is that of reading. kSideBySide keys
-    // are read at once, all heads of these, then the next ones, and each line asks for one further on: the pattern that
+    // are read at once, all heads of these, then the next ones, each line prefetches one further on: the pattern that
     // comes nearest to what plain reading reaches.
 
     // How much further on in x: kAheadBytes in the order of reading, but not beyond half a block, as the other
@@ -373,7 +373,7 @@ private:
         return reduce_each(acc);
     }
 
-    // A tile of the values' product asks for some of the next rows, step by step: too many at once would wait.
+    // A tile of the values' product prefetches some of the next rows, step by step: too many at once would wait.
     struct FetchAhead {
         static constexpr int steps = 4;
         static constexpr bool vectors = false;

@@ -15,7 +15,7 @@ FASTATTN_INLINE void load_columns(const B* b, std::int64_t b_row, std::int64_t k
     for (int n = 0; n < NV; ++n) column[n] = V::load(b + k * b_row + n * V::width);
 }
 
-// Rows in memory; each line that is loaded asks for the one `ahead` numbers further on.
+// Rows in memory; each line that is loaded prefetches the one `ahead` numbers further on.
 template <class S>
 struct RowsAhead {
     const S* first;
