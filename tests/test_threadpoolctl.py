@@ -58,6 +58,25 @@ def test_the_compiled_module_of_another_package_has_the_same_name(tmp_path):
     run(code, prelude=False)
 
 
+@pytest.mark.parametrize("again", ["purge", "reload"])
+def test_after_a_second_import(again):
+    code = f"""
+    import importlib, sys
+    import fastattn
+    if {again!r} == "purge":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fastattn"]:
+            del sys.modules[name]
+        import fastattn
+    else:
+        importlib.reload(sys.modules["fastattn._threadpoolctl"])
+        importlib.reload(fastattn)
+    import threadpoolctl
+    assert [x for x in threadpoolctl.threadpool_info() if x["user_api"] == "fastattn"]
+    assert not [f for f in sys.meta_path if type(f).__module__.startswith("fastattn")], sys.meta_path
+    """
+    run(code, prelude=False)
+
+
 def test_it_is_not_imported_by_us():
     code = """
     import sys, fastattn

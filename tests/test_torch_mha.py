@@ -590,3 +590,20 @@ def test_slips_are_named(keyword, value):
 def test_a_device_of_torch():
     q = torch.randn(1, 4, 2, 8)
     assert torch.equal(ft.mha(q, q, q, device=q.device), ft.mha(q, q, q))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_a_mask_that_is_not_bool_gets_words_for_tensors(kind):
+    q = torch.zeros(2, 5, 2, 8)
+    mask = torch.ones(2, 5, dtype=kind)
+    with pytest.raises(
+        TypeError, match=r"^mask: expected bool, .*use mask\.bool\(\); .*mask\[:, None, None, :\]"
+    ):
+        ft.mha(q, q, q, mask=mask)
+    if kind != torch.float32:
+        with pytest.raises(RuntimeError, match=r"^attn_mask: expected bool, .*; use attn_mask\.bool\(\)$"):
+            ft.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, attn_mask=mask[:, None, None, :])
+    with pytest.raises(RuntimeError, match=r"pass attn_mask\[:, None, None, :\]$"):
+        ft.scaled_dot_product_attention(
+            *[torch.zeros(2, 2, 3, 8)] * 3, attn_mask=torch.ones(2, 3, dtype=kind)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,17 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
+
 import fastattn.torch as ft  # noqa: E402
+from fastattn.torch import _transformers  # noqa: E402
 
 Tensor = torch.Tensor
 TOLERANCE = 5e-6
@@ -310,7 +321,7 @@ def test_unknown_keywords():
 
     q = heads(1, 3)
     for name in ("theta", "head_mask", "indexes"):
-        with pytest.raises(ValueError, match=f"{name}: Module hands this keyword"):
+        with pytest.raises(ValueError, match=f"{name}: Module or its caller hands this keyword"):
             _transformers.attention(Module(), q, q, q, None, **{name: torch.ones(1)})
         _transformers.attention(Module(), q, q, q, None, **{name: None})  # as if it were not there
     want = _transformers.attention(Module(), q, q, q, None)[0]
@@ -443,3 +454,83 @@ def test_registering_twice_checks_once():
     assert transformers.PreTrainedModel.get_correct_attn_implementation is before
     with warnings.catch_warnings(), pytest.raises(ValueError, match="one_more"):
         transformers.MPNetModel._from_config(config_of("MPNet"), attn_implementation="one_more")
+
+
+# ---- what callers hand through a model ---------------------------------------------------------------
+
+
+def test_keywords_that_transformers_documents_are_known():
+    from transformers.utils import TransformersKwargs
+
+    known = {*_transformers._IGNORED, *inspect.signature(_transformers.attention).parameters}
+    assert set(TransformersKwargs.__annotations__) <= known
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "seq_idx",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "shift_labels",
+        "cache_position",
+        "special_tokens_mask",
+        "length",
+    ],
+)
+def test_batches_of_collators_and_tokenizers(name):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="fastattn").eval()
+    ids = torch.randint(99, (2, 7))
+    value = torch.zeros_like(ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids, **{name: value}).logits, model(ids).logits)
+
+
+class AttentionPooling(torch.nn.Module):
+    """A module beside the models below that has nothing to do with their attention."""
+
+
+class OwnLlama(LlamaModel):
+    pass
+
+
+class Wrapper(PreTrainedModel):
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = LlamaModel._from_config(config, attn_implementation=config._attn_implementation)
+
+
+@pytest.mark.parametrize("kind", [OwnLlama, Wrapper])
+def test_models_of_users_with_other_modules_beside_them(kind):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99
+    )
+    model = kind._from_config(config, attn_implementation="fastattn")
+    assert getattr(model, "inner", model).config._attn_implementation == "fastattn"
+
+
+def test_a_padding_mask_may_be_written_to_afterwards():
+    config = BertConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99
+    )
+    grads = []
+    for implementation in ("fastattn", "eager"):
+        torch.manual_seed(0)
+        model = BertModel._from_config(config, attn_implementation=implementation).eval()
+        padding = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+        out = model(torch.arange(14).view(2, 7), attention_mask=padding).last_hidden_state
+        padding.fill_(True)
+        out[:, :5].sum().backward()
+        grads.append(model.embeddings.word_embeddings.weight.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_the_advice_for_a_model_of_parts_whose_outermost_is_refused():
+    text = _transformers._refusal("Outer", "fastattn", "computes attention by itself")
+    assert '{"": "eager", "<the key of another part>": "fastattn"}' in text

@@ -477,3 +477,13 @@ def test_values_have_units() -> None:
     assert tune.value_text("cpu_seconds", 3e-6) == "3.00 us"
     assert tune.value_text("to_host", 8e9) == "8.00 GB/s"
     assert tune.value_text("gpu_half", 1.5e14) == "150000 GFLOP/s"
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("it was measured"))
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err.startswith("error: XDG_CACHE_HOME: expected a folder to write ")

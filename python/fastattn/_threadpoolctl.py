@@ -19,8 +19,19 @@ def register() -> None:
     module = sys.modules.get(_NAME)
     if module is not None:
         _register_controller(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    else:
+        _step_aside()
         sys.meta_path.insert(0, _Finder())
+
+
+def _is_ours(finder: object) -> bool:
+    # By name: after a second import of this module the class is another.
+    kind = type(finder)
+    return kind.__module__ == __name__ and kind.__name__ == _Finder.__name__
+
+
+def _step_aside() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
 
 
 def _register_controller(threadpoolctl: Any) -> None:
@@ -66,7 +77,7 @@ class _Finder(MetaPathFinder):
         if fullname != _NAME:
             return None
         for finder in list(sys.meta_path):
-            if finder is self or not hasattr(finder, "find_spec"):
+            if _is_ours(finder) or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -90,5 +101,5 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        _step_aside()
         _register_controller(module)

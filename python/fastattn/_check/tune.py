@@ -67,6 +67,8 @@ def main(arguments: Any) -> int:
     path = _cuda.tune_file()
     if path is None and not arguments.dry_run:
         raise ValueError("XDG_CACHE_HOME: expected an absolute path, since this user has no home to write to")
+    if path is not None and not arguments.dry_run:
+        check_writable(path)
     reason = cuda_problem()
     speeds, notes = measure(arguments.seconds / MEASUREMENTS, reason is None)
     if reason is not None:
@@ -77,6 +79,18 @@ def main(arguments: Any) -> int:
     write(path, document(speeds))
     print(f"\nwrote {path}; it counts from the next process on")
     return 0
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError, before anything is measured, where the file could not be kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"XDG_CACHE_HOME: expected a folder to write {path} to ({error.strerror}); or use --dry-run"
+        ) from error
 
 
 def cuda_problem() -> str | None:

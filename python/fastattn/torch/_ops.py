@@ -117,7 +117,8 @@ def _keywords(
         ("kv_lens", kv_lens), ("q_offset", q_offset_tensor),
     ):  # fmt: skip
         if x is not None:
-            keywords[name] = _lend(x)
+            # A mask that is not bool is refused; as a tensor, in words for tensors.
+            keywords[name] = x if name == "mask" and x.dtype != torch.bool else _lend(x)
     return keywords
 
 

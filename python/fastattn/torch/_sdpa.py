@@ -94,15 +94,18 @@ def scaled_dot_product_attention(
         check_side(RuntimeError, "attn_mask", attn_mask, query)
         scores = (*lead, query.shape[-2], key.shape[-2])
         if not _broadcasts(attn_mask.shape, scores):
+            of_keys = attn_mask.shape == (scores[0], scores[-1]) and len(scores) == 4
+            hint = "; if its axes are (B, S), pass attn_mask[:, None, None, :]" if of_keys else ""
             raise RuntimeError(
-                f"attn_mask: expected a shape that broadcasts to {scores}, got {tuple(attn_mask.shape)}"
+                f"attn_mask: expected a shape that broadcasts to {scores}, got {tuple(attn_mask.shape)}{hint}"
             )
         if merge:
             attn_mask = _merged_mask(attn_mask, lead[:-1])
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
         elif attn_mask.dtype not in _mask_dtypes(wanted, query):
-            raise RuntimeError(f"attn_mask: expected bool, float32 or {wanted}, got {attn_mask.dtype}")
+            hint = "" if attn_mask.is_floating_point() else "; use attn_mask.bool()"
+            raise RuntimeError(f"attn_mask: expected bool, float32 or {wanted}, got {attn_mask.dtype}{hint}")
         else:
             single = attn_mask.dtype == torch.float32 and query.dtype != torch.float64
             bias = attn_mask if single else attn_mask.to(query.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import sys
 from typing import Any
 
@@ -37,6 +38,7 @@ _jit: Any = torch.jit  # in part without types
 # Keywords that models hand to every implementation and that may be ignored. Any other is an error.
 _MASK = "the mask has it"
 _FORWARD = "of the model's forward pass; attention does not depend on it"
+_CALLER = "of the model's caller; where attention depends on it, the mask has it"
 _IGNORED = {
     "sliding_window": _MASK,
     "cu_seq_lens_q": _MASK,
@@ -50,6 +52,15 @@ _IGNORED = {
     "output_router_logits": _FORWARD,
     "return_dict": _FORWARD,
     "use_cache": "the keys and values of the cache are in key and value",
+    # What callers of a model hand through it: batches of collators and tokenizers, documented keywords.
+    "cache_position": "the mask has it",
+    "length": _CALLER,
+    "mm_token_type_ids": _CALLER,
+    "return_loss": _CALLER,
+    "seq_idx": "of convolutions and state-space layers; the mask has packed sequences",
+    "shift_labels": "of the loss",
+    "special_tokens_mask": _CALLER,
+    "token_type_ids": _CALLER,
 }
 # Modules whose weights in "eager" are those without the sinks, which scale the output alone.
 _WEIGHTS_WITHOUT_SINKS = frozenset({"GraniteSWAAttention", "GraniteMoeSWAAttention"})
@@ -122,11 +133,16 @@ def _watch_tables(beside: Any, names: set[str]) -> None:
 
 
 def _refusal(model: str, name: str, why: str) -> str:
-    within = next((f" of {x}" for x in _under_construction() if x != model), "")
+    outer = next((x for x in _under_construction() if x != model), None)
+    within = "" if outer is None else f" of {outer}"
+    # Of a model of several parts, the key "" is the outermost.
+    parts = {"": "eager", "<the key of another part>": name}
+    if outer is not None:
+        parts = {"": name, "<the key of its config>": "eager"}
     return (
         f'attn_implementation: {model}{within} {why}, and would never call "{name}"; use '
-        f'attn_implementation="eager". In a model of several parts this may be for one alone: '
-        f'attn_implementation={{"": "{name}", "<the key of its config>": "eager"}}'
+        'attn_implementation="eager". In a model of several parts each may have its own: '
+        f"attn_implementation={json.dumps(parts)}"
     )
 
 
@@ -145,8 +161,8 @@ def _under_construction() -> list[str]:
 def _calls_interface(model: type) -> bool:
     """Whether the modules of attention beside this class look up their function in the AttentionInterface.
 
-    Of the classes that it derives from, the first with attention beside it decides. Without any it is a model
-    of other models, which are asked in turn, or has no attention.
+    Of the classes of Transformers that it derives from, the first with attention beside it decides. Without any
+    Of the classes of Transformers among its bases, the first with attention beside it decides. Without any
     """
     for base in model.__mro__:
         beside = vars(sys.modules.get(base.__module__, object))
@@ -155,7 +171,8 @@ def _calls_interface(model: type) -> bool:
             if isinstance(x, type) and issubclass(x, torch.nn.Module) and x.__module__ == base.__module__
             and "Attention" in x.__name__
         ]  # fmt: skip
-        if own:
+        # Beside a user's class may be any module. Where such a model never calls us, it has eager's mask.
+        if own and (any(map(_calls, own)) or base.__module__.partition(".")[0] == "transformers"):
             return any(map(_calls, own))
     return True
 
@@ -210,7 +227,7 @@ def attention(
     for name, other in others.items():
         if other is not None and name not in _IGNORED:
             raise ValueError(
-                f"{name}: {_name(module)} hands this keyword to its attention, and fastattn does not know "
+                f"{name}: {_name(module)} or its caller hands this keyword on, and fastattn does not know "
                 'it; use attn_implementation="eager"'
             )
     n_batch = max(x.shape[0] for x in (query, key, value))
@@ -403,7 +420,8 @@ def _structure(
     if padding is not None:
         keys = padding[:, kv_offset : kv_offset + kv_length]
         if not keys.all():
-            keywords["mask"] = keys[:, None, None, :].to(torch.bool)
+            # A copy: the caller may write to its own before the backward pass.
+            keywords["mask"] = keys[:, None, None, :].to(torch.bool, copy=True)
     return keywords
 
 
