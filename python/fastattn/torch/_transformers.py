@@ -161,8 +161,8 @@ def _under_construction() -> list[str]:
 def _calls_interface(model: type) -> bool:
     """Whether the modules of attention beside this class look up their function in the AttentionInterface.
 
-    Of the classes of Transformers that it derives from, the first with attention beside it decides. Without any
-    Of the classes of Transformers among its bases, the first with attention beside it decides. Without any
+    Of the classes of Transformers among its bases, the first with attention beside it decides. Without any it
+    is a model of other models, which are asked in turn, or has no attention.
     """
     for base in model.__mro__:
         beside = vars(sys.modules.get(base.__module__, object))
