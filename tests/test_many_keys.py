@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gate import check
-from inputs import qkv, stats_dtype
+from inputs import DTYPES, qkv, stats_dtype
 
 import fastattn
 
@@ -75,6 +75,56 @@ def test_equal_rows_of_the_backward(kernel, dtype):
             got, row = got[finite], row[finite]
         # What a sum over one row is rounded to is known to half a spacing of the dtype.
         np.testing.assert_allclose(got, n * row, rtol=2 * tolerance(dtype) + np.finfo(stats_dtype(dtype)).eps)
+
+
+# Many terms for one number: over the batch, the heads, blocks of rows, blocks of keys, all of them.
+@pytest.mark.parametrize(
+    ("B", "Hq", "Sq", "Sk"),
+    [(2**14, 1, 1, 3), (1, 2**14, 1, 3), (1, 1, 2**18, 3), (1, 1, 3, 2**22 + 5), (9, 8, 400, 1200)],
+    ids=["batch", "heads", "rows", "keys", "all"],
+)
+def test_equal_terms_of_the_backward(kernel, dtype, B, Hq, Sq, Sk):
+    """With equal keys and values dS is dlse / Sk: dbias had lost 1e-4 over a batch, dq 8e-6 over keys."""
+    if kernel == "cpu-reference":
+        B, Hq, Sq, Sk = (max(1, min(n // 8, 2**14)) if n > 8 else n for n in (B, Hq, Sq, Sk))
+    q, dout = (np.broadcast_to(np.asarray(x, dtype), (B, Sq, Hq, 4)) for x in (0.1, 2.0**-10))
+    k, v = (np.broadcast_to(np.asarray(x, dtype), (B, Sk, 1, 4)) for x in (0.3, 1.25))
+    kw = {"bias": np.zeros((1, 1, 1, 1), stats_dtype(dtype)), "alibi_slopes": np.zeros(Hq)}
+    out, lse = fastattn.mha(q, k, v, kernel=kernel, return_lse=True, **kw)
+    dlse = np.broadcast_to(lse.dtype.type(0.37), lse.shape)
+    # The weights are those that lse tells, in float64.
+    score = 2 * float(q.flat[0]) * float(k.flat[0])
+    weight, keys = np.exp(score - lse.astype(np.float64)).mean(), np.arange(Sk, dtype=np.float64)
+    ds, distance = float(dlse.flat[0]) * weight, sum(np.abs(i + Sk - Sq - keys).sum() for i in range(Sq))
+    want = {
+        "dbias": B * Hq * Sq * Sk * ds,
+        "dalibi_slopes": -B * ds * distance,
+        "dq": Sk * ds * float(k.flat[0]) / 2,
+    }
+    grads = fastattn.mha_backward(dout, q, k, v, out, lse, dlse=dlse, kernel=kernel, **kw)
+    # A score is known to eps times its size, and so is a weight; products with k run on over a block of keys.
+    limits = {"dbias": 1.5e-6, "dalibi_slopes": 1.5e-6, "dq": 5e-6}
+    for name, value in want.items():
+        limit = 1e-11 if lse.dtype == np.float64 else limits[name]
+        if name == "dq" and np.dtype(dtype).itemsize == 2:
+            limit = 2 * tolerance(dtype)  # dS and dq are rounded
+        np.testing.assert_allclose(getattr(grads, name).astype(np.float64), value, rtol=limit, err_msg=name)
+
+
+def test_threads_do_not_move_the_sections_of_dq(kernel, threads):
+    """Five heads are one item each for one thread, and an item per chunk of keys for three."""
+    Sk = 2**19 if kernel != "cpu-reference" else 2**9
+    dtype = DTYPES["bfloat16" if kernel == "cpu-avx512bf16" else "float32"]
+    q, k, v = qkv(dtype, B=1, Sq=2, Sk=Sk, D=4)
+    q, k, v = (np.broadcast_to(x, (5, *x.shape[1:])) for x in (q, k, v))
+    kw = {"kernel": kernel, "alibi_slopes": np.full((5, 1), 1e-6)}
+    out, lse = fastattn.mha(q, k, v, return_lse=True, **kw)
+    results = []
+    for n in (1, 3):
+        fastattn.set_num_threads(n)
+        results.append(fastattn.mha_backward(q, q, k, v, out, lse, dlse=np.ones_like(lse), **kw))
+    for a, b in zip(*results, strict=True):
+        assert a is None or np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("seed", range(3))

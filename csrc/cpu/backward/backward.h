@@ -32,14 +32,7 @@ void store_row(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t h,
         store_strided(V::load(row + d) * scale, to + d * x.dim, x.dim, dim - d);
 }
 
-// n sums move to their totals, or the totals take their place.
-template <class Acc>
-void end_section(Acc* sums, double* totals, std::int64_t n) {
-    for (std::int64_t c = 0; c < n; ++c) {
-        totals[c] += double(sums[c]);
-        sums[c] = 0;
-    }
-}
+// The totals take the place of n sums.
 template <class Acc>
 void take_totals(Acc* sums, const double* totals, std::int64_t n) {
     for (std::int64_t c = 0; c < n; ++c) sums[c] = static_cast<Acc>(totals[c] + double(sums[c]));
@@ -92,18 +85,23 @@ template <class E, class S>
 void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk, typename E::Acc* dq) {
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
-    const std::int64_t head_rows = p.group * p.q_size;
+    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
+    double* const total = block.at.dq_total;
     block.chunk = chunk;
-    clear_vectors<typename E::V>(dq, head_rows * plan.d_stride);
+    clear_vectors<typename E::V>(dq, dq_size);
+    for (std::int64_t c = 0; plan.dq_sections && c < dq_size; ++c) total[c] = 0;
     if (block.alibi) {
         const std::int64_t first = row_index(p, block.x.batch, kv_head * p.group, 0);
         for (std::int64_t r = 0; r < head_rows; ++r) block.slopes[(first + r) * plan.chunks + chunk] = 0;
     }
-    const std::int64_t end = (chunk + 1) * plan.chunk_blocks;
-    for (std::int64_t kb = chunk * plan.chunk_blocks; kb < end && kb < plan.key_blocks; ++kb) {
+    const std::int64_t begin = chunk * plan.chunk_blocks, end = begin + plan.chunk_blocks;
+    for (std::int64_t kb = begin; kb < end && kb < plan.key_blocks; ++kb) {
+        if (plan.dq_sections && kb > begin && (kb - begin) % kSectionBlocks == 0)
+            end_section(dq, total, dq_size);
         add_keys<E, S>(block, kv_head, kb * plan.key_block, dq);
         if (block.executor.stop_requested()) return;
     }
+    if (plan.dq_sections) take_totals(dq, total, dq_size);
 }
 
 // dq, dk, dv. Items: (chunk, batch, kv head) with split, else (batch, kv head).

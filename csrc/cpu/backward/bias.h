@@ -21,9 +21,13 @@ void store_bias(const BackwardBlock<E>& block, std::int64_t b, std::int64_t h, s
     for (std::int64_t r = 0; r < (out.query == 0 ? 1 : rows); ++r) {
         for (std::int64_t c = 0; c < (out.key == 0 ? 1 : keys); ++c) {
             double sum = 0;
-            for (std::int64_t rr = r; rr < (out.query == 0 ? rows : r + 1); ++rr)
-                for (std::int64_t cc = c; cc < (out.key == 0 ? keys : c + 1); ++cc)
-                    sum += double(block.at.dbias[rr * plan.key_block + cc]);
+            for (std::int64_t rr = r; rr < (out.query == 0 ? rows : r + 1); ++rr) {
+                for (std::int64_t cc = c; cc < (out.key == 0 ? keys : c + 1); ++cc) {
+                    const std::int64_t at = rr * plan.key_block + cc;
+                    sum += double(block.at.dbias[at]);
+                    if (plan.bias_sections) sum += block.at.dbias_total[at];
+                }
+            }
             store_real(out.data, out.dtype, score_offset(out, b, h, i + r, j + c), sum);
         }
     }
@@ -42,7 +46,10 @@ void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
     const std::int64_t kb = item % key_blocks, rb = item / key_blocks % row_blocks;
     const std::int64_t h = item / key_blocks / row_blocks % own.head,
                        b = item / key_blocks / row_blocks / own.head;
-    clear_vectors<typename E::V>(block.at.dbias, plan.row_block * plan.key_block);
+    const std::int64_t size = plan.row_block * plan.key_block;
+    clear_vectors<typename E::V>(block.at.dbias, size);
+    for (std::int64_t c = 0; plan.bias_sections && c < size; ++c) block.at.dbias_total[c] = 0;
+    std::int64_t blocks = 0;
     block.into_bias = true;
     for (std::int64_t bb = b; bb < (out.batch == 0 ? p.batch : b + 1); ++bb) {
         block.x.batch = bb;
@@ -51,6 +58,10 @@ void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
                 start_keys(block, hh / p.group, j * plan.key_block);
                 for (std::int64_t i = rb; i < (out.query == 0 ? plan.row_blocks : rb + 1); ++i) {
                     if (block.executor.stop_requested()) return;
+                    if (plan.bias_sections && blocks++ == kBiasSectionBlocks) {
+                        end_section(block.at.dbias, block.at.dbias_total, size);
+                        blocks = 1;
+                    }
                     if (start_rows<E, S>(block, hh, i * plan.row_block) && !find_ds(block)) return;
                 }
             }

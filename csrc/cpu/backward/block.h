@@ -31,7 +31,7 @@ struct BackwardBuffers {
     Unit *weights, *ds, *ds_rows;  // P and dS as the products with dout and q take them, dS for that with k
     Acc *x, *p, *kept, *dp, *cap;  // a panel; kept: P after dropout, cap: the derivative of the softcap
     Acc *dk, *dv, *dq, *dq_chunk, *dbias;
-    double *dk_total, *dv_total;  // where the plan has sections
+    double *dk_total, *dv_total, *dq_total, *dbias_total;  // where the plan has sections
     BackwardRow<Acc>* rows;
     RowInfo* info;
     TileColumns* tiles;
@@ -53,8 +53,11 @@ BackwardBuffers<E> backward_buffers(const BackwardOffsets& at, const BackwardPla
     to.x = accs(at.x), to.p = accs(at.p), to.kept = accs(at.kept), to.dp = accs(at.dp), to.cap = accs(at.cap);
     to.dk = accs(at.dk), to.dv = accs(at.dv), to.dq = accs(at.dq), to.dq_chunk = accs(at.dq_chunk);
     to.dbias = accs(at.dbias);
-    to.dk_total = plan.sections ? reinterpret_cast<double*>(workspace + at.totals) : nullptr;
+    auto doubles = [&](std::size_t offset) { return reinterpret_cast<double*>(workspace + offset); };
+    to.dk_total = plan.sections ? doubles(at.totals) : nullptr;
     to.dv_total = plan.sections ? to.dk_total + plan.key_block * plan.d_stride : nullptr;
+    to.dq_total = plan.dq_sections ? doubles(at.dq_total) : nullptr;
+    to.dbias_total = plan.bias_sections ? doubles(at.dbias_total) : nullptr;
     to.rows = reinterpret_cast<BackwardRow<Acc>*>(workspace + at.states);
     to.info = reinterpret_cast<RowInfo*>(workspace + at.info);
     to.tiles = reinterpret_cast<TileColumns*>(workspace + at.tiles);
@@ -106,7 +109,7 @@ struct BackwardBlock {
     BackwardBuffers<E> at;
     // Shared by all threads:
     BackwardRow<Acc>* states;  // (batch, q_heads, q_size)
-    Acc* slopes;  // sums for dalibi: (batch, q_heads, q_size, chunks)
+    double* slopes;  // sums for dalibi: (batch, q_heads, q_size, chunks)
     Acc* partials;  // with split: dq of the chunks (batch, kv_heads, chunks, group, q_size, d_stride)
     // The thread's own:
     std::int64_t d_units, v_units;  // of a row of q and k, of dout and v
@@ -127,7 +130,7 @@ struct BackwardBlock {
           x(make_block<E>(forward, 0)),
           at(backward_buffers<E>(backward_offsets(problem, plan, tile_shape<E>()), plan, workspace)),
           states(reinterpret_cast<BackwardRow<Acc>*>(call.shared + plan.states)),
-          slopes(reinterpret_cast<Acc*>(call.shared + plan.slopes)),
+          slopes(reinterpret_cast<double*>(call.shared + plan.slopes)),
           partials(reinterpret_cast<Acc*>(call.shared + plan.partials)),
           d_units((forward.head_dim + E::scalars - 1) / E::scalars),
           v_units((forward.value_dim + E::scalars - 1) / E::scalars),
@@ -140,6 +143,15 @@ struct BackwardBlock {
 // Where row i of query head h has its place among all rows.
 inline std::int64_t row_index(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i) {
     return (b * p.q_heads + h) * p.q_size + i;
+}
+
+// n sums move to their totals.
+template <class Acc>
+void end_section(Acc* sums, double* totals, std::int64_t n) {
+    for (std::int64_t c = 0; c < n; ++c) {
+        totals[c] += double(sums[c]);
+        sums[c] = 0;
+    }
 }
 
 // Zeros for n numbers, rounded up to whole vectors.

@@ -171,7 +171,7 @@ void finish_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c)
             for (int s = 0; s < E::scalars && r + m + s < rows.live; ++s)
                 block.slopes[row_index(block.forward, block.x.batch, rows.head, rows.first + r + m + s) *
                                  plan.chunks +
-                             block.chunk] -= V::reduce_add(distance[s]);
+                             block.chunk] -= double(V::reduce_add(distance[s]));
         }
     }
 }

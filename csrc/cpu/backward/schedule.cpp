@@ -33,6 +33,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
     plan.sections = tile.unit_bytes == 4 && p.group * plan.row_blocks > kSectionBlocks;
     plan.chunk_blocks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, kMostChunks));
     plan.chunks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, plan.chunk_blocks));
+    plan.dq_sections = tile.unit_bytes == 4 && plan.chunk_blocks > kSectionBlocks;
     plan.q_units = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.v_units = round_up(ceil_div(p.value_dim, tile.scalars), tile.width);
     plan.d_stride = round_up(p.head_dim, tile.width);
@@ -50,6 +51,10 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
     const AxisSizes bias = own_sizes(problem.dbias, p);
     plan.bias_items = bias.batch * bias.head * (problem.dbias.query == 0 ? 1 : plan.row_blocks) *
                       (problem.dbias.key == 0 ? 1 : plan.key_blocks);
+    // No axis is empty where there is an item.
+    const std::int64_t blocks = p.batch * p.q_heads * plan.row_blocks * plan.key_blocks;
+    plan.bias_sections =
+        tile.unit_bytes == 4 && plan.bias_items > 0 && blocks / plan.bias_items > kBiasSectionBlocks;
 
     const auto rows = static_cast<std::size_t>(p.batch * p.q_heads * p.q_size);
     const auto unit = static_cast<std::size_t>(tile.unit_bytes);
@@ -60,8 +65,8 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
         return start;
     };
     plan.states = take(rows * 3 * unit);
-    plan.slopes =
-        take(problem.dalibi.data == nullptr ? 0 : rows * static_cast<std::size_t>(plan.chunks) * unit);
+    plan.slopes = take(
+        problem.dalibi.data == nullptr ? 0 : rows * static_cast<std::size_t>(plan.chunks) * sizeof(double));
     plan.partials = take(plan.split ? static_cast<std::size_t>(partial_bytes) : 0);
     plan.shared_bytes = at;
     plan.per_thread_bytes = backward_offsets(problem, plan, tile).total;
@@ -100,9 +105,12 @@ BackwardOffsets backward_offsets(const BackwardProblem& problem, const BackwardP
     f.cap = take(tile);
     f.dk = take(keys * plan.d_stride * u);
     f.dv = take(keys * plan.v_stride * u);
-    if (plan.sections)
-        f.totals = take(keys * (plan.d_stride + plan.v_stride) * static_cast<std::int64_t>(sizeof(double)));
-    const std::int64_t dq = plan.split ? 0 : p.group * p.q_size * plan.d_stride * u;
+    constexpr auto total = static_cast<std::int64_t>(sizeof(double));
+    const std::int64_t dq_size = p.group * p.q_size * plan.d_stride;
+    if (plan.sections) f.totals = take(keys * (plan.d_stride + plan.v_stride) * total);
+    if (plan.dq_sections) f.dq_total = take(dq_size * total);
+    if (plan.bias_sections) f.dbias_total = take(rows * keys * total);
+    const std::int64_t dq = plan.split ? 0 : dq_size * u;
     f.dq = take(dq);
     f.dq_chunk = take(plan.chunks > 1 ? dq : 0);
     f.dbias = take(problem.dbias.data == nullptr ? 0 : rows * keys * u);

@@ -15,14 +15,15 @@ inline constexpr std::int64_t kBackwardKeys = 576;  // keys of a block, packed o
 inline constexpr std::int64_t kBackwardRows = 192;  // rows of a block
 inline constexpr std::int64_t kMostChunks = 8;  // of the keys
 inline constexpr std::int64_t kRowsPerPreparation = 64;
-// Blocks of rows after which float32 sums of dk and dv move to totals in float64: see kSectionKeys.
-inline constexpr std::int64_t kSectionBlocks = 64;
+// Blocks after which float32 sums move to totals in float64 (see kSectionKeys): of rows for dk and dv, of keys for dq. For
+// dbias, any of its blocks, each a single term of a sum.
+inline constexpr std::int64_t kSectionBlocks = 64, kBiasSectionBlocks = 16;
 
 struct BackwardPlan {
     std::int64_t key_block = 0, row_block = 0;  // multiples of the register tile's sides
     std::int64_t key_blocks = 0, row_blocks = 0;  // of a head
     std::int64_t chunk_blocks = 0, chunks = 1;  // key blocks of a chunk
-    bool sections = false;  // the sums of dk and dv have totals
+    bool sections = false, dq_sections = false, bias_sections = false;  // totals: of dk and dv, dq, dbias
     bool split = false;  // an item per chunk, else per (batch, kv head)
     std::int64_t items = 0, merge_items = 0, prepare_items = 0, head_items = 0, bias_items = 0;
     std::int64_t q_units = 0, v_units = 0;  // units of a row of q (D), of dout (Dv)
@@ -42,7 +43,7 @@ struct BackwardOffsets {
     std::size_t weights, ds, ds_rows;  // units
     std::size_t x, p, kept, dp, cap;  // accumulators: (mr, nr)
     std::size_t dk, dv, dq, dq_chunk, dbias;  // accumulators
-    std::size_t totals;  // doubles: dk, then dv
+    std::size_t totals, dq_total, dbias_total;  // doubles; totals: dk, then dv
     std::size_t states;  // accumulators: (rows, 3)
     std::size_t info, tiles, bad_k, bad_q, bad_dout;
     std::size_t total;
