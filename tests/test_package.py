@@ -109,7 +109,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """What static analysis of `import fastattn` finds, as PyInstaller, py2app and others do it."""
     script = tmp_path_factory.mktemp("frozen") / "application.py"
     script.write_text("import fastattn, fastattn.__main__\n")
-    # Not into the frameworks, nor into NumPy: that takes minutes, and is theirs. Hence our package alone in a folder.
+    # Not into the frameworks, nor into NumPy: that takes minutes, and is theirs. Hence only our package here.
     folder = tmp_path_factory.mktemp("packages")
     (folder / "fastattn").symlink_to(Path(fastattn.__file__).parent)
     finder = modulefinder.ModuleFinder([str(folder)], excludes=["torch", "jax"])
