@@ -53,7 +53,7 @@ def make_call(number: int) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     options: dict[str, Any] = {"kernel": kernel}
     if rng.random() < 0.08:
         k = np.asfortranarray(k)
-        if min(k.shape[1], d) > 1:
+        if k.strides[-1] != k.itemsize:
             tags.append("strided")
     if rng.random() < 0.3:
         options["causal"] = True
@@ -86,7 +86,12 @@ def make_call(number: int) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     if not backward and rng.random() < 0.15:
         options["return_weights"] = True
     name = f"{number} " + " ".join(
-        [*tags, *(["backward"] if backward else []), f"{b}x{sq}x{sk}x{hkv * g}/{hkv}x{d}/{dv}", *list(options)[1:]]
+        [
+            *tags,
+            *(["backward"] if backward else []),
+            f"{b}x{sq}x{sk}x{hkv * g}/{hkv}x{d}/{dv}",
+            *list(options)[1:],
+        ]
     )
     arrays = {"q": q, "k": k, "v": v}
     if backward:
@@ -116,7 +121,9 @@ def compare(first: Path, second: Path) -> int:
     different = [name for name in old if old[name] != new[name]]
     plain = [name for name in different if not {"padded", "strided"} & set(name.split())]
     kinds = collections.Counter(
-        " ".join(tag for tag in name.split() if tag in {"padded", "strided", "backward"}) or "plain" for name in different
+        " ".join(tag for tag in dict.fromkeys(name.split()) if tag in {"padded", "strided", "backward"})
+        or "plain"
+        for name in different
     )
     print(f"{len(old)} calls, {len(different)} differ: {dict(kinds)}")
     for name in plain[:40]:
@@ -125,7 +132,9 @@ def compare(first: Path, second: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--calls", type=int, default=16000)
     parser.add_argument("--compare", action="store_true")

@@ -301,7 +301,8 @@ ChosenPlan make_plan(const Problem& problem, const RunOptions& options, bool des
 template <class Problem>
 void execute(const Problem& problem, const Plan& plan, const RunOptions& options) {
     const WorkspaceMemory memory(plan.total_bytes);
-    const Workspace workspace{memory.data(), memory.data() + plan.shared_bytes, plan.per_thread_stride};
+    const Workspace workspace{memory.data(), memory.data() + plan.shared_bytes, plan.per_thread_stride,
+                              plan.details.schedule.get()};
     ThreadPoolExecutor executor(plan.threads, options.poll, options.poll_context);
     pass_of(*plan.kernel, problem).run(problem, {plan.device, options.stream}, workspace, executor);
 }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -13,18 +14,28 @@
 
 namespace fastattn {
 
+// What plan() has found out for run(), in a form of the kernel's own.
+struct Schedule {
+    Schedule() = default;
+    Schedule(const Schedule&) = delete;
+    Schedule& operator=(const Schedule&) = delete;
+    virtual ~Schedule() = default;
+};
+
 struct KernelPlan {
     std::size_t shared_bytes = 0;      // once per call
     std::size_t per_thread_bytes = 0;  // once per executing thread
     std::size_t device_bytes = 0;      // on a CUDA device, whose memory the kernel takes in its stream
     std::int64_t work_items = 0;
     std::string algorithm;             // filled only when describe is set
+    std::unique_ptr<const Schedule> schedule;  // may be empty
 };
 
 struct Workspace {
     std::byte* shared = nullptr;       // 64-byte aligned
     std::byte* per_thread = nullptr;   // slot s starts at per_thread + s * per_thread_stride
     std::size_t per_thread_stride = 0;
+    const Schedule* schedule = nullptr;  // what the same kernel's plan() made
 };
 
 // Where a kernel runs.

@@ -1,13 +1,19 @@
 // The table of the CPU's kernels: kernels.inc joined with what this build holds of it.
+#include <algorithm>
 #include <array>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "core/kernel.h"
+#include "cpu/backward/make_schedule.h"
 #include "cpu/cpu_features.h"
+#include "cpu/flash/make_schedule.h"
 #include "cpu/isa_kernels.h"
+#include "cpu/padding.h"
 #include "reference/forward.h"
 
 // Which ISA files this build has (cmake/isa.cmake).
@@ -58,65 +64,55 @@ constexpr TableFn scalar_table = &scalar_kernels;
 
 [[maybe_unused]] const char* missing_nothing() noexcept { return nullptr; }
 
-std::string describe(const AttentionProblem& p, const FlashPlan& plan, const TileShape& tile) {
-    std::string text = plan.decode ? "decode" : "prefill";
-    text += ", tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr);
-    text += ", key block " + std::to_string(plan.key_block);
-    text += ", rows per item " + std::to_string(plan.rows_per_item);
-    if (plan.key_splits > 1) text += ", key splits " + std::to_string(plan.key_splits);
-    if (p.weights.data != nullptr) text += ", second pass for the weights";
-    return text;
-}
-
 template <TableFn table>
 KernelPlan flash_plan(const AttentionProblem& p, Device, int threads, bool with_text) {
-    const DtypeKernel& kernel = table().of(p.dtype);
-    const FlashPlan plan = plan_flash(p, kernel.tile, threads);
+    const TileShape& tile = table().of(p.dtype).tile;
+    auto schedule = std::make_unique<const ForwardSchedule>(p, tile, threads);
     KernelPlan result;
-    result.shared_bytes = plan.shared_bytes;
-    result.per_thread_bytes = plan.per_thread_bytes;
-    result.work_items = plan.items;
-    if (with_text) result.algorithm = describe(p, plan, kernel.tile);
+    result.shared_bytes = schedule->flash().shared_bytes;
+    result.per_thread_bytes = schedule->flash().per_thread_bytes;
+    result.work_items = schedule->flash().items;
+    if (with_text) result.algorithm = schedule->describe(p, tile);
+    result.schedule = std::move(schedule);
     return result;
 }
 
 template <TableFn table>
 void flash_run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = table().of(p.dtype);
-    const FlashPlan plan = plan_flash(p, kernel.tile, executor.threads());
-    const FlashCall call{p, plan, workspace.shared, executor};
+    const FlashSchedule& schedule = static_cast<const ForwardSchedule*>(workspace.schedule)->flash();
+    const FlashCall call{p, schedule, workspace.shared, executor};
     auto forward = [&](std::int64_t item, int slot) {
         kernel.forward(call, item,
                        workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
     };
-    executor.for_each(plan.items, forward, plan.groups);
-    if (plan.merge_items > 0) {
+    executor.for_each(schedule.items, forward, schedule.groups);
+    if (schedule.merge_items > 0) {
         auto merge = [&](std::int64_t item, int) { kernel.merge(call, item); };
-        executor.for_each(plan.merge_items, merge);
+        executor.for_each(schedule.merge_items, merge);
     }
+    clear_padding(p, schedule.entries, executor);
 }
 
 template <TableFn table>
 KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool with_text) {
     const TileShape& tile = table().of(p.forward.dtype).tile;
-    const BackwardPlan plan = plan_backward(p, tile, threads);
+    auto schedule = std::make_unique<const GradientSchedule>(p, tile, threads);
+    const BackwardSchedule& backward = schedule->backward();
     KernelPlan result;
-    result.shared_bytes = plan.shared_bytes;
-    result.per_thread_bytes = plan.per_thread_bytes;
-    result.work_items = plan.items > plan.bias_items ? plan.items : plan.bias_items;
-    if (with_text) {
-        result.algorithm = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) +
-                           ", block " + std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
-        if (plan.split) result.algorithm += ", key chunks " + std::to_string(plan.chunks);
-    }
+    result.shared_bytes = backward.shared_bytes;
+    result.per_thread_bytes = backward.per_thread_bytes;
+    result.work_items = std::max(backward.items, backward.bias_items);
+    if (with_text) result.algorithm = schedule->describe(tile);
+    result.schedule = std::move(schedule);
     return result;
 }
 
 template <TableFn table>
 void backward_run(const BackwardProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = table().of(p.forward.dtype);
-    const BackwardPlan plan = plan_backward(p, kernel.tile, executor.threads());
-    const BackwardCall call{p, plan, workspace.shared, executor};
+    const BackwardSchedule& schedule = static_cast<const GradientSchedule*>(workspace.schedule)->backward();
+    const BackwardCall call{p, schedule, workspace.shared, executor};
     const auto for_each = [&](BackwardPhase phase, std::int64_t items, std::int64_t groups) {
         auto run = [&](std::int64_t item, int slot) {
             kernel.backward(
@@ -126,11 +122,12 @@ void backward_run(const BackwardProblem& p, const Target&, const Workspace& work
         if (items > 0) executor.for_each(items, run, groups);
     };
     const std::int64_t heads = p.forward.batch * p.forward.q_heads;
-    for_each(BackwardPhase::prepare, plan.prepare_items, plan.prepare_items);
-    for_each(BackwardPhase::gradients, plan.items, plan.split ? 1 : plan.items);
-    for_each(BackwardPhase::merge, plan.merge_items, heads);
-    for_each(BackwardPhase::heads, plan.head_items, 1);
-    for_each(BackwardPhase::bias, plan.bias_items, 1);
+    for_each(BackwardPhase::prepare, schedule.prepare_items, schedule.prepare_items);
+    for_each(BackwardPhase::gradients, schedule.items, schedule.groups);
+    for_each(BackwardPhase::merge, schedule.merge_items, heads);
+    for_each(BackwardPhase::heads, schedule.head_items, 1);
+    for_each(BackwardPhase::bias, schedule.bias_items, 1);
+    clear_padding(p, schedule.entries, executor);
 }
 
 // A kernel that this build does not hold is listed all the same, with the reason.

@@ -12,8 +12,9 @@ namespace {
 
 // E: the engine, F: that of decode's values where E does not take them (fused multiply-add), S: storage type.
 template <class E, class F, class S>
-void flash_forward(const FlashCall& call, std::int64_t item, std::byte* workspace) {
-    if (call.plan.decode) {
+void flash_forward(const FlashCall& call, std::int64_t number, std::byte* workspace) {
+    const ItemRange item = item_range(call, number);
+    if (item.entry->plan.decode) {
         decode_item<E, F, S>(call, item, workspace);
     } else {
         prefill_item<E, S>(call, item, workspace);

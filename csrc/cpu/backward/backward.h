@@ -45,14 +45,15 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
     const BackwardBuffers<E>& at = block.at;
-    start_keys(block, kv_head, j);
+    start_keys(block, kv_head, j, block.x.entry.kv_len);
     const std::int64_t dk_size = plan.key_block * plan.d_stride, dv_size = plan.key_block * plan.v_stride;
     clear_vectors<V>(at.dk, dk_size);
     clear_vectors<V>(at.dv, dv_size);
     for (std::int64_t c = 0; plan.sections && c < dk_size + dv_size; ++c) at.dk_total[c] = 0;
     std::int64_t blocks = 0;
+    const std::int64_t q_len = block.x.entry.q_len;
     for (std::int64_t g = 0; g < p.group; ++g) {
-        for (std::int64_t i = 0; i < p.q_size; i += plan.row_block) {
+        for (std::int64_t i = 0; i < q_len; i += plan.row_block) {
             if (block.executor.stop_requested()) return;
             if (plan.sections && blocks++ == kSectionBlocks) {
                 end_section(at.dk, at.dk_total, dk_size);
@@ -61,7 +62,7 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
             }
             if (!start_rows<E, S>(block, kv_head * p.group + g, i)) continue;
             if (!find_ds(block)) return;
-            auto* const dq_rows = dq + (g * p.q_size + i) * plan.d_stride;
+            auto* const dq_rows = dq + (g * q_len + i) * plan.d_stride;
             add_key_products(block);
             add_query_products(block, dq_rows);
             if (block.careful) add_bad_products<E, S>(block, dq_rows);
@@ -85,14 +86,17 @@ template <class E, class S>
 void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk, typename E::Acc* dq) {
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
-    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
+    const std::int64_t q_len = block.x.entry.q_len, dq_size = plan.dq_size;
     double* const total = block.at.dq_total;
     block.chunk = chunk;
     clear_vectors<typename E::V>(dq, dq_size);
     for (std::int64_t c = 0; plan.dq_sections && c < dq_size; ++c) total[c] = 0;
     if (block.alibi) {
-        const std::int64_t first = row_index(p, block.x.batch, kv_head * p.group, 0);
-        for (std::int64_t r = 0; r < head_rows; ++r) block.slopes[(first + r) * plan.chunks + chunk] = 0;
+        for (std::int64_t h = kv_head * p.group; h < (kv_head + 1) * p.group; ++h) {
+            const std::int64_t first = row_index(p, block.x.batch, h, 0);
+            for (std::int64_t i = 0; i < q_len; ++i)
+                block.slopes[(first + i) * block.schedule.most_chunks + chunk] = 0;
+        }
     }
     const std::int64_t begin = chunk * plan.chunk_blocks, end = begin + plan.chunk_blocks;
     for (std::int64_t kb = begin; kb < end && kb < plan.key_blocks; ++kb) {
@@ -104,65 +108,66 @@ void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk
     if (plan.dq_sections) take_totals(dq, total, dq_size);
 }
 
-// dq, dk, dv. Items: (chunk, batch, kv head) with split, else (batch, kv head).
+// dq, dk, dv of an entry. Items: (chunk, kv head) with split, else kv heads.
 template <class E, class S>
-void find_gradients(BackwardBlock<E>& block, std::int64_t item) {
+void find_gradients(BackwardBlock<E>& block, std::int64_t item, typename E::Acc* partials) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
-    const std::int64_t heads = p.batch * p.kv_heads, head = item % heads;
-    const std::int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
-    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
-    block.x.batch = b;
+    const std::int64_t kv_head = item % p.kv_heads, q_len = block.x.entry.q_len;
     if (plan.split) {
-        const std::int64_t chunk = item / heads;
-        add_chunk<E, S>(block, kv_head, chunk, block.partials + (head * plan.chunks + chunk) * dq_size);
+        const std::int64_t chunk = item / p.kv_heads;
+        add_chunk<E, S>(block, kv_head, chunk, partials + (kv_head * plan.chunks + chunk) * plan.dq_size);
         return;
     }
     Acc* const dq = block.at.dq;
     for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         add_chunk<E, S>(block, kv_head, chunk, chunk == 0 ? dq : block.at.dq_chunk);
         if (block.executor.stop_requested()) return;
-        if (chunk > 0) add_to<V>(dq, block.at.dq_chunk, dq_size);
+        if (chunk > 0) add_to<V>(dq, block.at.dq_chunk, plan.dq_size);
     }
     for (std::int64_t g = 0; g < p.group; ++g) {
-        for (std::int64_t i = 0; i < p.q_size; ++i) {
-            store_row<V, S>(block.problem.dq, b, i, kv_head * p.group + g, p.head_dim,
-                            dq + (g * p.q_size + i) * plan.d_stride, block.x.scale);
+        for (std::int64_t i = 0; i < q_len; ++i) {
+            store_row<V, S>(block.problem.dq, block.x.batch, i, kv_head * p.group + g, p.head_dim,
+                            dq + (g * q_len + i) * plan.d_stride, block.x.scale);
         }
     }
 }
 
-// With split: adds the chunks of some rows of dq in order.
+// With split: adds the chunks of some rows of dq in order. Items of an entry: (query head, block of rows).
 template <class E, class S>
-void merge_chunks(const BackwardBlock<E>& block, std::int64_t item) {
+void merge_chunks(const BackwardBlock<E>& block, std::int64_t item, typename E::Acc* partials) {
     using V = typename E::V;
     using Acc = typename E::Acc;
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
-    const std::int64_t begin = item % plan.row_blocks * plan.row_block;
-    const std::int64_t h = item / plan.row_blocks % p.q_heads, b = item / plan.row_blocks / p.q_heads;
-    const std::int64_t head_rows = p.group * p.q_size, dq_size = head_rows * plan.d_stride;
-    Acc* partials = block.partials + (b * p.kv_heads + h / p.group) * plan.chunks * dq_size;
-    for (std::int64_t i = begin; i < begin + plan.row_block && i < p.q_size; ++i) {
-        Acc* row = partials + (h % p.group * p.q_size + i) * plan.d_stride;
+    const std::int64_t begin = item % plan.row_blocks * plan.row_block, h = item / plan.row_blocks;
+    const std::int64_t q_len = block.x.entry.q_len;
+    partials += h / p.group * plan.chunks * plan.dq_size;
+    for (std::int64_t i = begin; i < begin + plan.row_block && i < q_len; ++i) {
+        Acc* row = partials + (h % p.group * q_len + i) * plan.d_stride;
         for (std::int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-            add_to<V>(row, row + chunk * dq_size, plan.d_stride);
-        store_row<V, S>(block.problem.dq, b, i, h, p.head_dim, row, block.x.scale);
+            add_to<V>(row, row + chunk * plan.dq_size, plan.d_stride);
+        store_row<V, S>(block.problem.dq, block.x.batch, i, h, p.head_dim, row, block.x.scale);
     }
 }
 
 template <class E, class S>
 void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t item, std::byte* workspace) {
-    BackwardBlock<E> block(call, workspace);
-    switch (phase) {
-        case BackwardPhase::prepare: return prepare_rows<E, S>(block, item);
-        case BackwardPhase::gradients: return find_gradients<E, S>(block, item);
-        case BackwardPhase::merge: return merge_chunks<E, S>(block, item);
-        case BackwardPhase::heads: return find_head_gradients(block, item);
-        case BackwardPhase::bias: return find_bias_gradient<E, S>(block, item);
+    const EntryTable<BackwardEntry>& entries = call.schedule.entries;
+    if (phase == BackwardPhase::gradients || phase == BackwardPhase::merge) {
+        const bool merges = phase == BackwardPhase::merge;
+        const auto place = place_of(entries, merges ? &BackwardEntry::merges : &BackwardEntry::items, item);
+        BackwardBlock<E> block(call, place.entry->plan, place.batch, place.entry->lengths, workspace);
+        auto* const partials = reinterpret_cast<typename E::Acc*>(call.shared + place.shared);
+        if (merges) return merge_chunks<E, S>(block, place.item, partials);
+        return find_gradients<E, S>(block, place.item, partials);
     }
+    BackwardBlock<E> block(call, call.schedule.whole, 0, entries.rows[0].lengths, workspace);
+    if (phase == BackwardPhase::prepare) return prepare_rows<E, S>(block, item);
+    if (phase == BackwardPhase::heads) return find_head_gradients(block, item);
+    find_bias_gradient<E, S>(block, item);
 }
 
 }  // namespace

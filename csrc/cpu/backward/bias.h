@@ -52,10 +52,10 @@ void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
     std::int64_t blocks = 0;
     block.into_bias = true;
     for (std::int64_t bb = b; bb < (out.batch == 0 ? p.batch : b + 1); ++bb) {
-        block.x.batch = bb;
+        block.go_to_entry(bb);
         for (std::int64_t hh = h; hh < (out.head == 0 ? p.q_heads : h + 1); ++hh) {
             for (std::int64_t j = kb; j < (out.key == 0 ? plan.key_blocks : kb + 1); ++j) {
-                start_keys(block, hh / p.group, j * plan.key_block);
+                start_keys(block, hh / p.group, j * plan.key_block, p.kv_size);
                 for (std::int64_t i = rb; i < (out.query == 0 ? plan.row_blocks : rb + 1); ++i) {
                     if (block.executor.stop_requested()) return;
                     if (plan.bias_sections && blocks++ == kBiasSectionBlocks) {

@@ -103,14 +103,14 @@ struct BackwardBlock {
 
     const BackwardProblem& problem;
     const AttentionProblem& forward;
+    const BackwardSchedule& schedule;
     const BackwardPlan& plan;
     Executor& executor;
     FlashBlock<E> x;  // its batch entry is the block's
     BackwardBuffers<E> at;
     // Shared by all threads:
     BackwardRow<Acc>* states;  // (batch, q_heads, q_size)
-    double* slopes;  // sums for dalibi: (batch, q_heads, q_size, chunks)
-    Acc* partials;  // with split: dq of the chunks (batch, kv_heads, chunks, group, q_size, d_stride)
+    double* slopes;  // sums for dalibi: (batch, q_heads, q_size, most_chunks)
     // The thread's own:
     std::int64_t d_units, v_units;  // of a row of q and k, of dout and v
     Acc keep_factor;  // of weights that dropout leaves
@@ -122,21 +122,28 @@ struct BackwardBlock {
     BackwardAhead ahead;
     bool careful = false;  // NaN or Inf in anything that the block reads
 
-    BackwardBlock(const BackwardCall& call, std::byte* workspace)
+    BackwardBlock(const BackwardCall& call, const BackwardPlan& plan_of_item, std::int64_t b,
+                  const Entry& lengths, std::byte* workspace)
         : problem(call.problem),
           forward(problem.forward),
-          plan(call.plan),
+          schedule(call.schedule),
+          plan(plan_of_item),
           executor(call.executor),
-          x(make_block<E>(forward, 0)),
+          x(make_block<E>(forward, b, lengths)),
           at(backward_buffers<E>(backward_offsets(problem, plan, tile_shape<E>()), plan, workspace)),
-          states(reinterpret_cast<BackwardRow<Acc>*>(call.shared + plan.states)),
-          slopes(reinterpret_cast<double*>(call.shared + plan.slopes)),
-          partials(reinterpret_cast<Acc*>(call.shared + plan.partials)),
+          states(reinterpret_cast<BackwardRow<Acc>*>(call.shared + schedule.states)),
+          slopes(reinterpret_cast<double*>(call.shared + schedule.slopes)),
           d_units((forward.head_dim + E::scalars - 1) / E::scalars),
           v_units((forward.value_dim + E::scalars - 1) / E::scalars),
           keep_factor(Acc(1.0 / (1.0 - forward.dropout))),
           alibi(problem.dalibi.data != nullptr) {
         x.info = at.info;
+    }
+
+    // For passes that go through entries.
+    void go_to_entry(std::int64_t b) {
+        x.batch = b;
+        x.entry = entry_at(schedule.entries, b).lengths;
     }
 };
 

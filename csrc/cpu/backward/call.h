@@ -12,7 +12,7 @@ namespace fastattn::cpu {
 
 struct BackwardCall {
     const BackwardProblem& problem;
-    const BackwardPlan& plan;
+    const BackwardSchedule& schedule;
     std::byte* shared;
     Executor& executor;
 };

@@ -7,10 +7,10 @@
 namespace fastattn::cpu {
 namespace {
 
-// Keys from j on of a kv head.
+// Keys from j on of a kv head that has `all`.
 template <class E>
-void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j) {
-    const std::int64_t left = block.forward.kv_size - j;
+void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, std::int64_t all) {
+    const std::int64_t left = all - j;
     block.keys = {};
     block.keys.head = kv_head;
     block.keys.first = j;
@@ -41,20 +41,20 @@ void pack_key_block(BackwardBlock<E>& block) {
 }
 
 // Whether any of n rows from i on attends any of the keys [first, first + keys), by the ranges alone.
-inline bool rows_attend(const AttentionProblem& p, std::int64_t b, std::int64_t i, std::int64_t n,
+inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t i, std::int64_t n,
                         std::int64_t first, std::int64_t keys) {
     // Both ends of the ranges rise with the row.
-    return n > 0 && p.key_range(b, i).begin < first + keys && p.key_range(b, i + n - 1).end > first;
+    return n > 0 && entry_keys(p, entry, i).begin < first + keys && entry_keys(p, entry, i + n - 1).end > first;
 }
 
-// The first block of rows from i on, of one head, that has weights in the keys; q_size if there is none.
-inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& plan, std::int64_t b,
+// The first block of rows from i on, of one head, that has weights in the keys; q_len if there is none.
+inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& plan, const Entry& entry,
                               std::int64_t i, std::int64_t first, std::int64_t keys) {
-    for (; i < p.q_size; i += plan.row_block) {
-        const std::int64_t left = p.q_len(b) - i;
-        if (rows_attend(p, b, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+    for (; i < entry.q_len; i += plan.row_block) {
+        const std::int64_t left = entry.q_len - i;
+        if (rows_attend(p, entry, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
     }
-    return p.q_size;
+    return entry.q_len;
 }
 
 // Asks for the next block of rows; beside the last one of a block of keys for the gradients of these, and the next keys.
@@ -64,7 +64,6 @@ void plan_ahead(BackwardBlock<E>& block) {
     constexpr std::int64_t kMostBytes = 512 * 1024;  // of dq: more has no place in L2
     const AttentionProblem& p = block.forward;
     const BackwardProblem& problem = block.problem;
-    const BackwardPlan& plan = block.plan;
     const KeyBlock& keys = block.keys;
     BackwardAhead& ahead = block.ahead;
     ahead = {};
@@ -81,38 +80,43 @@ void plan_ahead(BackwardBlock<E>& block) {
     };
     const std::int64_t first_head = keys.head * p.group;
     std::int64_t b = block.x.batch, head = block.rows.head;
-    std::int64_t row = next_rows(p, plan, b, block.rows.first + plan.row_block, keys.first, keys.size);
-    if (row == p.q_size && ++head < first_head + p.group)
-        row = next_rows(p, plan, b, 0, keys.first, keys.size);
-    if (row == p.q_size) {
+    const BackwardPlan* plan = &block.plan;
+    const Entry* entry = &block.x.entry;
+    std::int64_t row = next_rows(p, *plan, *entry, block.rows.first + plan->row_block, keys.first, keys.size);
+    if (row == entry->q_len && ++head < first_head + p.group)
+        row = next_rows(p, *plan, *entry, 0, keys.first, keys.size);
+    if (row == entry->q_len) {
         ask(ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
         ask(ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
-        std::int64_t kv_head = keys.head, key = keys.first + plan.key_block;
-        const std::int64_t chunk_keys = plan.chunk_blocks * plan.key_block;
-        if (key >= p.kv_size || (plan.split && key % chunk_keys == 0)) {
+        std::int64_t kv_head = keys.head, key = keys.first + plan->key_block;
+        if (key >= entry->kv_len || (plan->split && key % (plan->chunk_blocks * plan->key_block) == 0)) {
             const std::int64_t dq_bytes =
-                p.group * p.q_size * p.head_dim * static_cast<std::int64_t>(sizeof(S));
-            if (!plan.split && dq_bytes <= kMostBytes)
-                ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, p.q_size, p.group);
-            const std::int64_t next = block.executor.next_item(), all = p.batch * p.kv_heads;
-            if (next < plan.items) {
-                b = next % all / p.kv_heads;
-                kv_head = next % p.kv_heads;
-                key = next / all * chunk_keys;
-            } else {
-                key = p.kv_size;
+                p.group * entry->q_len * p.head_dim * static_cast<std::int64_t>(sizeof(S));
+            if (!plan->split && dq_bytes <= kMostBytes)
+                ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, entry->q_len, p.group);
+            const std::int64_t next = block.executor.next_item();
+            key = entry->kv_len;
+            if (next < block.schedule.items) {
+                const Place<BackwardEntry> place =
+                    place_of(block.schedule.entries, &BackwardEntry::items, next);
+                b = place.batch;
+                plan = &place.entry->plan;
+                entry = &place.entry->lengths;
+                kv_head = place.item % p.kv_heads;
+                key = place.item / p.kv_heads * plan->chunk_blocks * plan->key_block;
+                row = entry->q_len;
             }
         }
-        if (key < p.kv_size) {
-            const std::int64_t n = rest(p.kv_size, key, plan.key_block);
+        if (key < entry->kv_len) {
+            const std::int64_t n = rest(entry->kv_len, key, plan->key_block);
             ask(ahead.k, p.k, b, key, kv_head, p.head_dim, n);
             ask(ahead.v, p.v, b, key, kv_head, p.value_dim, n);
             head = kv_head * p.group;
-            row = next_rows(p, plan, b, 0, key, n);
+            row = next_rows(p, *plan, *entry, 0, key, n);
         }
     }
-    if (row < p.q_size) {
-        const std::int64_t n = rest(p.q_size, row, plan.row_block);
+    if (row < entry->q_len) {
+        const std::int64_t n = rest(entry->q_len, row, plan->row_block);
         ask(ahead.q, p.q, b, row, head, p.head_dim, n);
         ask(ahead.dout, problem.dout, b, row, head, p.value_dim, n);
     }
@@ -131,10 +135,8 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     const KeyBlock& keys = block.keys;
     RowBlock& rows = block.rows;
     FlashBlock<E>& x = block.x;
-    const std::int64_t size = p.q_size - i < plan.row_block ? p.q_size - i : plan.row_block;
-    const std::int64_t left = p.q_len(x.batch) - i;
-    const std::int64_t live = left < size ? left : size;
-    if (!rows_attend(p, x.batch, i, live, keys.first, keys.size)) return false;
+    const std::int64_t left = x.entry.q_len - i, live = left < plan.row_block ? left : plan.row_block;
+    if (!rows_attend(p, x.entry, i, live, keys.first, keys.size)) return false;
     if (!keys.packed) pack_key_block<E, S>(block);
     static_assert(E::mr % E::scalars == 0);
     const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;
@@ -146,13 +148,12 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     const S* q = row_pointer<const S>(p.q, x.batch, i, head);
     const Operand& d = block.problem.dout;
     const S* dout = row_pointer<const S>(d, x.batch, i, head);
-    const RowRule rule(p, x.batch);
     bool finite = true;
     for (std::int64_t r = 0; r < padded; ++r) {
         RowInfo info{};
         BackwardRow<Acc> state{};
         if (r < live) {
-            info = rule.info(i + r, head);
+            info = row_info(p, x.entry, i + r, head);
             if (x.elementwise || block.alibi) find_features(x, info);
             state = block.states[row_index(p, x.batch, head, i + r)];
             pack_row<E>(at.q_rows + r * plan.q_units, q + r * p.q.seq, p.q.dim, p.head_dim);

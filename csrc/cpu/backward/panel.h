@@ -170,7 +170,7 @@ void finish_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c)
             const RowBlock& rows = block.rows;
             for (int s = 0; s < E::scalars && r + m + s < rows.live; ++s)
                 block.slopes[row_index(block.forward, block.x.batch, rows.head, rows.first + r + m + s) *
-                                 plan.chunks +
+                                 block.schedule.most_chunks +
                              block.chunk] -= double(V::reduce_add(distance[s]));
         }
     }

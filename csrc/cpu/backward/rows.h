@@ -19,7 +19,7 @@ inline constexpr double kCoarse = 1.0 / 1024 / double(std::numeric_limits<Acc>::
 
 template <class E>
 RowInfo row_of(const FlashBlock<E>& x, std::int64_t h, std::int64_t i) {
-    RowInfo row = RowRule(x.problem, x.batch).info(i, h);
+    RowInfo row = row_info(x.problem, x.entry, i, h);
     find_features(x, row);
     return row;
 }
@@ -40,7 +40,7 @@ void refine_weights(const BackwardBlock<E>& block, std::int64_t h, std::int64_t 
     double top = sink ? read_head(p.sinks, 0, h) * kLog2E : -kInf<double>,
            sum = top > -kInf<double> ? 1.0 : 0.0;
     for (std::int64_t j = row.begin / E::nr * E::nr; j < row.end; j += E::nr) {
-        const std::int64_t left = p.kv_size - j;
+        const std::int64_t left = block.x.entry.kv_len - j;
         pack_keys<E>(at.k_panels, k + j * p.k.seq, p.k.seq, p.k.dim, left < E::nr ? left : E::nr, p.head_dim);
         V acc[1][E::nv];
 #pragma GCC unroll 8
@@ -113,13 +113,13 @@ void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
     const std::int64_t begin = item % items * kRowsPerPreparation, b = item / items;
     const std::int64_t most = begin + kRowsPerPreparation, end = most < all ? most : all;
     const bool heads_first = heads_side_by_side(block.problem.dout);
-    block.x.batch = b;
+    block.go_to_entry(b);
     for (std::int64_t r = begin; r < end && !block.executor.stop_requested(); ++r) {
         const std::int64_t h = heads_first ? r % p.q_heads : r / p.q_size;
         const std::int64_t i = heads_first ? r / p.q_heads : r % p.q_size;
         BackwardRow<typename E::Acc>& state = block.states[row_index(p, b, h, i)];
         state = {};
-        if (i < p.q_len(b)) state = find_state<E, S>(block, h, i);
+        if (i < block.x.entry.q_len) state = find_state<E, S>(block, h, i);
     }
 }
 
@@ -143,16 +143,17 @@ template <class E>
 void find_head_gradients(const BackwardBlock<E>& block, std::int64_t h) {
     const AttentionProblem& p = block.forward;
     const ScoreOperand &dalibi = block.problem.dalibi, &dsinks = block.problem.dsinks;
-    const std::int64_t chunks = block.plan.chunks;
+    const std::int64_t stride = block.schedule.most_chunks;
     double sink_sum = 0, slope_sum = 0;
     const double sink = dsinks.data == nullptr ? 0.0 : read_head(p.sinks, 0, h);
     for (std::int64_t b = 0; b < p.batch; ++b) {
         if (dalibi.batch != 0) slope_sum = 0;
-        for (std::int64_t i = 0; i < p.q_len(b); ++i) {
+        const BackwardEntry& entry = entry_at(block.schedule.entries, b);
+        for (std::int64_t i = 0; i < entry.lengths.q_len; ++i) {
             const std::int64_t row = row_index(p, b, h, i);
             if (dsinks.data != nullptr) sink_sum += sink_gradient(sink, block.states[row]);
-            for (std::int64_t c = 0; block.alibi && c < chunks; ++c)
-                slope_sum += double(block.slopes[row * chunks + c]);
+            for (std::int64_t c = 0; block.alibi && c < entry.plan.chunks; ++c)
+                slope_sum += double(block.slopes[row * stride + c]);
         }
         if (block.alibi && dalibi.batch != 0) store_head(dalibi, b, h, slope_sum);
     }

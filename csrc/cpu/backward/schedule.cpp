@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "core/broadcast.h"
+#include "cpu/backward/make_schedule.h"
 #include "cpu/flash/workspace.h"
 
 namespace fastattn::cpu {
@@ -19,17 +20,17 @@ constexpr std::int64_t kMostPartialBytes = std::int64_t{512} << 20;
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile, int threads) {
+BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile, int threads) {
     const AttentionProblem& p = problem.forward;
     BackwardPlan plan;
     const std::int64_t key_unit = std::lcm(tile.mr, tile.nr), row_unit = std::lcm(tile.mr, tile.scalars);
     // Blocks of about the same size: they are what threads share.
-    const std::int64_t keys = std::max<std::int64_t>(p.kv_size, 1);
+    const std::int64_t keys = std::max<std::int64_t>(entry.kv_len, 1);
     plan.key_block = round_up(ceil_div(keys, ceil_div(keys, round_up(kBackwardKeys, key_unit))), key_unit);
     plan.row_block =
-        std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(p.q_size, 1), row_unit));
-    plan.key_blocks = ceil_div(p.kv_size, plan.key_block);
-    plan.row_blocks = ceil_div(p.q_size, plan.row_block);
+        std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(entry.q_len, 1), row_unit));
+    plan.key_blocks = ceil_div(entry.kv_len, plan.key_block);
+    plan.row_blocks = ceil_div(entry.q_len, plan.row_block);
     plan.sections = tile.unit_bytes == 4 && p.group * plan.row_blocks > kSectionBlocks;
     plan.chunk_blocks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, kMostChunks));
     plan.chunks = std::max<std::int64_t>(1, ceil_div(plan.key_blocks, plan.chunk_blocks));
@@ -38,39 +39,73 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile
     plan.v_units = round_up(ceil_div(p.value_dim, tile.scalars), tile.width);
     plan.d_stride = round_up(p.head_dim, tile.width);
     plan.v_stride = round_up(p.value_dim, tile.width);
+    plan.dq_size = p.group * entry.q_len * plan.d_stride;
     plan.weight_stride = plan.key_block + kPadding;
     plan.ds_stride = plan.key_block / tile.scalars + kPadding;
 
-    const std::int64_t heads = p.batch * p.kv_heads, head_rows = p.group * p.q_size;
-    const std::int64_t partial_bytes = heads * plan.chunks * head_rows * plan.d_stride * tile.unit_bytes;
-    plan.split = plan.chunks > 1 && heads < std::int64_t{4} * threads && partial_bytes <= kMostPartialBytes;
-    plan.items = plan.split ? heads * plan.chunks : heads;
-    plan.merge_items = plan.split ? p.batch * p.q_heads * plan.row_blocks : 0;
-    plan.prepare_items = p.batch * ceil_div(p.q_heads * p.q_size, kRowsPerPreparation);
-    plan.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
+    const std::int64_t heads = p.batch * p.kv_heads;
+    const std::int64_t partial_bytes = p.kv_heads * plan.chunks * plan.dq_size * tile.unit_bytes;
+    plan.split = plan.chunks > 1 && heads < std::int64_t{4} * threads && p.batch * partial_bytes <= kMostPartialBytes;
+    plan.items = plan.split ? p.kv_heads * plan.chunks : p.kv_heads;
+    plan.merge_items = plan.split ? p.q_heads * plan.row_blocks : 0;
+    plan.partial_bytes = plan.split ? partial_bytes : 0;
+    return plan;
+}
+
+GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileShape& tile, int threads)
+    : entries_(problem.forward) {
+    const AttentionProblem& p = problem.forward;
+    BackwardSchedule& all = backward_;
+    all.prepare_items = p.batch * ceil_div(p.q_heads * p.q_size, kRowsPerPreparation);
+    all.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
+    BackwardPlan& whole = all.whole = plan_backward(problem, {p.q_size, p.kv_size, 0}, tile, threads);
     const AxisSizes bias = own_sizes(problem.dbias, p);
-    plan.bias_items = bias.batch * bias.head * (problem.dbias.query == 0 ? 1 : plan.row_blocks) *
-                      (problem.dbias.key == 0 ? 1 : plan.key_blocks);
+    all.bias_items = bias.batch * bias.head * (problem.dbias.query == 0 ? 1 : whole.row_blocks) *
+                     (problem.dbias.key == 0 ? 1 : whole.key_blocks);
     // No axis is empty where there is an item.
-    const std::int64_t blocks = p.batch * p.q_heads * plan.row_blocks * plan.key_blocks;
-    plan.bias_sections =
-        tile.unit_bytes == 4 && plan.bias_items > 0 && blocks / plan.bias_items > kBiasSectionBlocks;
+    const std::int64_t blocks = p.batch * p.q_heads * whole.row_blocks * whole.key_blocks;
+    whole.bias_sections =
+        tile.unit_bytes == 4 && all.bias_items > 0 && blocks / all.bias_items > kBiasSectionBlocks;
 
     const auto rows = static_cast<std::size_t>(p.batch * p.q_heads * p.q_size);
-    const auto unit = static_cast<std::size_t>(tile.unit_bytes);
-    std::size_t at = 0;
     auto take = [&](std::size_t bytes) {
-        const std::size_t start = at;
-        at += (bytes + 63) / 64 * 64;
+        const std::size_t start = all.shared_bytes;
+        all.shared_bytes += (bytes + 63) / 64 * 64;
         return start;
     };
-    plan.states = take(rows * 3 * unit);
-    plan.slopes = take(
-        problem.dalibi.data == nullptr ? 0 : rows * static_cast<std::size_t>(plan.chunks) * sizeof(double));
-    plan.partials = take(plan.split ? static_cast<std::size_t>(partial_bytes) : 0);
-    plan.shared_bytes = at;
-    plan.per_thread_bytes = backward_offsets(problem, plan, tile).total;
-    return plan;
+    // Rows of chunks are as long as the longest entry's may be.
+    all.most_chunks = entries_alike(p) ? whole.chunks : kMostChunks;
+    all.states = take(rows * 3 * static_cast<std::size_t>(tile.unit_bytes));
+    all.slopes = take(problem.dalibi.data == nullptr
+                          ? 0
+                          : rows * static_cast<std::size_t>(all.most_chunks) * sizeof(double));
+    all.per_thread_bytes = backward_offsets(problem, whole, tile).total;
+
+    const std::int64_t times = entries_.times();
+    bool split = false;
+    for_each_entry(p, [&](std::int64_t, const Entry& lengths) {
+        BackwardEntry& entry = entries_.add();
+        entry.lengths = lengths;
+        const BackwardPlan& plan = entry.plan = plan_backward(problem, lengths, tile, threads);
+        entry.items = {all.items, plan.items};
+        entry.merges = {all.merge_items, plan.merge_items};
+        entry.shared_size = (plan.partial_bytes + 63) / 64 * 64;
+        entry.shared = static_cast<std::int64_t>(take(static_cast<std::size_t>(times * entry.shared_size)));
+        all.items += times * plan.items;
+        all.merge_items += times * plan.merge_items;
+        all.per_thread_bytes = std::max(all.per_thread_bytes, backward_offsets(problem, plan, tile).total);
+        split = split || plan.split;
+    });
+    all.entries = entries_.table();
+    all.groups = split ? 1 : std::max<std::int64_t>(all.items, 1);
+}
+
+std::string GradientSchedule::describe(const TileShape& tile) const {
+    const BackwardPlan& plan = backward_.whole;
+    std::string text = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) + ", block " +
+                       std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
+    if (plan.split) text += ", key chunks " + std::to_string(plan.chunks);
+    return text;
 }
 
 BackwardOffsets backward_offsets(const BackwardProblem& problem, const BackwardPlan& plan,
@@ -106,11 +141,10 @@ BackwardOffsets backward_offsets(const BackwardProblem& problem, const BackwardP
     f.dk = take(keys * plan.d_stride * u);
     f.dv = take(keys * plan.v_stride * u);
     constexpr auto total = static_cast<std::int64_t>(sizeof(double));
-    const std::int64_t dq_size = p.group * p.q_size * plan.d_stride;
     if (plan.sections) f.totals = take(keys * (plan.d_stride + plan.v_stride) * total);
-    if (plan.dq_sections) f.dq_total = take(dq_size * total);
+    if (plan.dq_sections) f.dq_total = take(plan.dq_size * total);
     if (plan.bias_sections) f.dbias_total = take(rows * keys * total);
-    const std::int64_t dq = plan.split ? 0 : dq_size * u;
+    const std::int64_t dq = plan.split ? 0 : plan.dq_size * u;
     f.dq = take(dq);
     f.dq_chunk = take(plan.chunks > 1 ? dq : 0);
     f.dbias = take(problem.dbias.data == nullptr ? 0 : rows * keys * u);

@@ -19,22 +19,40 @@ inline constexpr std::int64_t kRowsPerPreparation = 64;
 // dbias, any of its blocks, each a single term of a sum.
 inline constexpr std::int64_t kSectionBlocks = 64, kBiasSectionBlocks = 16;
 
+// Of one entry: its rows and keys alone. Only `split` looks at threads and at the other entries.
 struct BackwardPlan {
     std::int64_t key_block = 0, row_block = 0;  // multiples of the register tile's sides
     std::int64_t key_blocks = 0, row_blocks = 0;  // of a head
     std::int64_t chunk_blocks = 0, chunks = 1;  // key blocks of a chunk
     bool sections = false, dq_sections = false, bias_sections = false;  // totals: of dk and dv, dq, dbias
-    bool split = false;  // an item per chunk, else per (batch, kv head)
-    std::int64_t items = 0, merge_items = 0, prepare_items = 0, head_items = 0, bias_items = 0;
+    bool split = false;  // an item per chunk, else per kv head
+    std::int64_t items = 0, merge_items = 0;
     std::int64_t q_units = 0, v_units = 0;  // units of a row of q (D), of dout (Dv)
     std::int64_t d_stride = 0, v_stride = 0;  // accumulators of a row of dq and dk, of dv
+    std::int64_t dq_size = 0;  // accumulators of dq of all rows of a kv head
     std::int64_t weight_stride = 0;  // units of a row (of rows) of P and dS
     std::int64_t ds_stride = 0;  // units of a row of dS as the product with k takes it
-    std::size_t states = 0, slopes = 0, partials = 0;  // where these begin in the shared workspace
-    std::size_t per_thread_bytes = 0, shared_bytes = 0;
+    std::int64_t partial_bytes = 0;  // dq of the chunks
 };
 
-BackwardPlan plan_backward(const BackwardProblem& problem, const TileShape& tile, int threads);
+BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile, int threads);
+
+struct BackwardEntry {
+    Entry lengths;
+    BackwardPlan plan;
+    Phase items, merges;
+    std::int64_t shared = 0, shared_size = 0;  // dq of the chunks, with split
+};
+
+struct BackwardSchedule {
+    EntryTable<BackwardEntry> entries;
+    BackwardPlan whole;  // of the arrays' sizes: the blocks of dbias, which entries may share
+    std::int64_t items = 0, merge_items = 0, prepare_items = 0, head_items = 0, bias_items = 0;
+    std::int64_t groups = 1;  // of items: see Executor
+    std::int64_t most_chunks = 1;  // of an entry
+    std::size_t states = 0, slopes = 0;  // where these begin in the shared workspace
+    std::size_t per_thread_bytes = 0, shared_bytes = 0;
+};
 
 // The workspace of one thread; one walk gives offsets and total.
 struct BackwardOffsets {

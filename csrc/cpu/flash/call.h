@@ -12,7 +12,7 @@ namespace fastattn::cpu {
 
 struct FlashCall {
     const AttentionProblem& problem;
-    const FlashPlan& plan;
+    const FlashSchedule& schedule;
     std::byte* shared;
     Executor& executor;
 };

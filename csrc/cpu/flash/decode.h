@@ -26,6 +26,43 @@ FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
     }
 }
 
+// The keys (or values) of an item, block by block. Where a row's numbers lie apart, a block is copied first.
+template <class S>
+struct DecodeKeys {
+    const S* first = nullptr;  // of the present block
+    std::int64_t seq = 0, head = 0;  // strides
+
+    DecodeKeys(const Operand& x, std::int64_t dim, const ItemRange& item, S* copy)
+        : seq(x.seq),
+          head(x.head),
+          x_(x),
+          dim_(dim),
+          origin_(row_pointer<const S>(x, item.batch, 0, item.kv_head)),
+          copy_(x.dim == 1 ? nullptr : copy) {
+        if (copy_ == nullptr) return;
+        seq = dim;
+        head = kDecodeBlock * dim;
+    }
+
+    void go_to(std::int64_t j, std::int64_t n, std::int64_t heads) {
+        first = origin_ + j * x_.seq;
+        if (copy_ == nullptr) return;
+        for (std::int64_t h = 0; h < heads; ++h) {
+            for (std::int64_t d = 0; d < dim_; ++d) {
+                for (std::int64_t i = 0; i < n; ++i)
+                    copy_[h * head + i * seq + d] = first[h * x_.head + i * x_.seq + d * x_.dim];
+            }
+        }
+        first = copy_;
+    }
+
+private:
+    const Operand& x_;
+    std::int64_t dim_;
+    const S* origin_;
+    S* copy_;
+};
+
 // E: engine of q . k and of the weights' sums; of the values, too, where it takes pairs of keys and there is more than
 // one row to use them. Else these are multiplied by F, by fused multiply-add.
 template <class E, class F, class S>
@@ -44,21 +81,25 @@ class Decode {
     static constexpr std::int64_t kAheadBytes = 64 * 1024;
 
 public:
-    Decode(const FlashCall& call, std::int64_t item, std::byte* workspace)
-        : call_(call), p_(call.problem), item_(item_range(call, item)), x_(make_block<E>(p_, item_.batch)) {
+    Decode(const FlashCall& call, const ItemRange& item, std::byte* workspace)
+        : call_(call),
+          p_(call.problem),
+          item_(item),
+          plan_(item_.entry->plan),
+          x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
+          k_(p_.k, p_.head_dim, item_, gathered(workspace)),
+          v_(p_.v, p_.value_dim, item_, gathered(workspace) + item_.heads * block * p_.head_dim) {
         rows_ = item_.rows * item_.heads;
         one_row_ = item_.rows == 1;
-        k_ahead_ = ahead(p_.k, p_.head_dim);
-        v_ahead_ = ahead(p_.v, p_.value_dim);
+        k_ahead_ = ahead(k_.seq, p_.head_dim);
+        v_ahead_ = ahead(v_.seq, p_.value_dim);
         // Not by what an item happens to hold: bits must not depend on the other heads.
         pairs_ = E::scalars == 2 && item_.rows > 1 && p_.value_dim % (2 * w) == 0;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
         clear_output(x_, 0, rows_);
-        k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
-        v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
         for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
-            pack_row<E>(at_.q + r * call_.plan.q_stride,
+            pack_row<E>(at_.q + r * plan_.q_stride,
                         row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
@@ -78,22 +119,28 @@ public:
     }
 
 private:
+    S* gathered(std::byte* workspace) const {
+        return reinterpret_cast<S*>(workspace + flash_offsets(p_, plan_, tile_shape<E>()).gathered);
+    }
+
     void pass(bool careful) {
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
             if (!masked(j, n)) attend_block(j, n, careful);
-            if (call_.plan.section_keys > 0 && (j + block) % call_.plan.section_keys == 0) end_sections();
+            if (plan_.section_keys > 0 && (j + block) % plan_.section_keys == 0) end_sections();
         }
     }
 
     void attend_block(std::int64_t j, std::int64_t n, bool careful) {
         const int vectors = static_cast<int>((n + w - 1) / w);
-        if (!one_row_) next_ = rows_ahead(p_.v, v_ + j * p_.v.seq, p_.value_dim, n, item_.heads);
+        k_.go_to(j, n, item_.heads);
+        if (!one_row_)
+            next_ = rows_ahead<S, false>(p_.v, item_.batch, j, item_.kv_head, p_.value_dim, n, item_.heads);
         if (p_.head_dim % (w * E::scalars) == 0) {
-            score<false>(k_ + j * p_.k.seq, n);
+            score<false>(n);
         } else {
-            score<true>(k_ + j * p_.k.seq, n);
+            score<true>(n);
         }
         for (std::int64_t r = 0; r < rows_; ++r) {
             Acc* s = at_.scores + r * block;
@@ -102,12 +149,12 @@ private:
             store_weights(r, s, j, vectors);
         }
         if (!one_row_) next_ = keys_after(j);
-        const S* v = v_ + j * p_.v.seq;
+        v_.go_to(j, n, item_.heads);
         if (careful) {
             for (std::int64_t h = 0; h < item_.heads; ++h)
-                add_values_carefully(h * item_.rows, v + h * p_.v.head, j, n);
+                add_values_carefully(h * item_.rows, v_.first + h * v_.head, j, n);
         } else {
-            add_values(v, n);
+            add_values(v_.first, n);
         }
     }
 
@@ -117,7 +164,7 @@ private:
     }
 
     void take_all_totals() {
-        if (call_.plan.section_keys == 0) return;
+        if (plan_.section_keys == 0) return;
         for (std::int64_t r = 0; r < rows_; ++r) {
             end_section(x_, r);
             take_totals(x_, r);
@@ -130,25 +177,22 @@ private:
     // for row by row, in the order of the addresses, while the present part is computed.
     using Ahead = RowPrefetch<false>;
 
-    static Ahead rows_ahead(const Operand& x, const S* first, std::int64_t dim, std::int64_t n,
-                            std::int64_t heads) {
-        constexpr auto size = static_cast<std::int64_t>(sizeof(S));
-        return {first, dim * size, x.seq * size, n, heads, x.head * size};
-    }
-
     Ahead keys_after(std::int64_t j) const {
         j += block;
-        if (j < keys_.end)
-            return rows_ahead(p_.k, k_ + j * p_.k.seq, p_.head_dim, block_keys(j), item_.heads);
-        const std::int64_t next = call_.executor.next_item();
-        if (next >= call_.plan.items) return {};
-        const ItemRange item = item_range(call_, next);
-        const KeyRange keys = p_.key_range(item.batch, 0);
-        const std::int64_t begin =
-                               (keys.begin > item.key_begin ? keys.begin : item.key_begin) / block * block,
-                           n = item.key_end - begin;
-        return rows_ahead(p_.k, row_pointer<const S>(p_.k, item.batch, begin, item.kv_head), p_.head_dim,
-                          n < block ? n : block, item.heads);
+        const ItemRange* item = &item_;
+        std::int64_t n = block_keys(j);
+        ItemRange next_item;
+        if (j >= keys_.end) {
+            const std::int64_t next = call_.executor.next_item();
+            if (next >= call_.schedule.items) return {};
+            next_item = item_range(call_, next);
+            item = &next_item;
+            if (!next_item.entry->plan.decode) return {};
+            const KeyRange keys = entry_keys(p_, next_item.entry->lengths, 0);
+            j = (keys.begin > next_item.key_begin ? keys.begin : next_item.key_begin) / block * block;
+            n = next_item.key_end - j < block ? next_item.key_end - j : block;
+        }
+        return rows_ahead<S, false>(p_.k, item->batch, j, item->kv_head, p_.head_dim, n, item->heads);
     }
 
     // x (in s) of row r becomes weights, and its sums follow.
@@ -233,11 +277,11 @@ private:
     // scores[r][0..n) = q_r . k_j for all rows. has_tail: D is not a multiple of the width; code of its own, so
     // that the sums stay in registers without. The sums are the same to the last bit either way.
     template <bool has_tail>
-    void score(const S* block_begin, std::int64_t n) {
+    void score(std::int64_t n) {
         if (one_row_) {
-            score_rows<has_tail>(block_begin, n);
+            score_rows<has_tail>(k_.first, n);
         } else {
-            score_block<has_tail>(block_begin, n);
+            score_block<has_tail>(k_.first, n);
         }
     }
 
@@ -246,7 +290,7 @@ private:
         for (std::int64_t begin = 0; begin < n; begin += kScoreKeys) {
             const std::int64_t end = n - begin < kScoreKeys ? n : begin + kScoreKeys;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const S* keys_begin = block_begin + h * p_.k.head;
+                const S* keys_begin = block_begin + h * k_.head;
                 const std::int64_t first = h * item_.rows;
                 for_row_tiles(first, [&](std::int64_t r, auto rows) {
                     constexpr int heads = decltype(rows)::value, keys = w / heads;
@@ -255,9 +299,9 @@ private:
                         const S* k[keys];
 #pragma GCC unroll 16
                         for (int i = 0; i < keys; ++i)
-                            k[i] = keys_begin + (c + i < n ? c + i : n - 1) * p_.k.seq;
+                            k[i] = keys_begin + (c + i < n ? c + i : n - 1) * k_.seq;
                         alignas(64) Acc sums[w];
-                        dot_tile<heads, keys, has_tail>(at_.q + r * call_.plan.q_stride, k).store(sums);
+                        dot_tile<heads, keys, has_tail>(at_.q + r * plan_.q_stride, k).store(sums);
                         for (int m = 0; m < heads; ++m)
                             std::memcpy(at_.scores + (r + m) * block + c, sums + m * keys,
                                         keys * sizeof(Acc));
@@ -273,24 +317,24 @@ private:
 
     // How much further on in x: kAheadBytes in the order of reading, but not beyond half a block, as the other
     // tensor's comes between.
-    std::int64_t ahead(const Operand& x, std::int64_t dim) const {
+    std::int64_t ahead(std::int64_t seq, std::int64_t dim) const {
         const std::int64_t key_bytes = item_.heads * dim * static_cast<std::int64_t>(sizeof(S));
         return (kAheadBytes < block / 2 * key_bytes ? (kAheadBytes + key_bytes - 1) / key_bytes : block / 2) *
-               x.seq;
+               seq;
     }
 
     // scores[h][0..n) = q_h . k_jh for all heads, one row each
     template <bool has_tail>
     void score_rows(const S* block_begin, std::int64_t n) {
         constexpr int groups = w / kSideBySide;
-        const std::int64_t q_stride = call_.plan.q_stride, tiled = item_.heads / groups * groups;
-        const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * p_.k.seq; };
+        const std::int64_t q_stride = plan_.q_stride, tiled = item_.heads / groups * groups;
+        const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * k_.seq; };
         for (std::int64_t c = 0; c < n; c += kSideBySide) {
             const S* k[kSideBySide];
             for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
             for (std::int64_t h = 0; h < tiled; h += groups) {
                 alignas(64) Acc sums[w];
-                dot_groups<has_tail>(at_.q + h * q_stride, q_stride, k, h * p_.k.head, p_.k.head).store(sums);
+                dot_groups<has_tail>(at_.q + h * q_stride, q_stride, k, h * k_.head, k_.head).store(sums);
                 for (int g = 0; g < groups; ++g)
                     std::memcpy(at_.scores + (h + g) * block + c, sums + g * kSideBySide,
                                 kSideBySide * sizeof(Acc));
@@ -304,11 +348,11 @@ private:
             for (; c + w <= n; c += w) {
                 const S* k[kSideBySide];
                 for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
-                dot_groups<has_tail>(q, 0, k, h * p_.k.head, kSideBySide * p_.k.seq).store(scores + c);
+                dot_groups<has_tail>(q, 0, k, h * k_.head, kSideBySide * k_.seq).store(scores + c);
             }
             if (c == n) continue;
             const S* k[w];
-            for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * p_.k.head;
+            for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * k_.head;
             dot_tile<1, w, has_tail>(q, k).store(scores + c);
         }
     }
@@ -357,7 +401,7 @@ private:
         auto step = [&](std::int64_t u, auto load_key) {
             V qs[heads];
 #pragma GCC unroll 4
-            for (int h = 0; h < heads; ++h) qs[h] = V::load(q + h * call_.plan.q_stride + u);
+            for (int h = 0; h < heads; ++h) qs[h] = V::load(q + h * plan_.q_stride + u);
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
                 const V x = load_key(k[i], u);
@@ -398,7 +442,7 @@ private:
         for (std::int64_t k = 0; k < n; k += at_once) {
             const std::int64_t depth = n - k < at_once ? n - k : at_once;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const S* rows_begin = v + k * p_.v.seq + h * p_.v.head;
+                const S* rows_begin = v + k * v_.seq + h * v_.head;
                 for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
                     constexpr int m = decltype(rows)::value;
                     for (std::int64_t c = 0; c < whole; c += F::nr) {
@@ -412,7 +456,7 @@ private:
         }
         if (whole == p_.value_dim) return;
         for (std::int64_t h = 0; h < item_.heads; ++h) {
-            pack_tail(v + h * p_.v.head + whole, n, p_.value_dim - whole);
+            pack_tail(v + h * v_.head + whole, n, p_.value_dim - whole);
             for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
                 gemm_accumulate<F, decltype(rows)::value, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride,
                                                              at_.p + r * block, block, at_.v, w, n);
@@ -429,7 +473,7 @@ private:
             if (pairs_) {
                 const std::int64_t pairs = (depth + 1) / 2;
                 gemm_accumulate_with<E, MR, NV>(o, x_.o_stride, at_.p + r * block + k / 2, block,
-                                                PairedRows<S>{v, depth}, p_.v.seq, pairs, pairs, ahead, 1,
+                                                PairedRows<S>{v, depth}, v_.seq, pairs, pairs, ahead, 1,
                                                 false);
                 return;
             }
@@ -437,12 +481,12 @@ private:
         const Acc* p = at_.p + r * block + k;
         if constexpr (MR == 1) {
             if (one_row_) {
-                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<S>{v, v_ahead_}, p_.v.seq,
+                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<S>{v, v_ahead_}, v_.seq,
                                           depth);
                 return;
             }
         }
-        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, p, block, v, p_.v.seq, depth, depth, ahead, 1, false);
+        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, p, block, v, v_.seq, depth, depth, ahead, 1, false);
     }
 
     void restore_columns() {
@@ -461,7 +505,7 @@ private:
 
     // The columns of v beyond whole vectors, zero-filled: (n, width).
     void pack_tail(const S* v, std::int64_t n, std::int64_t columns) {
-        for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * p_.v.seq, columns).store(at_.v + k * w);
+        for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * v_.seq, columns).store(at_.v + k * w);
     }
 
     void add_values_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
@@ -479,7 +523,7 @@ private:
                     for (std::int64_t k = begin; k < end; ++k) {
                         const Acc weight = at_.p[r * block + k];
                         if (weight == 0 && !attends(x_, x_.info[r], j + k)) continue;
-                        const V x = load_n<V>(values + k * p_.v.seq + c, p_.value_dim - c);
+                        const V x = load_n<V>(values + k * v_.seq + c, p_.value_dim - c);
                         sum = V::fma(V::set1(weight), x, sum);
                     }
                     Acc* const o = x_.o + r * x_.o_stride + c;
@@ -495,7 +539,7 @@ private:
         S* const strip = reinterpret_cast<S*>(at_.v);
         for (std::int64_t c = 0; c < p_.value_dim; c += columns) {
             for (std::int64_t i = 0; i < n * columns; ++i) {
-                const S x = values[i / columns * p_.v.seq + c + i % columns];
+                const S x = values[i / columns * v_.seq + c + i % columns];
                 strip[i] = is_finite(x) ? x : S{};
             }
             for_row_tiles(first, [&](std::int64_t r, auto rows) {
@@ -508,7 +552,7 @@ private:
             });
             for (std::int64_t i = 0; i < n * columns; ++i) {
                 const std::int64_t k = i / columns;
-                const S x = values[k * p_.v.seq + c + i % columns];
+                const S x = values[k * v_.seq + c + i % columns];
                 if (is_finite(x)) continue;
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     if (!attends(x_, x_.info[r], j + k)) continue;
@@ -524,7 +568,9 @@ private:
     const FlashCall& call_;
     const AttentionProblem& p_;
     ItemRange item_;
+    const FlashPlan& plan_;
     FlashBlock<E> x_;
+    DecodeKeys<S> k_, v_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t rows_ = 0;  // of all heads
@@ -532,12 +578,10 @@ private:
     bool one_row_ = false;  // of each head
     std::int64_t k_ahead_ = 0, v_ahead_ = 0;
     bool pairs_ = false;  // keys two at a time in the product with v
-    const S* k_ = nullptr;
-    const S* v_ = nullptr;
 };
 
 template <class E, class F, class S>
-void decode_item(const FlashCall& call, std::int64_t item, std::byte* workspace) {
+void decode_item(const FlashCall& call, const ItemRange& item, std::byte* workspace) {
     Decode<E, F, S>(call, item, workspace).run(workspace);
 }
 

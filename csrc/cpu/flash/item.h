@@ -3,7 +3,7 @@
 
 #include <fastattn/attention.h>
 
-#include "core/visible.h"
+#include "core/entry.h"
 #include "cpu/flash/call.h"
 #include "cpu/flash/output.h"
 
@@ -16,54 +16,48 @@ constexpr TileShape tile_shape() {
 }
 
 struct ItemRange {
+    const FlashEntry* entry;
+    std::byte* partials;  // of the entry
     std::int64_t batch, kv_head, heads, split;  // kv heads [kv_head, kv_head + heads)
     std::int64_t row_begin, rows;   // rows of each (batch, kv head): row r is query r / G, head r % G
     std::int64_t key_begin, key_end;
 };
 
-// The order of items: later row blocks first, since under a causal mask they are the longest.
-inline ItemRange item_range(const FlashCall& call, std::int64_t item) {
-    const FlashPlan& plan = call.plan;
+// The order of an entry's items: later row blocks first, since under a causal mask they are the longest.
+inline ItemRange item_range(const FlashCall& call, std::int64_t number) {
+    const Place<FlashEntry> place = place_of(call.schedule.entries, &FlashEntry::items, number);
+    const FlashPlan& plan = place.entry->plan;
+    std::int64_t item = place.item;
     ItemRange x{};
+    x.entry = place.entry;
+    x.partials = call.shared + place.shared;
+    x.batch = place.batch;
     x.row_begin = (plan.row_items - 1 - item % plan.row_items) * plan.rows_per_item;
     item /= plan.row_items;
     x.split = item % plan.key_splits;
-    item /= plan.key_splits;
-    x.kv_head = item % plan.head_items * plan.heads_per_item;
-    x.batch = item / plan.head_items;
+    x.kv_head = item / plan.key_splits * plan.heads_per_item;
     const std::int64_t heads_left = call.problem.kv_heads - x.kv_head;
     x.heads = heads_left < plan.heads_per_item ? heads_left : plan.heads_per_item;
     const std::int64_t left = plan.rows - x.row_begin;
     x.rows = left < plan.rows_per_item ? left : plan.rows_per_item;
     x.key_begin = x.split * plan.split_keys;
-    const std::int64_t end = x.key_begin + plan.split_keys;
-    x.key_end = end < call.problem.kv_size ? end : call.problem.kv_size;
+    const std::int64_t end = x.key_begin + plan.split_keys, keys = place.entry->lengths.kv_len;
+    x.key_end = end < keys ? end : keys;
     return x;
 }
 
-// Which keys the rows of one batch entry may attend.
-struct RowRule {
-    const AttentionProblem& problem;
-    const std::int64_t q_len, kv_len, offset;
-
-    RowRule(const AttentionProblem& p, std::int64_t b)
-        : problem(p), q_len(p.q_len(b)), kv_len(p.kv_len(b)), offset(p.offset(b)) {}
-
-    FASTATTN_INLINE RowInfo info(std::int64_t query, std::int64_t head) const {
-        RowInfo row{};
-        row.query = query;
-        row.head = head;
-        if (query < q_len) {
-            const KeyRange range = attended_range(problem, kv_len, offset, query);
-            row.begin = range.begin;
-            row.end = range.end;
-        }
-        return row;
+// A row of an entry, with the keys that it may attend.
+FASTATTN_INLINE RowInfo row_info(const AttentionProblem& p, const Entry& entry, std::int64_t query,
+                                 std::int64_t head) {
+    RowInfo row{};
+    row.query = query;
+    row.head = head;
+    if (query < entry.q_len) {
+        const KeyRange range = entry_keys(p, entry, query);
+        row.begin = range.begin;
+        row.end = range.end;
     }
-};
-
-inline RowInfo row_info(const AttentionProblem& p, std::int64_t b, std::int64_t kv_head, std::int64_t row) {
-    return RowRule(p, b).info(row / p.group, kv_head * p.group + row % p.group);
+    return row;
 }
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
@@ -126,7 +120,8 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
                     std::byte* workspace, FlashBlock<E>& x, ItemBuffers<E>& buffers) {
     using V = typename E::V;
     using Acc = typename E::Acc;
-    const FlashOffsets at = flash_offsets(call.problem, call.plan, tile_shape<E>());
+    const FlashPlan& plan = item.entry->plan;
+    const FlashOffsets at = flash_offsets(call.problem, plan, tile_shape<E>());
     auto units = [&](std::size_t offset) { return reinterpret_cast<typename E::Unit*>(workspace + offset); };
     auto accs = [&](std::size_t offset) { return reinterpret_cast<Acc*>(workspace + offset); };
     buffers = {units(at.q),
@@ -136,26 +131,25 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
                accs(at.scores),
                reinterpret_cast<std::uint8_t*>(workspace + at.bad),
                reinterpret_cast<TileKeys*>(workspace + at.tiles)};
-    x.o_stride = call.plan.o_stride;
+    x.o_stride = plan.o_stride;
     x.info = reinterpret_cast<RowInfo*>(workspace + at.info);
     x.row_max = accs(at.row_max);
     x.row_shift = accs(at.row_shift);
     x.row_sum = accs(at.row_sum);
     x.o = accs(at.o);
-    if (call.plan.section_keys > 0) {
+    if (plan.section_keys > 0) {
         const std::int64_t size = padded_rows * (x.o_stride + E::sums);
         x.o_total = reinterpret_cast<double*>(workspace + at.totals);
         x.sum_total = x.o_total + padded_rows * x.o_stride;
         for (std::int64_t n = 0; n < size; ++n) x.o_total[n] = 0;
     }
-    const RowRule rule(call.problem, item.batch);
     const std::int64_t group = call.problem.group, rows = item.rows * item.heads;
     KeyRange keys{item.key_end, item.key_begin};
     for (std::int64_t h = 0, r = 0; h < item.heads; ++h) {
         const std::int64_t first_head = (item.kv_head + h) * group;
         std::int64_t query = item.row_begin / group, member = item.row_begin % group;
         for (std::int64_t end = r + item.rows; r < end; ++r) {
-            RowInfo info = rule.info(query, first_head + member);
+            RowInfo info = row_info(call.problem, x.entry, query, first_head + member);
             if (++member == group) {
                 member = 0;
                 ++query;
@@ -188,10 +182,10 @@ void clear_output(const FlashBlock<E>& x, std::int64_t first, std::int64_t rows)
 }
 
 template <class E>
-typename E::Acc* partial_of(const FlashCall& call, std::int64_t head, std::int64_t row, std::int64_t split) {
-    const FlashPlan& plan = call.plan;
-    return reinterpret_cast<typename E::Acc*>(call.shared) +
-           ((head * plan.rows + row) * plan.key_splits + split) * plan.partial_stride;
+typename E::Acc* partial_of(const FlashPlan& plan, std::byte* partials, std::int64_t kv_head, std::int64_t row,
+                            std::int64_t split) {
+    return reinterpret_cast<typename E::Acc*>(partials) +
+           ((kv_head * plan.rows + row) * plan.key_splits + split) * plan.partial_stride;
 }
 
 // Writes the rows of an item: their outputs, or partial results where the keys are split.
@@ -203,11 +197,11 @@ void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
     for (std::int64_t first = 0; first < rows; first += kRows) {
         if (call.executor.stop_requested()) return;
         const std::int64_t end = rows - first < kRows ? rows : first + kRows;
-        if (call.plan.key_splits > 1) {
-            for (std::int64_t r = first; r < end; ++r) {
-                const std::int64_t head = item.batch * call.problem.kv_heads + item.kv_head + r / item.rows;
-                write_partial(x, r, partial_of<E>(call, head, item.row_begin + r % item.rows, item.split));
-            }
+        if (item.entry->plan.key_splits > 1) {
+            for (std::int64_t r = first; r < end; ++r)
+                write_partial(x, r,
+                              partial_of<E>(item.entry->plan, item.partials, item.kv_head + r / item.rows,
+                                            item.row_begin + r % item.rows, item.split));
             continue;
         }
         // All sums before the outputs: a row's sum and divisions take long, and do not wait for each other.
@@ -227,12 +221,15 @@ void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
 
 template <class E, class S>
 void flash_merge(const FlashCall& call, std::int64_t item) {
-    const std::int64_t head = item / call.plan.rows, row = item % call.plan.rows;
-    const std::int64_t b = head / call.problem.kv_heads;
-    FlashBlock<E> x = make_block<E>(call.problem, b);
-    x.o_stride = call.plan.o_stride;
-    merge_row<E, S>(x, row_info(call.problem, b, head % call.problem.kv_heads, row),
-                    partial_of<E>(call, head, row, 0), call.plan.key_splits, call.plan.partial_stride);
+    const Place<FlashEntry> place = place_of(call.schedule.entries, &FlashEntry::merges, item);
+    const FlashPlan& plan = place.entry->plan;
+    const Entry& entry = place.entry->lengths;
+    const std::int64_t kv_head = place.item / plan.rows, row = place.item % plan.rows, group = call.problem.group;
+    FlashBlock<E> x = make_block<E>(call.problem, place.batch, entry);
+    x.o_stride = plan.o_stride;
+    merge_row<E, S>(x, row_info(call.problem, entry, row / group, kv_head * group + row % group),
+                    partial_of<E>(plan, call.shared + place.shared, kv_head, row, 0), plan.key_splits,
+                    plan.partial_stride);
 }
 
 }  // namespace

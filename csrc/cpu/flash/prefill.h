@@ -22,14 +22,15 @@ class Prefill {
     static constexpr std::int64_t kInCaches = 256 * 1024;  // bytes of k and v that need no prefetching
 
 public:
-    Prefill(const FlashCall& call, std::int64_t item, std::byte* workspace)
+    Prefill(const FlashCall& call, const ItemRange& item, std::byte* workspace)
         : call_(call),
           p_(call.problem),
-          item_(item_range(call, item)),
-          x_(make_block<E>(p_, item_.batch)),
+          item_(item),
+          plan_(item_.entry->plan),
+          x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
           drops_(p_.dropout > 0) {
         padded_ = (item_.rows + kRowStep - 1) / kRowStep * kRowStep;
-        p_stride_ = weight_stride(call.plan, tile_shape<E>());
+        p_stride_ = weight_stride(plan_, tile_shape<E>());
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
         k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
@@ -41,7 +42,7 @@ public:
     void run() {
         pack_queries();
         find_tile_keys();
-        const std::int64_t block = call_.plan.key_block;
+        const std::int64_t block = plan_.key_block;
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
@@ -52,7 +53,7 @@ public:
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
             if (!tile_of(r).started) clear_output(x_, r, E::mr);
         }
-        if (call_.plan.section_keys > 0) {
+        if (plan_.section_keys > 0) {
             for (std::int64_t r = 0; r < padded_; ++r) {
                 end_section(x_, r);
                 take_totals(x_, r);
@@ -65,7 +66,7 @@ public:
 private:
     void attend_block(std::int64_t j, std::int64_t n) {
         pack_block(j, n);
-        if (large_) plan_prefetch(j + call_.plan.key_block);
+        if (large_) plan_prefetch(j + plan_.key_block);
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
             if (call_.executor.stop_requested()) return;
             if (large_) {
@@ -91,16 +92,18 @@ private:
         const std::int64_t tiles = (padded_ + E::mr - 1) / E::mr;
         if (n == 0) {
             // With split keys the output is written by the merge.
-            if (call_.plan.key_splits == 1) out_ = query_rows_ahead<true>(p_.out, item_, p_.value_dim);
+            if (plan_.key_splits == 1) out_ = query_rows_ahead<true>(p_.out, item_, p_.value_dim);
             prefetch_rows_ = (item_.rows + tiles - 1) / tiles;
             const std::int64_t next = call_.executor.next_item();
-            if (next >= call_.plan.items) return;
+            if (next >= call_.schedule.items) return;
             item = item_range(call_, next);
-            KeyRange keys = p_.key_range(item.batch, item.row_begin / p_.group);
+            if (item.entry->plan.decode) return;
+            KeyRange keys = entry_keys(p_, item.entry->lengths, item.row_begin / p_.group);
             if (keys.begin < item.key_begin) keys.begin = item.key_begin;
             if (keys.end > item.key_end) keys.end = item.key_end;
-            j = keys.begin / call_.plan.key_block * call_.plan.key_block;
-            n = keys.end - j < call_.plan.key_block ? keys.end - j : call_.plan.key_block;
+            const std::int64_t block = item.entry->plan.key_block;
+            j = keys.begin / block * block;
+            n = keys.end - j < block ? keys.end - j : block;
             next_q_ = query_rows_ahead<false>(p_.q, item, p_.head_dim);
         }
         next_k_ = rows_ahead<S, false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
@@ -110,8 +113,8 @@ private:
 
     // Sections end at the same keys whatever the item's first one is.
     bool section_ends(std::int64_t j) const {
-        const std::int64_t section = call_.plan.section_keys;
-        return section > 0 && (j + call_.plan.key_block) % section == 0;
+        const std::int64_t section = plan_.section_keys;
+        return section > 0 && (j + plan_.key_block) % section == 0;
     }
 
     void end_sections() {
@@ -151,14 +154,14 @@ private:
             p_.weights.data == nullptr ? padded_ : (padded_ + E::mr - 1) / E::mr * E::mr;
         for (std::int64_t r = 0; r < rows; ++r) {
             const RowInfo& row = x_.info[r < padded_ ? r : padded_ - 1];
-            pack_row<E>(at_.q + r * call_.plan.q_stride,
+            pack_row<E>(at_.q + r * plan_.q_stride,
                         row_pointer<const S>(p_.q, item_.batch, row.query, row.head), p_.q.dim, p_.head_dim);
         }
     }
 
     std::int64_t block_keys(std::int64_t j) const {
         const std::int64_t left = keys_.end - j;
-        return left < call_.plan.key_block ? left : call_.plan.key_block;
+        return left < plan_.key_block ? left : plan_.key_block;
     }
 
     // No row may attend any of n keys from j on, by the bool mask.
@@ -178,7 +181,7 @@ private:
     void find_tile_keys() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             TileKeys& t = tile_of(r);
-            if (r % E::mr == 0) t = {p_.kv_size, 0, 0, p_.kv_size, false};
+            if (r % E::mr == 0) t = {x_.entry.kv_len, 0, 0, x_.entry.kv_len, false};
             const RowInfo& row = x_.info[r];
             if (row.end > row.begin) {
                 t.begin = row.begin < t.begin ? row.begin : t.begin;
@@ -312,7 +315,7 @@ private:
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = V::zero();
         }
-        gemm_tile_with<E, MR, NV>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+        gemm_tile_with<E, MR, NV>(acc, at_.q + r * plan_.q_stride, plan_.q_stride,
                                   at_.k + (c - c % E::nr) * d_units_ + c % E::nr, E::nr, d_units_, !waiting,
                                   weights);
         if (x_.elementwise) {
@@ -436,7 +439,7 @@ private:
             if (call_.executor.stop_requested()) return;
             for (std::int64_t j = 0; j < p_.kv_size; ++j) set_weight(r, j, Acc(0));
         }
-        const std::int64_t block = call_.plan.key_block;
+        const std::int64_t block = plan_.key_block;
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             const std::int64_t n = block_keys(j);
             pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
@@ -449,7 +452,7 @@ private:
 
     void weights_tile(std::int64_t r, std::int64_t j, std::int64_t c, std::int64_t n) {
         V acc[E::mr][E::nv] = {};
-        gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * call_.plan.q_stride, call_.plan.q_stride,
+        gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * plan_.q_stride, plan_.q_stride,
                                    at_.k + c * d_units_, E::nr, 0, d_units_);
         store_scores<E::nv>(acc, V::zero());
         for (int m = 0; m < E::mr && r + m < item_.rows; ++m) {
@@ -478,6 +481,7 @@ private:
     const FlashCall& call_;
     const AttentionProblem& p_;
     ItemRange item_;
+    const FlashPlan& plan_;
     FlashBlock<E> x_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
@@ -492,7 +496,7 @@ private:
 };
 
 template <class E, class S>
-void prefill_item(const FlashCall& call, std::int64_t item, std::byte* workspace) {
+void prefill_item(const FlashCall& call, const ItemRange& item, std::byte* workspace) {
     Prefill<E, S>(call, item, workspace).run();
 }
 

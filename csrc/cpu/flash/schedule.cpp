@@ -1,7 +1,10 @@
 #include "cpu/flash/schedule.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
+#include "cpu/flash/make_schedule.h"
 #include "cpu/flash/workspace.h"
 
 namespace fastattn::cpu {
@@ -21,15 +24,14 @@ constexpr std::int64_t kMinRows = 96;
 constexpr std::int64_t kBlockBytes = 256 * 1024;
 
 // Few rows and many keys: split the keys, so that the work is parallel and k and v are packed for all rows at once.
-// Depends on the problem of one (batch, head) alone.
-std::int64_t split_length(const AttentionProblem& p, const FlashPlan& plan) {
+std::int64_t split_length(const AttentionProblem& p, std::int64_t keys, const FlashPlan& plan) {
     // More rows, fewer splits: what partial results take stays the same.
     const std::int64_t most_splits =
         std::max<std::int64_t>(kMostSplits * 16 / std::max<std::int64_t>(plan.rows, 16), 1);
     std::int64_t length = plan.decode ? kDecodeSplitKeys : kSplitKeys;
-    length = std::max(length, round_up(ceil_div(p.kv_size, most_splits), kKeyBlock));
-    const bool pays = p.weights.data == nullptr && plan.rows <= kSplitRows && p.kv_size > length;
-    return pays ? length : p.kv_size;
+    length = std::max(length, round_up(ceil_div(keys, most_splits), kKeyBlock));
+    const bool pays = p.weights.data == nullptr && plan.rows <= kSplitRows && keys > length;
+    return pays ? length : keys;
 }
 
 // Packed k and v of a block stay in L2, beside the q and O that stream through it.
@@ -39,12 +41,12 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
 }
 
 // Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing them for
-// prefill's larger tiles is as good from 16 rows on. Of the problem of one head alone, as it decides about bits.
-std::int64_t most_decode_rows(const AttentionProblem& p) {
+// prefill's larger tiles is as good from 16 rows on.
+std::int64_t most_decode_rows(const AttentionProblem& p, std::int64_t keys) {
     constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
     const std::int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<std::int64_t>(item_size(p.dtype));
-    if (p.kv_size >= ceil_div(kLargeHead, std::max<std::int64_t>(key_bytes, 1))) return 32;
-    return p.kv_size >= kFewKeys ? 16 : 8;
+    if (keys >= ceil_div(kLargeHead, std::max<std::int64_t>(key_bytes, 1))) return 32;
+    return keys >= kFewKeys ? 16 : 8;
 }
 
 // Where the heads of a key lie side by side, one item reads all of them: memory is fast only when it is
@@ -63,21 +65,22 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 
 }  // namespace
 
-FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threads) {
+FlashPlan plan_flash(const AttentionProblem& p, const Entry& entry, const TileShape& tile, int threads) {
     FlashPlan plan;
-    plan.rows = p.q_size * p.group;
-    plan.decode =
-        plan.rows <= most_decode_rows(p) && p.k.dim == 1 && p.v.dim == 1 && p.weights.data == nullptr;
+    const std::int64_t keys = entry.kv_len;
+    plan.rows = entry.q_len * p.group;
+    plan.decode = plan.rows <= most_decode_rows(p, keys) && p.weights.data == nullptr;
+    plan.gathers = plan.decode && (p.k.dim != 1 || p.v.dim != 1);
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;
     plan.key_block = plan.decode ? kDecodeBlock
                                  : std::min(prefill_key_block(p, tile),
-                                            round_up(std::max<std::int64_t>(p.kv_size, 1), tile.nr));
+                                            round_up(std::max<std::int64_t>(keys, 1), tile.nr));
 
     const std::int64_t heads = p.batch * p.kv_heads;
-    plan.split_keys = split_length(p, plan);
-    plan.key_splits = plan.split_keys > 0 ? ceil_div(p.kv_size, plan.split_keys) : 1;
+    plan.split_keys = split_length(p, keys, plan);
+    plan.key_splits = plan.split_keys > 0 ? ceil_div(keys, plan.split_keys) : 1;
     const std::int64_t section = plan.decode ? kDecodeSectionKeys : kSectionKeys;
     if (tile.unit_bytes == 4 && plan.split_keys > section) plan.section_keys = section;
     if (plan.decode) {
@@ -97,16 +100,71 @@ FlashPlan plan_flash(const AttentionProblem& p, const TileShape& tile, int threa
         plan.row_items = ceil_div(plan.rows, plan.rows_per_item);
     }
     plan.head_items = ceil_div(p.kv_heads, plan.heads_per_item);
-    plan.items = p.batch * plan.head_items * plan.row_items * plan.key_splits;
-    plan.groups = plan.decode ? 1 : std::max<std::int64_t>(p.batch * plan.head_items, 1);
+    plan.items = plan.head_items * plan.row_items * plan.key_splits;
     if (plan.key_splits > 1) {
-        plan.merge_items = heads * plan.rows;
+        plan.merge_items = p.kv_heads * plan.rows;
         plan.shared_bytes =
-            static_cast<std::size_t>(heads * plan.rows * plan.key_splits * plan.partial_stride) *
+            static_cast<std::size_t>(plan.merge_items * plan.key_splits * plan.partial_stride) *
             static_cast<std::size_t>(tile.unit_bytes);
     }
     plan.per_thread_bytes = workspace_bytes(p, plan, tile);
     return plan;
+}
+
+ForwardSchedule::ForwardSchedule(const AttentionProblem& p, const TileShape& tile, int threads)
+    : entries_(p) {
+    const std::int64_t times = entries_.times();
+    FlashSchedule& all = flash_;
+    std::int64_t groups = 0;
+    for_each_entry(p, [&](std::int64_t, const Entry& lengths) {
+        FlashEntry& entry = entries_.add();
+        entry.lengths = lengths;
+        const FlashPlan& plan = entry.plan = plan_flash(p, lengths, tile, threads);
+        entry.items = {all.items, plan.items};
+        entry.merges = {all.merge_items, plan.merge_items};
+        entry.shared = static_cast<std::int64_t>(all.shared_bytes);
+        entry.shared_size = static_cast<std::int64_t>((plan.shared_bytes + 63) / 64 * 64);
+        all.items += times * plan.items;
+        all.merge_items += times * plan.merge_items;
+        all.shared_bytes += static_cast<std::size_t>(times * entry.shared_size);
+        all.per_thread_bytes = std::max(all.per_thread_bytes, plan.per_thread_bytes);
+        groups += plan.decode ? 0 : times * plan.head_items;
+    });
+    all.entries = entries_.table();
+    all.groups = std::max<std::int64_t>(groups, 1);
+}
+
+namespace {
+
+std::string describe_plan(const AttentionProblem& p, const FlashPlan& plan, const TileShape& tile) {
+    std::string text = plan.decode ? "decode" : "prefill";
+    text += ", tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr);
+    text += ", key block " + std::to_string(plan.key_block);
+    text += ", rows per item " + std::to_string(plan.rows_per_item);
+    if (plan.key_splits > 1) text += ", key splits " + std::to_string(plan.key_splits);
+    if (p.weights.data != nullptr) text += ", second pass for the weights";
+    return text;
+}
+
+}  // namespace
+
+std::string ForwardSchedule::describe(const AttentionProblem& p, const TileShape& tile) const {
+    std::vector<std::pair<std::string, std::int64_t>> kinds;
+    for (std::int64_t row = 0; row < flash_.entries.count; ++row) {
+        std::string text = describe_plan(p, flash_.entries.rows[row].plan, tile);
+        const auto same = [&](const auto& kind) { return kind.first == text; };
+        const auto found = std::find_if(kinds.begin(), kinds.end(), same);
+        if (found == kinds.end()) {
+            kinds.emplace_back(std::move(text), 1);
+        } else {
+            ++found->second;
+        }
+    }
+    if (kinds.size() == 1) return kinds[0].first;
+    std::string all;
+    for (const auto& [text, entries] : kinds)
+        all += (all.empty() ? "" : "; ") + std::to_string(entries) + (entries == 1 ? " entry: " : " entries: ") + text;
+    return all;
 }
 
 }  // namespace fastattn::cpu

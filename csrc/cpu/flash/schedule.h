@@ -1,12 +1,15 @@
-// How a problem is cut into work: pure functions of the problem, the register tile and, for the size of
-// an item only, the number of threads. Results never depend on the latter: row tiles and key blocks
-// start at the same places whatever the items are.
+// How a call is cut into work, entry by entry: pure functions of the problem, the entry's lengths, the register tile and,
+// for the size of an item only, the number of threads. Row tiles and key blocks start at the same places whatever the
+// items are: an entry has the same bits alone, in any batch and on any number of threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include <fastattn/attention.h>
+
+#include "core/entry.h"
+#include "cpu/entry_table.h"
 
 namespace fastattn::cpu {
 
@@ -34,9 +37,11 @@ inline constexpr std::int64_t kSectionKeys = 4096, kDecodeSectionKeys = 1024;
 
 inline constexpr std::int64_t kPartialHeader = 4;  // accumulators before o in a partial result
 
+// Of one entry. All that bits depend on comes from its own lengths, G, D, Dv, dtype and options; rows and heads of an
+// item also from the threads and the other entries.
 struct FlashPlan {
     bool decode = false;
-    std::int64_t rows = 0;  // Sq * G: the rows that share k and v; row r is query r/G, head r%G
+    std::int64_t rows = 0;  // q_len * G: the rows that share k and v; row r is query r/G, head r%G
     std::int64_t heads_per_item = 1;  // kv heads of an item; above 1 (decode only) it has all rows of each
     std::int64_t head_items = 0;
     std::int64_t rows_per_item = 0;  // multiple of mr in prefill
@@ -45,16 +50,30 @@ struct FlashPlan {
     std::int64_t split_keys = 0;  // keys of a split (a multiple of kKeyBlock when key_splits > 1)
     std::int64_t key_block = 0;
     std::int64_t section_keys = 0;  // multiple of key_block; 0: an item's sums need no totals
-    std::int64_t items = 0;  // batch * head_items * row_items * key_splits
-    std::int64_t groups = 1;  // neighbouring items that two threads should not share: see Executor
+    std::int64_t items = 0;  // head_items * row_items * key_splits
     std::int64_t merge_items = 0;  // second phase, when key_splits > 1
     std::int64_t q_stride = 0;  // units of a packed q row
     std::int64_t o_stride = 0;  // accumulators of an output row
     std::int64_t partial_stride = 0;  // accumulators of one partial result: m, l, rounded l, o
+    bool gathers = false;  // decode: keys or values whose numbers lie apart are copied block by block
     std::size_t per_thread_bytes = 0;
     std::size_t shared_bytes = 0;
 };
 
-FlashPlan plan_flash(const AttentionProblem& problem, const TileShape& tile, int threads);
+FlashPlan plan_flash(const AttentionProblem& problem, const Entry& entry, const TileShape& tile, int threads);
+
+struct FlashEntry {
+    Entry lengths;
+    FlashPlan plan;
+    Phase items, merges;
+    std::int64_t shared = 0, shared_size = 0;  // partial results
+};
+
+struct FlashSchedule {
+    EntryTable<FlashEntry> entries;
+    std::int64_t items = 0, merge_items = 0;
+    std::int64_t groups = 1;  // neighbouring items that two threads should not share: see Executor
+    std::size_t per_thread_bytes = 0, shared_bytes = 0;
+};
 
 }  // namespace fastattn::cpu

@@ -73,6 +73,7 @@ struct FlashBlock {
     using Acc = typename E::Acc;
     const AttentionProblem& problem;
     std::int64_t batch;      // b
+    Entry entry;             // its lengths
     Acc scale, scale_log2e, softcap, inverse_softcap;
     Acc cap_factor;          // 2 log2(e) scale / softcap
     bool alibi, bias, mask;
@@ -88,12 +89,13 @@ struct FlashBlock {
 };
 
 template <class E>
-FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b) {
+FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry& entry) {
     using Acc = typename E::Acc;
     // Beyond these a cap is nothing, or all; its reciprocal stays a number.
     const double cap = p.softcap > 1e30 ? 0.0 : (p.softcap > 0 && p.softcap < 1e-30 ? 1e-30 : p.softcap);
     return {p,
             b,
+            entry,
             to_finite<Acc>(p.scale),
             to_finite<Acc>(p.scale * kLog2E),
             Acc(cap),
@@ -143,7 +145,7 @@ void find_features(const FlashBlock<E>& x, RowInfo& row) {
     row.bias = p.bias.data == nullptr ? 0 : score_offset(p.bias, x.batch, row.head, row.query, 0);
     row.mask = p.mask.data == nullptr ? 0 : score_offset(p.mask, x.batch, row.head, row.query, 0);
     row.slope = p.alibi_slopes.data == nullptr ? 0.0 : -read_head(p.alibi_slopes, x.batch, row.head);
-    row.position = double(row.query) + double(p.offset(x.batch));  // any q_offset, no overflow
+    row.position = double(row.query) + double(x.entry.offset);  // any q_offset, no overflow
 }
 
 // -inf for the keys j0, j0+1, ... that are outside of the row's range.

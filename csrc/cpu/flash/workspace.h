@@ -35,6 +35,7 @@ struct FlashOffsets {
     std::size_t row_max, row_shift, row_sum;  // accumulators: (rows), (rows), (rows, sums, width)
     std::size_t totals;                      // doubles: O (rows, o_stride), then l (rows, sums)
     std::size_t info, bad, tiles;            // RowInfo (rows), bytes (key_block), TileKeys (tiles of rows)
+    std::size_t gathered;                    // of decode, as stored: k (heads, key_block, D), then v
     std::size_t total;
 };
 
@@ -78,6 +79,9 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     f.info = take(rows * static_cast<std::int64_t>(sizeof(RowInfo)));
     f.bad = take(keys);
     f.tiles = take((rows + t.mr - 1) / t.mr * static_cast<std::int64_t>(sizeof(TileKeys)));
+    if (plan.gathers)
+        f.gathered = take(plan.heads_per_item * plan.key_block * (problem.head_dim + problem.value_dim) *
+                          static_cast<std::int64_t>(item_size(problem.dtype)));
     f.total = at;
     return f;
 }

@@ -1,0 +1,31 @@
+// The entries of a call, read once: another thread may write to lengths and offsets meanwhile, and run() goes by
+// what plan() has read.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/entry.h"
+
+namespace fastattn {
+
+// Whether nothing tells the entries of the batch apart.
+inline bool entries_alike(const AttentionProblem& p) {
+    return p.batch <= 1 || (!p.has_q_lens && !p.has_kv_lens && p.q_offsets.data == nullptr);
+}
+
+inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
+    Entry entry{p.q_len(b), p.kv_len(b), 0};
+    entry.offset = p.has_q_offset ? p.offset(b) : entry.kv_len - entry.q_len;
+    return entry;
+}
+
+// f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike.
+template <class F>
+void for_each_entry(const AttentionProblem& p, F&& f) {
+    if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0});
+    const std::int64_t count = entries_alike(p) ? 1 : p.batch;
+    for (std::int64_t b = 0; b < count; ++b) f(b, read_entry(p, b));
+}
+
+}  // namespace fastattn
