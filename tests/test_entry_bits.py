@@ -1,4 +1,5 @@
-"""An entry has the bits that it has alone: in a padded batch, beside other heads, from any strides, on any threads.
+"""An entry has the bits that it has alone: in a padded batch, beside other heads, from any strides, on any
+number of threads.
 
 Gradients that are summed over entries (dbias without a batch axis, dalibi_slopes, dsinks) are not meant, and
 dropout is keyed by the place in the batch.
@@ -15,7 +16,7 @@ import fastattn
 pytestmark = pytest.mark.cpu_only
 
 HQ, HKV = 4, 2
-# Lengths that are prefill and decode, with and without splits and sections, in one batch. kv_len 0, q_len 0, 1.
+# (q_len, kv_len): prefill and decode, with and without splits and sections, empty ones.
 LENGTHS = {
     "short": [(1, 1), (5, 37), (33, 130), (0, 64), (70, 257), (9, 0), (3, 300)],
     "long": [(1, 1300), (4, 600), (130, 700), (5, 4700), (70, 2300), (1, 15)],

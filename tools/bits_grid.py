@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""The bits of many small calls, forward and backward, on every CPU kernel: to compare two builds on one machine.
+"""The bits of many small calls, forward and backward, on every CPU kernel, to compare two builds.
 
     python tools/bits_grid.py OUT.json [--calls N]     # with the one build
     python tools/bits_grid.py OTHER.json [--calls N]   # with the other
     python tools/bits_grid.py --compare OUT.json OTHER.json
 
-Each call has a name that says what is in it. A comparison lists the calls whose outputs differ, by what they have
-in common. `padded` names calls with q_lens or kv_lens, `strided` those with a last axis that is not contiguous.
+Each call has a name that says what is in it. A comparison lists the calls whose outputs differ, by what
+they have in common: `padded` is q_lens or kv_lens, `strided` a last axis that is not contiguous. Both files
+must come from one machine.
 """
 
 from __future__ import annotations
