@@ -79,16 +79,17 @@ double count_result_bytes(const AttentionProblem& p) noexcept {
 }
 
 double count_bytes(const AttentionProblem& p) noexcept {
-    const auto item = static_cast<double>(item_size(p.dtype));
-    const auto operand = [&](const Operand& x, Index seq, Index heads, Index dim) {
+    const auto operand = [&](const Operand& x, DType dtype, Index seq, Index heads, Index dim) {
+        const auto item = static_cast<double>(item_size(dtype));
         return item * count_elements({p.batch, seq, heads, dim}, {x.batch, x.seq, x.head, x.dim});
     };
     const auto per_head = [&](const HeadOperand& x, Index heads) {
         if (x.data == nullptr) return 0.0;
         return static_cast<double>(item_size(x.dtype)) * count_elements({p.batch, heads}, {x.batch, x.head});
     };
-    return operand(p.q, p.q_size, p.q_heads, p.head_dim) + operand(p.k, p.kv_size, p.kv_heads, p.head_dim) +
-           operand(p.v, p.kv_size, p.kv_heads, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
+    return operand(p.q, p.dtype, p.q_size, p.q_heads, p.head_dim) +
+           operand(p.k, p.k_dtype, p.kv_size, p.kv_heads, p.head_dim) +
+           operand(p.v, p.v_dtype, p.kv_size, p.kv_heads, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
            score_bytes(p, p.bias, p.kv_size) + per_head(p.alibi_slopes, p.q_heads) +
            per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) + per_head(p.kv_lens, 1) +
            per_head(p.q_offsets, 1) + count_result_bytes(p);

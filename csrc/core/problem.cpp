@@ -245,6 +245,8 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
 
     AttentionProblem p;
     p.dtype = a.q.dtype;
+    p.k_dtype = a.k.dtype;
+    p.v_dtype = a.v.dtype;
     p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
     p.device = a.q.device;
     set_operands(a, p, axes_of(a.q.rank, a.layout), arrays);

@@ -1,7 +1,9 @@
-// The keys of a row by lengths, causal and window: one rule for every kernel on every device.
+// Which pairs of row and key attend, by lengths, causal, window and the bool mask: one rule for every kernel, for single
+// rows and for blocks of them. The ranges of single rows serve devices, too.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include <fastattn/attention.h>
 
@@ -41,6 +43,67 @@ namespace {
         range.end = clamped(saturating_add(past, i), range.begin, keys);
     }
     return range;
+}
+
+enum class Seen { none, some, all };
+
+// Which keys several rows may attend by their ranges: any of the rows, all of them.
+struct RowsRange {
+    std::int64_t begin, end, all_begin, all_end;
+};
+
+// Of no rows, among n keys.
+inline RowsRange no_rows(std::int64_t n) noexcept { return {n, 0, 0, n}; }
+
+inline void add_row(RowsRange& rows, std::int64_t begin, std::int64_t end) noexcept {
+    if (end > begin) {
+        rows.begin = begin < rows.begin ? begin : rows.begin;
+        rows.end = end > rows.end ? end : rows.end;
+    }
+    rows.all_begin = begin > rows.all_begin ? begin : rows.all_begin;
+    rows.all_end = end < rows.all_end ? end : rows.all_end;
+}
+
+// n keys from j on.
+inline Seen seen_by(const RowsRange& rows, std::int64_t j, std::int64_t n) noexcept {
+    if (rows.begin >= rows.end || rows.begin >= j + n || rows.end <= j) return Seen::none;
+    return rows.all_begin <= j && rows.all_end >= j + n ? Seen::all : Seen::some;
+}
+
+// Whether any of n mask bytes from (b, head, query, j) on is set.
+inline bool mask_any(const ScoreOperand& mask, std::int64_t b, std::int64_t head, std::int64_t query,
+                     std::int64_t j, std::int64_t n) noexcept {
+    const auto* p = static_cast<const std::uint8_t*>(mask.data) + b * mask.batch + head * mask.head +
+                    query * mask.query + j * mask.key;
+    if (mask.key == 0) return n > 0 && *p != 0;
+    std::int64_t k = 0;
+    if (mask.key == 1) {
+        for (; k + 8 <= n; k += 8) {
+            std::uint64_t word;
+            std::memcpy(&word, p + k, 8);
+            if (word != 0) return true;
+        }
+    }
+    for (; k < n; ++k) {
+        if (p[k * mask.key] != 0) return true;
+    }
+    return false;
+}
+
+// Whether the bool mask leaves none of `count` rows any of n keys from j on. Row: has a query and a head.
+template <class Row>
+bool mask_hides(const ScoreOperand& mask, std::int64_t b, const Row* rows, std::int64_t count, std::int64_t j,
+                std::int64_t n) noexcept {
+    if (mask.data == nullptr) return false;
+    const bool alike = mask.query == 0 && mask.head == 0;
+    for (std::int64_t r = 0; r < (alike ? 1 : count); ++r) {
+        // Neighbours may have the same row of the mask.
+        if (r > 0 && (mask.query == 0 || rows[r].query == rows[r - 1].query) &&
+            (mask.head == 0 || rows[r].head == rows[r - 1].head))
+            continue;
+        if (mask_any(mask, b, rows[r].head, rows[r].query, j, n)) return false;
+    }
+    return true;
 }
 
 }  // namespace

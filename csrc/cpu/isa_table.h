@@ -10,20 +10,20 @@
 namespace fastattn::cpu {
 namespace {
 
-// E: the engine, F: that of decode's values where E does not take them (fused multiply-add), S: storage type.
-template <class E, class F, class S>
+// E: the engine, F: that of decode's values where E does not take them (fused multiply-add); S, K, W: dtypes of q, k, v.
+template <class E, class F, class S, class K, class W>
 void flash_forward(const FlashCall& call, std::int64_t number, std::byte* workspace) {
     const ItemRange item = item_range(call, number);
     if (item.entry->plan.decode) {
-        decode_item<E, F, S>(call, item, workspace);
+        decode_item<E, F, S, K, W>(call, item, workspace);
     } else {
-        prefill_item<E, S>(call, item, workspace);
+        prefill_item<E, S, K, W>(call, item, workspace);
     }
 }
 
 template <class E, class F, class S>
 constexpr DtypeKernel dtype_kernel() {
-    return {tile_shape<E>(), &flash_forward<E, F, S>, &flash_merge<E, S>, &flash_backward<E, S>};
+    return {tile_shape<E>(), &flash_forward<E, F, S, S, S>, &flash_merge<E, S>, &flash_backward<E, S>};
 }
 
 // Register tiles of `rows` rows and `vectors` vectors; the FMA burst has as many accumulators as a tile.

@@ -71,10 +71,10 @@ public:
         const double weight = state.share * std::exp(row.placed(s, j, bias) - state.top);
         const double keep = row.dropped(j) ? 0.0 : 1.0 / (1.0 - p_.dropout);
         const T *dout = features<T>(b_.dout, row.b, row.i, row.h),
-                *v = features<T>(p_.v, row.b, j, row.kv_head);
+                *v = row.values[j];
         double dp = 0.0;
         for (Index d = 0; d < p_.value_dim; ++d)
-            dp += to_double(dout[d * b_.dout.dim]) * to_double(v[d * p_.v.dim]);
+            dp += to_double(dout[d * b_.dout.dim]) * to_double(v[d * row.values.number_stride()]);
         const double ds = weight * (keep * dp - state.delta);
         const double slope = p_.softcap > 0 ? 1.0 - (s / p_.softcap) * (s / p_.softcap) : 1.0;
         return {keep * weight, ds, ds * slope};
@@ -86,8 +86,9 @@ public:
         if (row.exists) {
             row.for_attended_keys(executor_, [&](Index j, double bias) {
                 const double ds = pair(row, j, bias).ds_product;
-                const T* k = features<T>(p_.k, b, j, row.kv_head);
-                for (Index d = 0; d < p_.head_dim; ++d) acc[d] += ds * to_double(k[d * p_.k.dim]);
+                const T* k = row.keys[j];
+                for (Index d = 0; d < p_.head_dim; ++d)
+                    acc[d] += ds * to_double(k[d * row.keys.number_stride()]);
             });
         }
         store_row(b_.dq, b, i, h, p_.head_dim, acc, p_.scale);

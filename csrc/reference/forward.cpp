@@ -45,8 +45,9 @@ public:
             const double e = row_.weight(row_.score(j, bias), max);
             sum += e;
             const double kept = row_.dropped(j) ? 0.0 : e;
-            const T* v = features<T>(p_.v, row_.b, j, row_.kv_head);
-            for (Index d = 0; d < p_.value_dim; ++d) acc_[d] += kept * to_double(v[d * p_.v.dim]);
+            const T* v = row_.values[j];
+            for (Index d = 0; d < p_.value_dim; ++d)
+                acc_[d] += kept * to_double(v[d * row_.values.number_stride()]);
         });
         store(sum * (1.0 - p_.dropout), max + std::log(sum));
         if (p_.weights.data != nullptr) {

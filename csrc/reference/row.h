@@ -7,6 +7,8 @@
 
 #include <fastattn/attention.h>
 
+#include "core/entries.h"
+#include "core/keys.h"
 #include "core/philox.h"
 #include "core/scalar_access.h"
 #include "threads/executor.h"
@@ -57,10 +59,18 @@ public:
     static constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
     ReferenceRow(const AttentionProblem& problem, double* scratch, Index batch, Index head, Index row)
-        : p(problem), b(batch), h(head), i(row), kv_head(head / problem.group), query(scratch) {
-        exists = i < p.q_len(b);
-        range = p.key_range(b, i);
-        position = static_cast<double>(p.offset(b)) + static_cast<double>(i);
+        : p(problem),
+          b(batch),
+          h(head),
+          i(row),
+          kv_head(head / problem.group),
+          keys(p.k, b, kv_head),
+          values(p.v, b, kv_head),
+          query(scratch) {
+        const Entry entry = read_entry(p, b);
+        exists = i < entry.q_len;
+        range = entry_keys(p, entry, i);
+        position = static_cast<double>(entry.offset) + static_cast<double>(i);
         if (p.alibi_slopes.data != nullptr)
             slope = load_real(p.alibi_slopes.data, p.alibi_slopes.dtype,
                               b * p.alibi_slopes.batch + h * p.alibi_slopes.head);
@@ -83,9 +93,9 @@ public:
 
     // softcap(scale * q.k)
     double capped(Index j) const {
-        const T* k = features<T>(p.k, b, j, kv_head);
+        const T* k = keys[j];
         double s = 0.0;
-        for (Index d = 0; d < p.head_dim; ++d) s += query[d] * to_double(k[d * p.k.dim]);
+        for (Index d = 0; d < p.head_dim; ++d) s += query[d] * to_double(k[d * keys.number_stride()]);
         s *= p.scale;
         return p.softcap > 0 ? p.softcap * std::tanh(s / p.softcap) : s;
     }
@@ -121,6 +131,7 @@ public:
 
     const AttentionProblem& p;
     const Index b, h, i, kv_head;
+    const KeyRows<T> keys, values;
     bool exists;
     KeyRange range;
     double position = 0.0, slope = 0.0, sink = -kInfinity;

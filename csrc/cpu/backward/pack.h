@@ -7,6 +7,18 @@
 namespace fastattn::cpu {
 namespace {
 
+// Rows from i on of a query head.
+template <class S>
+struct QueryRows {
+    const S* first;
+    std::int64_t row, number;
+
+    QueryRows(const Operand& x, std::int64_t b, std::int64_t i, std::int64_t head)
+        : first(row_pointer<const S>(x, b, i, head)), row(x.seq), number(x.dim) {}
+    const S* operator[](std::int64_t r) const { return first + r * row; }
+    std::int64_t number_stride() const { return number; }
+};
+
 // Keys from j on of a kv head that has `all`.
 template <class E>
 void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, std::int64_t all) {
@@ -24,16 +36,16 @@ void pack_key_block(BackwardBlock<E>& block) {
     const AttentionProblem& p = block.forward;
     const BackwardBuffers<E>& at = block.at;
     KeyBlock& keys = block.keys;
-    const S* k = row_pointer<const S>(p.k, block.x.batch, keys.first, keys.head);
-    const S* v = row_pointer<const S>(p.v, block.x.batch, keys.first, keys.head);
-    pack_keys<E>(at.k_panels, k, p.k.seq, p.k.dim, keys.size, p.head_dim);
-    pack_keys<E>(at.v_panels, v, p.v.seq, p.v.dim, keys.size, p.value_dim);
-    keys.bad_key = pack_values<E>(at.k_rows, at.bad_k, k, p.k.seq, p.k.dim, keys.size,
-                                  (keys.size + w - 1) / w * w, block.plan.key_block, p.head_dim);
+    const KeyRows<S> k(p.k, block.x.batch, keys.head), v(p.v, block.x.batch, keys.head);
+    const RowsFrom block_k{k, keys.first}, block_v{v, keys.first};
+    pack_keys<E>(at.k_panels, block_k, keys.size, p.head_dim);
+    pack_keys<E>(at.v_panels, block_v, keys.size, p.value_dim);
+    keys.bad_key = pack_values<E>(at.k_rows, at.bad_k, block_k, keys.size, (keys.size + w - 1) / w * w,
+                                  block.plan.key_block, p.head_dim);
     V check = V::zero();
     for (std::int64_t c = 0; c < keys.size; ++c) {
         for (std::int64_t d = 0; d < p.value_dim; d += w)
-            check = V::fma(load_strided<V>(v + c * p.v.seq + d * p.v.dim, p.v.dim, p.value_dim - d),
+            check = V::fma(load_strided<V>(block_v[c] + d * v.number_stride(), v.number_stride(), p.value_dim - d),
                            V::zero(), check);
     }
     keys.bad_value = !(V::reduce_add(check) == 0);
@@ -109,8 +121,9 @@ void plan_ahead(BackwardBlock<E>& block) {
         }
         if (key < entry->kv_len) {
             const std::int64_t n = rest(entry->kv_len, key, plan->key_block);
-            ask(ahead.k, p.k, b, key, kv_head, p.head_dim, n);
-            ask(ahead.v, p.v, b, key, kv_head, p.value_dim, n);
+            ahead.k = keys_ahead(KeyRows<S>(p.k, b, kv_head), key, p.head_dim, n);
+            ahead.v = keys_ahead(KeyRows<S>(p.v, b, kv_head), key, p.value_dim, n);
+            if (n > most) most = n;
             head = kv_head * p.group;
             row = next_rows(p, *plan, *entry, 0, key, n);
         }
@@ -145,9 +158,8 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     rows.first = i;
     rows.live = live;
     rows.padded = padded;
-    const S* q = row_pointer<const S>(p.q, x.batch, i, head);
     const Operand& d = block.problem.dout;
-    const S* dout = row_pointer<const S>(d, x.batch, i, head);
+    const QueryRows<S> q(p.q, x.batch, i, head), dout(d, x.batch, i, head);
     bool finite = true;
     for (std::int64_t r = 0; r < padded; ++r) {
         RowInfo info{};
@@ -156,8 +168,8 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
             info = row_info(p, x.entry, i + r, head);
             if (x.elementwise || block.alibi) find_features(x, info);
             state = block.states[row_index(p, x.batch, head, i + r)];
-            pack_row<E>(at.q_rows + r * plan.q_units, q + r * p.q.seq, p.q.dim, p.head_dim);
-            pack_row<E>(at.dout_rows + r * plan.v_units, dout + r * d.seq, d.dim, p.value_dim);
+            pack_row<E>(at.q_rows + r * plan.q_units, q[r], p.q.dim, p.head_dim);
+            pack_row<E>(at.dout_rows + r * plan.v_units, dout[r], d.dim, p.value_dim);
         } else {
             clear_vectors<V>(at.q_rows + r * plan.q_units, plan.q_units);
             clear_vectors<V>(at.dout_rows + r * plan.v_units, plan.v_units);
@@ -168,10 +180,9 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
         x.info[r] = info;
     }
     if (!block.into_bias) {
-        rows.bad_query = pack_values<E>(at.q_panels, at.bad_q, q, p.q.seq, p.q.dim, live, padded,
-                                        plan.row_block, p.head_dim);
-        rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, d.seq, d.dim, live, padded,
-                                           plan.row_block, p.value_dim);
+        rows.bad_query = pack_values<E>(at.q_panels, at.bad_q, q, live, padded, plan.row_block, p.head_dim);
+        rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, live, padded, plan.row_block,
+                                           p.value_dim);
     }
     plan_ahead<E, S>(block);
     block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;

@@ -10,16 +10,6 @@
 namespace fastattn::cpu {
 namespace {
 
-// No row of a tile may attend any of n keys from column c on, by the bool mask.
-template <class E>
-bool panel_masked(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c, std::int64_t n) {
-    const ScoreOperand& mask = block.forward.mask;
-    if (mask.data == nullptr) return false;
-    for (std::int64_t m = r; m < r + (mask.query == 0 ? 1 : E::mr) && m < block.rows.live; ++m)
-        if (mask_any(mask, block.x.batch, block.x.info[m], block.keys.first + c, n)) return false;
-    return true;
-}
-
 template <class E>
 void clear_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c) {
     using V = typename E::V;
@@ -237,31 +227,27 @@ template <class E>
 void find_tile(const BackwardBlock<E>& block, std::int64_t r) {
     constexpr int w = E::V::width;
     const std::int64_t keys = block.keys.size;
-    std::int64_t begin = keys, end = 0, all_begin = 0, all_end = keys;
-    for (int m = 0; m < E::mr; ++m) {
-        const RowInfo& row = block.x.info[r + m];
-        const std::int64_t from = row.begin - block.keys.first, to = row.end - block.keys.first;
-        if (to > from && from < begin) begin = from;
-        if (to > from && to > end) end = to;
-        if (from > all_begin) all_begin = from;
-        if (to < all_end) all_end = to;
-    }
-    if (begin < 0) begin = 0;
-    if (end > keys) end = keys;
+    const std::int64_t first_key = block.keys.first;
+    RowsRange range = no_rows(first_key + keys);
+    for (int m = 0; m < E::mr; ++m) add_row(range, block.x.info[r + m].begin, block.x.info[r + m].end);
+    const std::int64_t begin = range.begin > first_key ? range.begin - first_key : 0;
+    const std::int64_t end = range.end - first_key < keys ? range.end - first_key : keys;
+    const std::int64_t rows_left = block.rows.live - r, rows = rows_left < E::mr ? rows_left : E::mr;
     TileColumns& tile = block.at.tiles[r / E::mr];
     tile = {0, 0};
     const std::int64_t first = begin / E::nr * E::nr;
     for (std::int64_t c = 0; c < keys; c += E::nr) {
         const std::int64_t left = end - c;
         const bool outside = begin >= end || c < first || left <= 0;
-        if (outside || panel_masked(block, r, c, left < E::nr ? left : E::nr)) {
+        if (outside || mask_hides(block.forward.mask, block.x.batch, block.x.info + r, rows, first_key + c,
+                                  left < E::nr ? left : E::nr)) {
             if (!block.into_bias) clear_panel(block, r, c);
             continue;
         }
         const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
         if (tile.last == 0) tile.first = c;
         tile.last = c + vectors * w;
-        const bool ranged = all_begin > c || all_end < c + vectors * w;
+        const bool ranged = seen_by(range, first_key + c, vectors * w) != Seen::all;
         with_count<E::nv>(vectors,
                           [&](auto count) { find_panel<decltype(count)::value>(block, r, c, ranged); });
     }

@@ -96,7 +96,7 @@ void add_bad_products(const BackwardBlock<E>& block, typename E::Acc* dq) {
     const KeyBlock& keys = block.keys;
     const RowBlock& rows = block.rows;
     const Operand& d = block.problem.dout;
-    const S* k = row_pointer<const S>(p.k, block.x.batch, keys.first, keys.head);
+    const KeyRows<S> k(p.k, block.x.batch, keys.head);
     const S* q = row_pointer<const S>(p.q, block.x.batch, rows.first, rows.head);
     const S* dout = row_pointer<const S>(d, block.x.batch, rows.first, rows.head);
     for (std::int64_t r = 0; r < rows.live; ++r) {
@@ -108,7 +108,8 @@ void add_bad_products(const BackwardBlock<E>& block, typename E::Acc* dq) {
             const std::int64_t unit = r / E::scalars * plan.weight_stride + c;
             const Acc weight = E::scalar_of(at.weights + unit, r % E::scalars);
             const Acc ds = E::scalar_of(at.ds + unit, r % E::scalars);
-            if (bad_k) add_bad_row(dq + r * plan.d_stride, ds, k + c * p.k.seq, p.k.dim, p.head_dim);
+            if (bad_k)
+                add_bad_row(dq + r * plan.d_stride, ds, k[keys.first + c], k.number_stride(), p.head_dim);
             if (bad_q) add_bad_row(at.dk + c * plan.d_stride, ds, q + r * p.q.seq, p.q.dim, p.head_dim);
             if (bad_dout)
                 add_bad_row(at.dv + c * plan.v_stride, weight, dout + r * d.seq, d.dim, p.value_dim);

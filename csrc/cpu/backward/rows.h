@@ -34,14 +34,14 @@ void refine_weights(const BackwardBlock<E>& block, std::int64_t h, std::int64_t 
     const AttentionProblem& p = block.forward;
     const BackwardBuffers<E>& at = block.at;
     const RowInfo row = row_of(block.x, h, i);
-    const S* k = row_pointer<const S>(p.k, block.x.batch, 0, h / p.group);
+    const KeyRows<S> k(p.k, block.x.batch, h / p.group);
     pack_row<E>(at.q_rows, row_pointer<const S>(p.q, block.x.batch, i, h), p.q.dim, p.head_dim);
     const bool sink = p.sinks.data != nullptr;
     double top = sink ? read_head(p.sinks, 0, h) * kLog2E : -kInf<double>,
            sum = top > -kInf<double> ? 1.0 : 0.0;
     for (std::int64_t j = row.begin / E::nr * E::nr; j < row.end; j += E::nr) {
         const std::int64_t left = block.x.entry.kv_len - j;
-        pack_keys<E>(at.k_panels, k + j * p.k.seq, p.k.seq, p.k.dim, left < E::nr ? left : E::nr, p.head_dim);
+        pack_keys<E>(at.k_panels, RowsFrom{k, j}, left < E::nr ? left : E::nr, p.head_dim);
         V acc[1][E::nv];
 #pragma GCC unroll 8
         for (int n = 0; n < E::nv; ++n) acc[0][n] = V::zero();

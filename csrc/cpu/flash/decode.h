@@ -27,45 +27,43 @@ FASTATTN_INLINE V reduce_each(const V (&r)[V::width], int first = 0) {
 }
 
 // The keys (or values) of an item, block by block. Where a row's numbers lie apart, a block is copied first.
-template <class S>
+template <class T>
 struct DecodeKeys {
-    const S* first = nullptr;  // of the present block
+    const T* first = nullptr;  // of the present block
     std::int64_t seq = 0, head = 0;  // strides
 
-    DecodeKeys(const Operand& x, std::int64_t dim, const ItemRange& item, S* copy)
-        : seq(x.seq),
-          head(x.head),
-          x_(x),
-          dim_(dim),
-          origin_(row_pointer<const S>(x, item.batch, 0, item.kv_head)),
-          copy_(x.dim == 1 ? nullptr : copy) {
-        if (copy_ == nullptr) return;
-        seq = dim;
-        head = kDecodeBlock * dim;
+    DecodeKeys(const Operand& x, std::int64_t dim, const ItemRange& item, T* copy)
+        : rows_(x, item.batch, item.kv_head), dim_(dim), copy_(copy) {
+        const KeyRun<T> run = rows_.run(0, 0);
+        copies_ = run.number != 1;
+        seq = copies_ ? dim : run.key;
+        head = copies_ ? kDecodeBlock * dim : run.head;
     }
 
     void go_to(std::int64_t j, std::int64_t n, std::int64_t heads) {
-        first = origin_ + j * x_.seq;
-        if (copy_ == nullptr) return;
+        const KeyRun<T> run = rows_.run(j, n);
+        first = run.first;
+        if (!copies_) return;
         for (std::int64_t h = 0; h < heads; ++h) {
             for (std::int64_t d = 0; d < dim_; ++d) {
                 for (std::int64_t i = 0; i < n; ++i)
-                    copy_[h * head + i * seq + d] = first[h * x_.head + i * x_.seq + d * x_.dim];
+                    copy_[h * head + i * seq + d] = first[h * run.head + i * run.key + d * run.number];
             }
         }
         first = copy_;
     }
 
 private:
-    const Operand& x_;
+    KeyRows<T> rows_;
     std::int64_t dim_;
-    const S* origin_;
-    S* copy_;
+    T* copy_;
+    bool copies_ = false;
 };
 
 // E: engine of q . k and of the weights' sums; of the values, too, where it takes pairs of keys and there is more than
 // one row to use them. Else these are multiplied by F, by fused multiply-add.
-template <class E, class F, class S>
+// S: dtype of q and out, K of k, W of v.
+template <class E, class F, class S, class K, class W>
 class Decode {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -87,12 +85,13 @@ public:
           item_(item),
           plan_(item_.entry->plan),
           x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
-          k_(p_.k, p_.head_dim, item_, gathered(workspace)),
-          v_(p_.v, p_.value_dim, item_, gathered(workspace) + item_.heads * block * p_.head_dim) {
+          k_(p_.k, p_.head_dim, item_, reinterpret_cast<K*>(gathered(workspace))),
+          v_(p_.v, p_.value_dim, item_,
+             reinterpret_cast<W*>(gathered(workspace) + gathered_key_bytes(p_, plan_))) {
         rows_ = item_.rows * item_.heads;
         one_row_ = item_.rows == 1;
-        k_ahead_ = ahead(k_.seq, p_.head_dim);
-        v_ahead_ = ahead(v_.seq, p_.value_dim);
+        k_ahead_ = ahead(k_.seq, p_.head_dim * static_cast<std::int64_t>(sizeof(K)));
+        v_ahead_ = ahead(v_.seq, p_.value_dim * static_cast<std::int64_t>(sizeof(W)));
         // Not by what an item happens to hold: bits must not depend on the other heads.
         pairs_ = E::scalars == 2 && item_.rows > 1 && p_.value_dim % (2 * w) == 0;
         keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
@@ -119,15 +118,15 @@ public:
     }
 
 private:
-    S* gathered(std::byte* workspace) const {
-        return reinterpret_cast<S*>(workspace + flash_offsets(p_, plan_, tile_shape<E>()).gathered);
+    std::byte* gathered(std::byte* workspace) const {
+        return workspace + flash_offsets(p_, plan_, tile_shape<E>()).gathered;
     }
 
     void pass(bool careful) {
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (!masked(j, n)) attend_block(j, n, careful);
+            if (!mask_hides(p_.mask, item_.batch, x_.info, rows_, j, n)) attend_block(j, n, careful);
             if (plan_.section_keys > 0 && (j + block) % plan_.section_keys == 0) end_sections();
         }
     }
@@ -136,7 +135,7 @@ private:
         const int vectors = static_cast<int>((n + w - 1) / w);
         k_.go_to(j, n, item_.heads);
         if (!one_row_)
-            next_ = rows_ahead<S, false>(p_.v, item_.batch, j, item_.kv_head, p_.value_dim, n, item_.heads);
+            next_ = keys_ahead(KeyRows<W>(p_.v, item_.batch, item_.kv_head), j, p_.value_dim, n, item_.heads);
         if (p_.head_dim % (w * E::scalars) == 0) {
             score<false>(n);
         } else {
@@ -192,7 +191,7 @@ private:
             j = (keys.begin > next_item.key_begin ? keys.begin : next_item.key_begin) / block * block;
             n = next_item.key_end - j < block ? next_item.key_end - j : block;
         }
-        return rows_ahead<S, false>(p_.k, item->batch, j, item->kv_head, p_.head_dim, n, item->heads);
+        return keys_ahead(KeyRows<K>(p_.k, item->batch, item->kv_head), j, p_.head_dim, n, item->heads);
     }
 
     // x (in s) of row r becomes weights, and its sums follow.
@@ -243,14 +242,6 @@ private:
         }
     }
 
-    bool masked(std::int64_t j, std::int64_t n) const {
-        if (p_.mask.data == nullptr) return false;
-        for (std::int64_t r = 0; r < rows_; ++r) {
-            if (mask_any(p_.mask, item_.batch, x_.info[r], j, n)) return false;
-        }
-        return true;
-    }
-
     bool finite() const {
         V check = V::zero();
         for (std::int64_t r = 0; r < rows_; ++r) {
@@ -286,17 +277,17 @@ private:
     }
 
     template <bool has_tail>
-    void score_block(const S* block_begin, std::int64_t n) {
+    void score_block(const K* block_begin, std::int64_t n) {
         for (std::int64_t begin = 0; begin < n; begin += kScoreKeys) {
             const std::int64_t end = n - begin < kScoreKeys ? n : begin + kScoreKeys;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const S* keys_begin = block_begin + h * k_.head;
+                const K* keys_begin = block_begin + h * k_.head;
                 const std::int64_t first = h * item_.rows;
                 for_row_tiles(first, [&](std::int64_t r, auto rows) {
                     constexpr int heads = decltype(rows)::value, keys = w / heads;
                     for (std::int64_t c = begin; c < end; c += keys) {
                         if (r == first) next_.advance(keys);
-                        const S* k[keys];
+                        const K* k[keys];
 #pragma GCC unroll 16
                         for (int i = 0; i < keys; ++i)
                             k[i] = keys_begin + (c + i < n ? c + i : n - 1) * k_.seq;
@@ -315,22 +306,22 @@ private:
     // are read at once, all heads of these, then the next ones, each line prefetches one further on: the pattern that
     // comes nearest to what plain reading reaches.
 
-    // How much further on in x: kAheadBytes in the order of reading, but not beyond half a block, as the other
+    // How much further on: kAheadBytes in the order of reading, but not beyond half a block, as the other
     // tensor's comes between.
-    std::int64_t ahead(std::int64_t seq, std::int64_t dim) const {
-        const std::int64_t key_bytes = item_.heads * dim * static_cast<std::int64_t>(sizeof(S));
+    std::int64_t ahead(std::int64_t seq, std::int64_t row_bytes) const {
+        const std::int64_t key_bytes = item_.heads * row_bytes;
         return (kAheadBytes < block / 2 * key_bytes ? (kAheadBytes + key_bytes - 1) / key_bytes : block / 2) *
                seq;
     }
 
     // scores[h][0..n) = q_h . k_jh for all heads, one row each
     template <bool has_tail>
-    void score_rows(const S* block_begin, std::int64_t n) {
+    void score_rows(const K* block_begin, std::int64_t n) {
         constexpr int groups = w / kSideBySide;
         const std::int64_t q_stride = plan_.q_stride, tiled = item_.heads / groups * groups;
         const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * k_.seq; };
         for (std::int64_t c = 0; c < n; c += kSideBySide) {
-            const S* k[kSideBySide];
+            const K* k[kSideBySide];
             for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
             for (std::int64_t h = 0; h < tiled; h += groups) {
                 alignas(64) Acc sums[w];
@@ -346,12 +337,12 @@ private:
             Acc* scores = at_.scores + h * block;
             std::int64_t c = 0;
             for (; c + w <= n; c += w) {
-                const S* k[kSideBySide];
+                const K* k[kSideBySide];
                 for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
                 dot_groups<has_tail>(q, 0, k, h * k_.head, kSideBySide * k_.seq).store(scores + c);
             }
             if (c == n) continue;
-            const S* k[w];
+            const K* k[w];
             for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * k_.head;
             dot_tile<1, w, has_tail>(q, k).store(scores + c);
         }
@@ -361,9 +352,9 @@ private:
     // Sums of width rows of k, kSideBySide in a group: group g begins at k[i] + first + g * k_step, and is multiplied
     // with q + g * q_step.
     template <bool has_tail>
-    FASTATTN_INLINE V dot_groups(const Acc* q, std::int64_t q_step, const S* const (&k)[kSideBySide],
+    FASTATTN_INLINE V dot_groups(const Acc* q, std::int64_t q_step, const K* const (&k)[kSideBySide],
                                  std::int64_t first, std::int64_t k_step) const {
-        constexpr std::int64_t line = kLineBytes / static_cast<int>(sizeof(S)) / E::scalars;
+        constexpr std::int64_t line = kLineBytes / static_cast<int>(sizeof(K)) / E::scalars;
         V acc[w];
 #pragma GCC unroll 16
         for (int g = 0; g < w; g += kSideBySide) {
@@ -394,7 +385,7 @@ private:
 
     // Sums of `heads` rows of q with `keys` rows of k, heads-major; heads * keys = width.
     template <int heads, int keys, bool has_tail>
-    FASTATTN_INLINE V dot_tile(const Acc* q, const S* const (&k)[keys]) const {
+    FASTATTN_INLINE V dot_tile(const Acc* q, const K* const (&k)[keys]) const {
         V acc[w];
 #pragma GCC unroll 16
         for (int i = 0; i < w; ++i) acc[i] = V::zero();
@@ -411,9 +402,9 @@ private:
         };
         std::int64_t u = 0;
         for (; (u + w) * E::scalars <= p_.head_dim; u += w)
-            step(u, [](const S* x, std::int64_t at) { return E::load_whole(x, at); });
+            step(u, [](const K* x, std::int64_t at) { return E::load_whole(x, at); });
         if constexpr (has_tail)
-            step(u, [&](const S* x, std::int64_t at) { return E::load_units(x, 1, at, p_.head_dim); });
+            step(u, [&](const K* x, std::int64_t at) { return E::load_units(x, 1, at, p_.head_dim); });
         return reduce_each(acc);
     }
 
@@ -432,7 +423,7 @@ private:
 
     // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its columns as the
     // engine pairs them, until restore_columns().
-    void add_values(const S* v, std::int64_t n) {
+    void add_values(const W* v, std::int64_t n) {
         const std::int64_t whole = whole_columns();
         const std::int64_t row_tiles = item_.rows / most_rows + item_.rows % most_rows / 2 + item_.rows % 2,
                            tiles = row_tiles * ((whole + F::nr - 1) / F::nr),
@@ -442,7 +433,7 @@ private:
         for (std::int64_t k = 0; k < n; k += at_once) {
             const std::int64_t depth = n - k < at_once ? n - k : at_once;
             for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const S* rows_begin = v + k * v_.seq + h * v_.head;
+                const W* rows_begin = v + k * v_.seq + h * v_.head;
                 for_row_tiles(h * item_.rows, [&](std::int64_t r, auto rows) {
                     constexpr int m = decltype(rows)::value;
                     for (std::int64_t c = 0; c < whole; c += F::nr) {
@@ -466,14 +457,14 @@ private:
 
     // O[r .. r+MR)[c .. c + NV*width) += p . v over `depth` keys from k on; v: the first of them, column c.
     template <int MR, int NV>
-    FASTATTN_INLINE void add_tile(std::int64_t r, std::int64_t c, std::int64_t k, const S* v,
+    FASTATTN_INLINE void add_tile(std::int64_t r, std::int64_t c, std::int64_t k, const W* v,
                                   std::int64_t depth, FetchAhead& ahead) {
         Acc* const o = x_.o + r * x_.o_stride + c;
         if constexpr (E::scalars == 2 && NV % 2 == 0) {
             if (pairs_) {
                 const std::int64_t pairs = (depth + 1) / 2;
                 gemm_accumulate_with<E, MR, NV>(o, x_.o_stride, at_.p + r * block + k / 2, block,
-                                                PairedRows<S>{v, depth}, v_.seq, pairs, pairs, ahead, 1,
+                                                PairedRows<W>{v, depth}, v_.seq, pairs, pairs, ahead, 1,
                                                 false);
                 return;
             }
@@ -481,7 +472,7 @@ private:
         const Acc* p = at_.p + r * block + k;
         if constexpr (MR == 1) {
             if (one_row_) {
-                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<S>{v, v_ahead_}, v_.seq,
+                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<W>{v, v_ahead_}, v_.seq,
                                           depth);
                 return;
             }
@@ -504,11 +495,11 @@ private:
     }
 
     // The columns of v beyond whole vectors, zero-filled: (n, width).
-    void pack_tail(const S* v, std::int64_t n, std::int64_t columns) {
+    void pack_tail(const W* v, std::int64_t n, std::int64_t columns) {
         for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * v_.seq, columns).store(at_.v + k * w);
     }
 
-    void add_values_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
+    void add_values_carefully(std::int64_t first, const W* values, std::int64_t j, std::int64_t n) {
         if constexpr (E::scalars == 2) {
             if (pairs_) return add_pairs_carefully(first, values, j, n);
         }
@@ -534,25 +525,25 @@ private:
     }
 
     // The sums of add_values to the last bit, with zeros for NaN and Inf; then these, for the rows that attend them.
-    void add_pairs_carefully(std::int64_t first, const S* values, std::int64_t j, std::int64_t n) {
+    void add_pairs_carefully(std::int64_t first, const W* values, std::int64_t j, std::int64_t n) {
         constexpr std::int64_t columns = 2 * w;
-        S* const strip = reinterpret_cast<S*>(at_.v);
+        W* const strip = reinterpret_cast<W*>(at_.v);
         for (std::int64_t c = 0; c < p_.value_dim; c += columns) {
             for (std::int64_t i = 0; i < n * columns; ++i) {
-                const S x = values[i / columns * v_.seq + c + i % columns];
-                strip[i] = is_finite(x) ? x : S{};
+                const W x = values[i / columns * v_.seq + c + i % columns];
+                strip[i] = is_finite(x) ? x : W{};
             }
             for_row_tiles(first, [&](std::int64_t r, auto rows) {
                 for (std::int64_t k = 0; k < n; k += kValueKeys) {
                     const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
                     gemm_accumulate<E, decltype(rows)::value, 2>(
                         x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + r * block + k / 2, block,
-                        PairedRows<S>{strip + k * columns, depth}, columns, (depth + 1) / 2);
+                        PairedRows<W>{strip + k * columns, depth}, columns, (depth + 1) / 2);
                 }
             });
             for (std::int64_t i = 0; i < n * columns; ++i) {
                 const std::int64_t k = i / columns;
-                const S x = values[k * v_.seq + c + i % columns];
+                const W x = values[k * v_.seq + c + i % columns];
                 if (is_finite(x)) continue;
                 for (std::int64_t r = first; r < first + item_.rows; ++r) {
                     if (!attends(x_, x_.info[r], j + k)) continue;
@@ -563,14 +554,15 @@ private:
         }
     }
 
-    static bool is_finite(S x) { return to_scalar(x) - to_scalar(x) == 0; }
+    static bool is_finite(W x) { return to_scalar(x) - to_scalar(x) == 0; }
 
     const FlashCall& call_;
     const AttentionProblem& p_;
     ItemRange item_;
     const FlashPlan& plan_;
     FlashBlock<E> x_;
-    DecodeKeys<S> k_, v_;
+    DecodeKeys<K> k_;
+    DecodeKeys<W> v_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t rows_ = 0;  // of all heads
@@ -580,9 +572,9 @@ private:
     bool pairs_ = false;  // keys two at a time in the product with v
 };
 
-template <class E, class F, class S>
+template <class E, class F, class S, class K, class W>
 void decode_item(const FlashCall& call, const ItemRange& item, std::byte* workspace) {
-    Decode<E, F, S>(call, item, workspace).run(workspace);
+    Decode<E, F, S, K, W>(call, item, workspace).run(workspace);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <fastattn/attention.h>
 
 #include "core/entry.h"
+#include "core/keys.h"
 #include "cpu/flash/call.h"
 #include "cpu/flash/output.h"
 
@@ -100,6 +101,16 @@ RowPrefetch<for_writing> rows_ahead(const Operand& x, std::int64_t b, std::int64
     constexpr auto size = static_cast<std::int64_t>(sizeof(S));
     if (x.dim != 1 || n <= 0) return {};
     return {row_pointer<const S>(x, b, i, h), dim * size, x.seq * size, n, heads, x.head * size};
+}
+
+// n keys or values from key j on, of `heads` heads.
+template <class T>
+RowPrefetch<false> keys_ahead(const KeyRows<T>& rows, std::int64_t j, std::int64_t dim, std::int64_t n,
+                              std::int64_t heads = 1) {
+    constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+    if (rows.number_stride() != 1 || n <= 0) return {};
+    const KeyRun<T> run = rows.run(j, n);
+    return {run.first, dim * size, run.key * size, run.count, heads, run.head * size};
 }
 
 // The buffers of an item, from the thread's workspace; sums are cleared.

@@ -41,13 +41,12 @@ FASTATTN_INLINE void pack_row(typename E::Unit* dst, const S* src, std::int64_t 
     for (; u < units; u += V::width) E::load_units(src, stride, u, d).store(dst + u);
 }
 
-// src: key j at src + j*row_stride, feature f at + f*dim_stride. The last vector is filled up with zero keys; the
-// panel beyond it stays as it is.
-template <class E, class S>
-void pack_keys(typename E::Unit* dst, const S* src, std::int64_t row_stride, std::int64_t dim_stride,
-               std::int64_t keys, std::int64_t d) {
+// rows[j]: number 0 of key j. The last vector is filled up with zero keys; the panel beyond it stays as it is.
+template <class E, class Rows>
+void pack_keys(typename E::Unit* dst, const Rows& rows, std::int64_t keys, std::int64_t d) {
     using V = typename E::V;
     constexpr int w = V::width;
+    const std::int64_t dim_stride = rows.number_stride();
     const std::int64_t units = (d + E::scalars - 1) / E::scalars;
     for (std::int64_t j = 0; j < keys; j += w) {
         typename E::Unit* panel = dst + (j / E::nr) * units * E::nr + j % E::nr;
@@ -56,10 +55,10 @@ void pack_keys(typename E::Unit* dst, const S* src, std::int64_t row_stride, std
             V r[w];
             if (whole && (u + w) * E::scalars <= d) {
 #pragma GCC unroll 16
-                for (int i = 0; i < w; ++i) r[i] = E::load_whole(src + (j + i) * row_stride, u);
+                for (int i = 0; i < w; ++i) r[i] = E::load_whole(rows[j + i], u);
             } else {
                 for (int i = 0; i < w; ++i) {
-                    r[i] = j + i < keys ? E::load_units(src + (j + i) * row_stride, dim_stride, u, d)
+                    r[i] = j + i < keys ? E::load_units(rows[j + i], dim_stride, u, d)
                                         : V::zero();
                 }
             }
@@ -76,11 +75,11 @@ void pack_keys(typename E::Unit* dst, const S* src, std::int64_t row_stride, std
 }
 
 // Packs v. Returns false when any of it was NaN or Inf.
-template <class E, bool kSanitize, class S>
-bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_stride, std::int64_t dim_stride,
-                     std::int64_t first, std::int64_t last, std::int64_t keys, std::int64_t panel_units,
-                     std::int64_t dv) {
+template <class E, bool kSanitize, class Rows>
+bool pack_value_rows(typename E::Unit* dst, const Rows& rows, std::int64_t first, std::int64_t last,
+                     std::int64_t keys, std::int64_t panel_units, std::int64_t dv) {
     using V = typename E::V;
+    const std::int64_t dim_stride = rows.number_stride();
     V check[E::nv];  // stay 0, or become NaN
 #pragma GCC unroll 8
     for (int n = 0; n < E::nv; ++n) check[n] = V::zero();
@@ -91,13 +90,13 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
         for (int s = 0; s < E::scalars; ++s) {
             x[s] = V::zero();
             if (j + s >= keys) continue;
-            x[s] = load(src + (j + s) * row_stride + c * dim_stride);
+            x[s] = load(rows[j + s] + c * dim_stride);
             seen = V::fma(x[s], V::zero(), seen);
             if (kSanitize) x[s] = V::select(V::eq(x[s] - x[s], V::zero()), x[s], V::zero());
         }
         E::combine(x).store(to);
     };
-    const auto whole = [](const S* x) { return V::load(x); };
+    const auto whole = [](const auto* x) { return V::load(x); };
     for (std::int64_t j = first; j < last; j += E::scalars) {
         typename E::Unit* to = dst + j / E::scalars * E::nr;
         std::int64_t c = 0;
@@ -109,7 +108,7 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
             for (; c + V::width <= dv; c += V::width, to += V::width) pack(j, c, to, check[0], whole);
         }
         for (; c < dv; c += V::width) {
-            pack(j, c, to, check[0], [&](const S* x) { return load_strided<V>(x, dim_stride, dv - c); });
+            pack(j, c, to, check[0], [&](const auto* x) { return load_strided<V>(x, dim_stride, dv - c); });
             to += (c + V::width) % E::nr == 0 ? panel_units - E::nr + V::width : V::width;
         }
     }
@@ -121,16 +120,14 @@ bool pack_value_rows(typename E::Unit* dst, const S* src, std::int64_t row_strid
 // Packs `rows` rows of v, zeros from `keys` on, and takes NaN and Inf out of it: a masked key's weight is 0, and 0 * NaN must not reach the
 // sum. bad[j] is set for keys that held any; true when there was one. The caller adds the non-finite
 // products of the keys that are attended.
-template <class E, class S>
-bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const S* src, std::int64_t row_stride,
-                 std::int64_t dim_stride, std::int64_t keys, std::int64_t rows, std::int64_t key_block,
-                 std::int64_t dv) {
+template <class E, class Rows>
+bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const Rows& from, std::int64_t keys,
+                 std::int64_t rows, std::int64_t key_block, std::int64_t dv) {
     const std::int64_t panel_units = key_block / E::scalars * E::nr;
-    if (pack_value_rows<E, false>(dst, src, row_stride, dim_stride, 0, rows, keys, panel_units, dv))
+    if (pack_value_rows<E, false>(dst, from, 0, rows, keys, panel_units, dv))
         return false;
     for (std::int64_t j = 0; j < rows; j += E::scalars) {
-        const bool finite = pack_value_rows<E, true>(dst, src, row_stride, dim_stride, j, j + E::scalars,
-                                                     keys, panel_units, dv);
+        const bool finite = pack_value_rows<E, true>(dst, from, j, j + E::scalars, keys, panel_units, dv);
         for (int s = 0; s < E::scalars; ++s) bad[j + s] = !finite;
     }
     return true;

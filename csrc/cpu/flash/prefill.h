@@ -11,7 +11,8 @@
 namespace fastattn::cpu {
 namespace {
 
-template <class E, class S>
+// S: dtype of q and out, K of k, W of v.
+template <class E, class S, class K, class W>
 class Prefill {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -28,15 +29,16 @@ public:
           item_(item),
           plan_(item_.entry->plan),
           x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
+          k_(p_.k, item_.batch, item_.kv_head),
+          v_(p_.v, item_.batch, item_.kv_head),
           drops_(p_.dropout > 0) {
         padded_ = (item_.rows + kRowStep - 1) / kRowStep * kRowStep;
         p_stride_ = weight_stride(plan_, tile_shape<E>());
         keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
-        k_ = row_pointer<const S>(p_.k, item_.batch, 0, item_.kv_head);
-        v_ = row_pointer<const S>(p_.v, item_.batch, 0, item_.kv_head);
-        const std::int64_t scalars = p_.batch * p_.kv_heads * p_.kv_size * (p_.head_dim + p_.value_dim);
-        large_ = scalars * static_cast<std::int64_t>(sizeof(S)) > kInCaches;
+        const std::int64_t key_bytes = p_.head_dim * static_cast<std::int64_t>(sizeof(K)) +
+                                       p_.value_dim * static_cast<std::int64_t>(sizeof(W));
+        large_ = p_.batch * p_.kv_heads * p_.kv_size * key_bytes > kInCaches;
     }
 
     void run() {
@@ -46,7 +48,7 @@ public:
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (!block_masked(j, n)) attend_block(j, n);
+            if (!mask_hides(p_.mask, item_.batch, x_.info, item_.rows, j, n)) attend_block(j, n);
             if (call_.executor.stop_requested()) return;
             if (section_ends(j)) end_sections();
         }
@@ -106,8 +108,8 @@ private:
             n = keys.end - j < block ? keys.end - j : block;
             next_q_ = query_rows_ahead<false>(p_.q, item, p_.head_dim);
         }
-        next_k_ = rows_ahead<S, false>(p_.k, item.batch, j, item.kv_head, p_.head_dim, n);
-        next_v_ = rows_ahead<S, false>(p_.v, item.batch, j, item.kv_head, p_.value_dim, n);
+        next_k_ = keys_ahead(KeyRows<K>(p_.k, item.batch, item.kv_head), j, p_.head_dim, n);
+        next_v_ = keys_ahead(KeyRows<W>(p_.v, item.batch, item.kv_head), j, p_.value_dim, n);
         prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
     }
 
@@ -139,13 +141,12 @@ private:
     // Keys [j, j + n), less the panels before the first that anybody attends.
     void pack_block(std::int64_t j, std::int64_t n) {
         const std::int64_t skip = keys_.begin > j ? (keys_.begin - j) / E::nr * E::nr : 0, left = n - skip;
-        pack_keys<E>(at_.k + skip * d_units_, k_ + (j + skip) * p_.k.seq, p_.k.seq, p_.k.dim, left,
-                     p_.head_dim);
+        pack_keys<E>(at_.k + skip * d_units_, RowsFrom{k_, j + skip}, left, p_.head_dim);
         const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
         v_units_ = padded / E::scalars;
         has_bad_ =
-            pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, v_ + (j + skip) * p_.v.seq,
-                           p_.v.seq, p_.v.dim, left, (left + w - 1) / w * w, padded, p_.value_dim);
+            pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, RowsFrom{v_, j + skip}, left,
+                           (left + w - 1) / w * w, padded, p_.value_dim);
     }
 
     void pack_queries() {
@@ -164,31 +165,14 @@ private:
         return left < plan_.key_block ? left : plan_.key_block;
     }
 
-    // No row may attend any of n keys from j on, by the bool mask.
-    bool rows_masked(std::int64_t r0, std::int64_t rows, std::int64_t j, std::int64_t n) const {
-        if (p_.mask.data == nullptr) return false;
-        const bool same = p_.mask.query == 0 && p_.mask.head == 0;
-        for (std::int64_t r = r0; r < r0 + (same ? 1 : rows); ++r) {
-            if (mask_any(p_.mask, item_.batch, x_.info[r], j, n)) return false;
-        }
-        return true;
-    }
-    bool block_masked(std::int64_t j, std::int64_t n) const { return rows_masked(0, item_.rows, j, n); }
-
     TileKeys& tile_of(std::int64_t r) { return at_.tiles[r / E::mr]; }
 
     // The keys of each tile of rows, once for all blocks.
     void find_tile_keys() {
         for (std::int64_t r = 0; r < padded_; ++r) {
-            TileKeys& t = tile_of(r);
-            if (r % E::mr == 0) t = {x_.entry.kv_len, 0, 0, x_.entry.kv_len, false};
-            const RowInfo& row = x_.info[r];
-            if (row.end > row.begin) {
-                t.begin = row.begin < t.begin ? row.begin : t.begin;
-                t.end = row.end > t.end ? row.end : t.end;
-            }
-            t.all_begin = row.begin > t.all_begin ? row.begin : t.all_begin;
-            t.all_end = row.end < t.all_end ? row.end : t.all_end;
+            TileKeys& tile = tile_of(r);
+            if (r % E::mr == 0) tile = {no_rows(x_.entry.kv_len), false};
+            add_row(tile.range, x_.info[r].begin, x_.info[r].end);
         }
     }
 
@@ -197,11 +181,11 @@ private:
     template <int MR>
     void attend_tile(std::int64_t r, std::int64_t j, std::int64_t n) {
         TileKeys& tile = tile_of(r);
-        // Columns of the block that any row may attend, and those that every row may attend.
-        const std::int64_t begin = tile.begin > j ? tile.begin - j : 0;
-        const std::int64_t end = tile.end - j < n ? tile.end - j : n;
-        const std::int64_t all_begin = tile.all_begin - j, all_end = tile.all_end - j;
-        if (begin >= end) return;
+        const RowsRange range = tile.range;
+        if (seen_by(range, j, n) == Seen::none) return;
+        // Columns of the block that any row may attend.
+        const std::int64_t begin = range.begin > j ? range.begin - j : 0;
+        const std::int64_t end = range.end - j < n ? range.end - j : n;
         // The panels are packed from multiples of nr on; the first one may be used from one of its vectors on.
         const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
         PanelWeights<MR> weights{*this, r, j, first};
@@ -211,10 +195,10 @@ private:
             width = E::nr - c % E::nr;
             const std::int64_t left = end - c < width ? end - c : width;
             const int vectors = static_cast<int>((left + w - 1) / w);
-            const bool ranged = all_begin > c || all_end < c + vectors * w;
+            const bool ranged = seen_by(range, j + c, vectors * w) != Seen::all;
             last = c + vectors * w;
             if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
-            if (p_.mask.data != nullptr && rows_masked(r, MR, j + c, left)) {
+            if (mask_hides(p_.mask, item_.batch, x_.info + r, MR, j + c, left)) {
                 if (waiting) weights.all();
                 waiting = false;
                 clear_weights<MR>(c);
@@ -424,9 +408,9 @@ private:
             for (int m = 0; m < rows; ++m) {
                 if (!attends(x_, x_.info[r + m], j + c)) continue;
                 const Acc weight = E::weight(weights_row(m), c);
-                const S* v = v_ + (j + c) * p_.v.seq;
+                const W* v = v_[j + c];
                 for (std::int64_t d = 0; d < p_.value_dim; ++d) {
-                    const Acc value = to_scalar(v[d * p_.v.dim]);
+                    const Acc value = to_scalar(v[d * v_.number_stride()]);
                     if (!(value - value == 0)) x_.o[(r + m) * x_.o_stride + d] += weight * value;
                 }
             }
@@ -442,7 +426,7 @@ private:
         const std::int64_t block = plan_.key_block;
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             const std::int64_t n = block_keys(j);
-            pack_keys<E>(at_.k, k_ + j * p_.k.seq, p_.k.seq, p_.k.dim, n, p_.head_dim);
+            pack_keys<E>(at_.k, RowsFrom{k_, j}, n, p_.head_dim);
             for (std::int64_t r = 0; r < padded_; r += E::mr) {
                 if (call_.executor.stop_requested()) return;
                 for (std::int64_t c = 0; c < n; c += E::nr) weights_tile(r, j, c, n);
@@ -483,6 +467,8 @@ private:
     ItemRange item_;
     const FlashPlan& plan_;
     FlashBlock<E> x_;
+    const KeyRows<K> k_;
+    const KeyRows<W> v_;
     ItemBuffers<E> at_{};
     KeyRange keys_{};
     std::int64_t padded_ = 0, d_units_ = 0, v_units_ = 0, p_stride_ = 0;
@@ -491,13 +477,11 @@ private:
     RowPrefetch<false> next_q_, next_k_, next_v_;
     RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;
-    const S* k_ = nullptr;
-    const S* v_ = nullptr;
 };
 
-template <class E, class S>
+template <class E, class S, class K, class W>
 void prefill_item(const FlashCall& call, const ItemRange& item, std::byte* workspace) {
-    Prefill<E, S>(call, item, workspace).run();
+    Prefill<E, S, K, W>(call, item, workspace).run();
 }
 
 }  // namespace

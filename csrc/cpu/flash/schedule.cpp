@@ -44,7 +44,8 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
 // prefill's larger tiles is as good from 16 rows on.
 std::int64_t most_decode_rows(const AttentionProblem& p, std::int64_t keys) {
     constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
-    const std::int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<std::int64_t>(item_size(p.dtype));
+    const auto size = [](DType dtype) { return static_cast<std::int64_t>(item_size(dtype)); };
+    const std::int64_t key_bytes = p.head_dim * size(p.k_dtype) + p.value_dim * size(p.v_dtype);
     if (keys >= ceil_div(kLargeHead, std::max<std::int64_t>(key_bytes, 1))) return 32;
     return keys >= kFewKeys ? 16 : 8;
 }

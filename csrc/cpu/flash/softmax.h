@@ -47,26 +47,6 @@ inline std::int64_t score_offset(const ScoreOperand& x, std::int64_t b, std::int
     return b * x.batch + h * x.head + i * x.query + j * x.key;
 }
 
-// Whether any of n mask bytes from (b, h, i, j) on is set.
-inline bool mask_any(const ScoreOperand& mask, std::int64_t b, const RowInfo& row, std::int64_t j,
-                     std::int64_t n) {
-    const auto* p =
-        static_cast<const std::uint8_t*>(mask.data) + score_offset(mask, b, row.head, row.query, j);
-    if (mask.key == 0) return n > 0 && *p != 0;
-    std::int64_t k = 0;
-    if (mask.key == 1) {
-        for (; k + 8 <= n; k += 8) {
-            std::uint64_t word;
-            std::memcpy(&word, p + k, 8);
-            if (word != 0) return true;
-        }
-    }
-    for (; k < n; ++k) {
-        if (p[k * mask.key] != 0) return true;
-    }
-    return false;
-}
-
 // Everything that an item of work shares. A row beyond an odd number of them repeats the last one.
 template <class E>
 struct FlashBlock {
@@ -120,7 +100,7 @@ template <class E>
 bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
     if (j < row.begin || j >= row.end) return false;
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
-    if (mask.data != nullptr && !mask_any(mask, x.batch, row, j, 1)) return false;
+    if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, j, 1)) return false;
     return bias.data == nullptr ||
            load_real(bias.data, bias.dtype, score_offset(bias, x.batch, row.head, row.query, j)) !=
                -kInf<double>;
@@ -130,7 +110,7 @@ template <class E>
 bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (row.begin >= row.end) return false;
-    if (mask.data != nullptr && !mask_any(mask, x.batch, row, row.begin, row.end - row.begin)) return false;
+    if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, row.begin, row.end - row.begin)) return false;
     if (bias.data == nullptr) return true;
     for (std::int64_t j = row.begin; j < row.end; ++j) {
         if (attends(x, row, j)) return true;

@@ -24,9 +24,9 @@ struct RowInfo {
     double slope, position;  // ALiBi: adds slope * |position - key|
 };
 
-// The same of a tile of rows: keys that any of them may attend, keys that all may; and whether O has anything yet.
+// The same of a tile of rows; and whether O has anything yet.
 struct TileKeys {
-    std::int64_t begin, end, all_begin, all_end;
+    RowsRange range;
     bool started;
 };
 
@@ -42,6 +42,12 @@ struct FlashOffsets {
 // Units of a row of weights in prefill. A panel that begins within one of the packed ones may write beyond its end.
 inline std::int64_t weight_stride(const FlashPlan& plan, const TileShape& t) {
     return (plan.key_block + t.nr) / t.scalars;
+}
+
+// Of the keys of a block; the values come after them.
+inline std::int64_t gathered_key_bytes(const AttentionProblem& problem, const FlashPlan& plan) {
+    return plan.heads_per_item * plan.key_block * problem.head_dim *
+           static_cast<std::int64_t>(item_size(problem.k_dtype));
 }
 
 inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPlan& plan,
@@ -80,8 +86,9 @@ inline FlashOffsets flash_offsets(const AttentionProblem& problem, const FlashPl
     f.bad = take(keys);
     f.tiles = take((rows + t.mr - 1) / t.mr * static_cast<std::int64_t>(sizeof(TileKeys)));
     if (plan.gathers)
-        f.gathered = take(plan.heads_per_item * plan.key_block * (problem.head_dim + problem.value_dim) *
-                          static_cast<std::int64_t>(item_size(problem.dtype)));
+        f.gathered = take(gathered_key_bytes(problem, plan) +
+                          plan.heads_per_item * plan.key_block * problem.value_dim *
+                              static_cast<std::int64_t>(item_size(problem.v_dtype)));
     f.total = at;
     return f;
 }

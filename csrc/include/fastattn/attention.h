@@ -98,7 +98,8 @@ struct KeyRange {
 };
 
 struct AttentionProblem {
-    DType dtype = DType::f32;  // of q, k, v, out
+    DType dtype = DType::f32;  // of q and out
+    DType k_dtype = DType::f32, v_dtype = DType::f32;  // make_problem() wants q's
     DType lse_dtype = DType::f32;  // of lse and weights
     Device device{};
     std::int64_t batch = 0, q_heads = 0, kv_heads = 0;

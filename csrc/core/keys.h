@@ -1,0 +1,54 @@
+// Where keys and values lie: the one place that turns the number of a key into an address. Kernels that pack ask for
+// single keys, those that read keys where they lie ask for runs.
+#pragma once
+
+#include <cstdint>
+
+#include <fastattn/attention.h>
+
+namespace fastattn {
+namespace {
+
+// Keys one stride apart.
+template <class T>
+struct KeyRun {
+    const T* first;  // number 0 of the first key, of the first head
+    std::int64_t count;
+    std::int64_t key, head, number;  // strides, in elements
+};
+
+// The keys, or the values, of kv head `head` of an entry, and of those after it. T: their dtype.
+template <class T>
+class KeyRows {
+public:
+    KeyRows(const Operand& x, std::int64_t b, std::int64_t head)
+        : first_(static_cast<const T*>(x.data) + b * x.batch + head * x.head),
+          key_(x.seq),
+          head_(x.head),
+          number_(x.dim) {}
+
+    // Number 0 of key j.
+    const T* operator[](std::int64_t j) const { return first_ + j * key_; }
+    std::int64_t number_stride() const { return number_; }
+
+    // As many of the keys [j, j + n) as lie one stride apart.
+    KeyRun<T> run(std::int64_t j, std::int64_t n) const {
+        return {(*this)[j], n, key_, head_, number_};
+    }
+
+private:
+    const T* first_;
+    std::int64_t key_, head_, number_;
+};
+
+// Rows from row i on, counted from 0: what packing takes, be it keys or rows of q.
+template <class Rows>
+struct RowsFrom {
+    Rows rows;  // a copy, so that strides stay in registers
+    std::int64_t first;
+    auto operator[](std::int64_t i) const { return rows[first + i]; }
+    std::int64_t number_stride() const { return rows.number_stride(); }
+};
+
+}  // namespace
+}  // namespace fastattn
