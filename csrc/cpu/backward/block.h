@@ -17,10 +17,6 @@ struct BackwardRow {
     Acc shift, factor, delta;  // delta = dout . out - dlse
 };
 
-struct TileColumns {
-    std::int64_t first, last;  // columns of the block of keys in which a tile of rows has weights
-};
-
 // In the workspace of a thread.
 template <class E>
 struct BackwardBuffers {

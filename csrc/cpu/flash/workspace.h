@@ -30,6 +30,10 @@ struct TileKeys {
     bool started;
 };
 
+struct TileColumns {
+    std::int64_t first, last;  // columns of a block of keys in which a tile of rows has weights
+};
+
 struct FlashOffsets {
     std::size_t q, k, v, p, o, scores;       // units or accumulators
     std::size_t row_max, row_shift, row_sum;  // accumulators: (rows), (rows), (rows, sums, width)
