@@ -6,12 +6,13 @@ import ast
 import inspect
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 import fastattn
-from fastattn import reference
+from fastattn import _arguments, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r'^FASTATTN_ARGUMENT\((\w+), k\w+, "([^"]*)", (\w+), (\w+)\)$', re.MULTILINE)
@@ -47,6 +48,41 @@ def test_the_table_is_read_whole():
     text = (ROOT / "csrc/core/arguments.inc").read_text()
     assert len(TABLE) == len(re.findall(r"^FASTATTN_ARGUMENT", text, re.MULTILINE)) > 20
     assert {x.name for x in TABLE if x.backward == "position"} == set(list(BACKWARD)[:6])
+
+
+def test_the_table_of_python():
+    rows = [(x.name, x.default, x.forward, x.backward) for x in _arguments.ARGUMENTS]
+    assert rows == ROW.findall((ROOT / "csrc/core/arguments.inc").read_text())
+    assert [x.name for x in _arguments.OPTIONS] == [
+        x.name for x in TABLE if x.forward == x.backward == "name"
+    ]
+
+
+# Of each kind: values of which an argument takes some, and one that none takes.
+KINDS: dict[str, tuple[list[Any], Any]] = {
+    "array": ([np.ones(1, dtype) for dtype in (np.bool_, np.int64, np.float32)], 0.5),
+    "flag": ([True], 0.5),
+    "integer": ([1], 0.5),
+    "number": ([0.5], "0.5"),
+    "text": (["bshd", "cpu", "cpu-scalar"], 0.5),
+    "window": ([(1, None)], 0.5),
+}
+
+
+@pytest.mark.parametrize("argument", _arguments.OPTIONS, ids=lambda argument: argument.name)
+def test_kinds(argument):
+    q = np.ones((1, 1, 1, 8), np.float32)
+
+    def takes(value: Any) -> bool:
+        try:
+            fastattn.explain(q, q, q, **{argument.name: value})
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    good, bad = KINDS[argument.kind]
+    assert any(map(takes, good))
+    assert not takes(bad)
 
 
 @pytest.mark.parametrize(

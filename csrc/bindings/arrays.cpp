@@ -111,8 +111,8 @@ TensorView Arrays::output(PyObject* object, const char* name) {
     return view;
 }
 
-void Arrays::check_overlap_of_copies(const TensorView& out, std::initializer_list<NamedView> inputs) const {
-    if (copied_inputs_.empty() && !out_copy_) {
+void Arrays::check_overlap_of_copies(const TensorView& out) const {
+    if (copied_inputs_.empty()) {
         return;
     }
     const Extent written = out_copy_ ? out_bytes_.extent() : extent_of(out);
@@ -121,12 +121,11 @@ void Arrays::check_overlap_of_copies(const TensorView& out, std::initializer_lis
             fail_overlap(copied.name);
         }
     }
-    if (out_copy_) {
-        for (const NamedView& input : inputs) {
-            if (input.view.given() && written.meets(extent_of(input.view))) {
-                fail_overlap(input.name);
-            }
-        }
+}
+
+void Arrays::check_overlap_with_copy(const char* name, const TensorView& input) const {
+    if (out_copy_ && input.given() && out_bytes_.extent().meets(extent_of(input))) {
+        fail_overlap(name);
     }
 }
 

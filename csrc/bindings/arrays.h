@@ -21,12 +21,10 @@ public:
     // The caller's `out`.
     TensorView output(PyObject* object, const char* name);
     // The core sees aligned copies of misaligned arrays, so it cannot know that `out` shares memory with
-    // one of those: this does. `inputs` are the views that the core sees.
-    struct NamedView {
-        const char* name;
-        const TensorView& view;
-    };
-    void check_overlap_of_copies(const TensorView& out, std::initializer_list<NamedView> inputs) const;
+    // one of those: these do. First, `out` with the copied inputs; then, a copied `out` with an input as the
+    // core sees it.
+    void check_overlap_of_copies(const TensorView& out) const;
+    void check_overlap_with_copy(const char* name, const TensorView& input) const;
     CudaUse& cuda() noexcept { return cuda_; }
     // After computing: brings a misaligned `out` up to date.
     void write_back() const;

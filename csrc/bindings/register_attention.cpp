@@ -1,5 +1,6 @@
 // fastattn.mha, fastattn.mha_backward and fastattn.explain: arguments in, AttentionParams, core, results out.
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "bindings/errors.h"
 #include "bindings/gil.h"
 #include "bindings/numpy_interop.h"
+#include "bindings/places.h"
 #include "bindings/register.h"
 #include "core/device_choice.h"
 #include "core/environment.h"
@@ -75,22 +77,20 @@ void read_q_offset(const Arguments& arguments, Call& call) {
 void read_arguments(const Arguments& arguments, Call& call) {
     AttentionParams& params = call.params;
     call.options.max_threads = thread_limit;
-    const auto read = [&](Slot slot, TensorView& view) {
-        if (arguments.given(slot)) {
-            view = call.arrays.input(arguments[slot], slot_name(slot));
-        }
-    };
     params.layout = to_layout(arguments);
-    params.causal = to_bool(arguments, kCausal, false);
     call.return_lse = to_bool(arguments, kReturnLse, false);
     call.return_weights = to_bool(arguments, kReturnWeights, false);
-    if (arguments.given(kScale)) {
-        params.scale = to_double(arguments, kScale, 0.0);
+    for (const auto& [slot, member] : kFlags) {
+        params.*member = to_bool(arguments, slot, false);
     }
-    if (arguments.given(kSoftcap)) {
-        params.softcap = to_double(arguments, kSoftcap, 0.0);
+    for (const auto& [slot, member] : kOptionalNumbers) {
+        if (arguments.given(slot)) {
+            params.*member = to_double(arguments, slot, 0.0);
+        }
     }
-    params.dropout = to_double(arguments, kDropout, 0.0);
+    for (const auto& [slot, member] : kNumbers) {
+        params.*member = to_double(arguments, slot, params.*member);
+    }
     params.seed = to_seed(arguments);
     if (arguments.given(kWindow)) {
         to_window(arguments, params.window_left, params.window_right);
@@ -101,19 +101,16 @@ void read_arguments(const Arguments& arguments, Call& call) {
     if (const char* kernel = to_text(arguments, kKernel)) {
         call.options.kernel = kernel;
     }
-    params.q = call.arrays.input(arguments[kQ], "q");
-    params.k = call.arrays.input(arguments[kK], "k");
-    params.v = call.arrays.input(arguments[kV], "v");
-    read(kMask, params.mask);
+    for (const auto& [slot, member] : kArrays) {
+        const bool required = slot == kQ || slot == kK || slot == kV;  // None is then no array, not absent
+        if (slot != kQOffset && (required || arguments.given(slot))) {
+            params.*member = call.arrays.input(arguments[slot], slot_name(slot));
+        }
+    }
     if (params.mask.given() && params.mask.dtype != DType::boolean &&
         optional_attribute(arguments[kMask], "bool")) {
         params.mask_as_bool = "mask.bool()";  // PyTorch's tensors have no astype()
     }
-    read(kBias, params.bias);
-    read(kAlibiSlopes, params.alibi_slopes);
-    read(kSinks, params.sinks);
-    read(kQLens, params.q_lens);
-    read(kKvLens, params.kv_lens);
     if (arguments.given(kQOffset)) {
         read_q_offset(arguments, call);
     }
@@ -123,16 +120,10 @@ void read_out(const Arguments& arguments, Call& call) {
     AttentionParams& params = call.params;
     if (arguments.given(kOut)) {
         params.out = call.arrays.output(arguments[kOut], "out");
-        call.arrays.check_overlap_of_copies(params.out, {{"q", params.q},
-                                                         {"k", params.k},
-                                                         {"v", params.v},
-                                                         {"mask", params.mask},
-                                                         {"bias", params.bias},
-                                                         {"alibi_slopes", params.alibi_slopes},
-                                                         {"sinks", params.sinks},
-                                                         {"q_lens", params.q_lens},
-                                                         {"kv_lens", params.kv_lens},
-                                                         {"q_offset", params.q_offsets}});
+        call.arrays.check_overlap_of_copies(params.out);
+        for (const auto& [slot, member] : kArrays) {
+            call.arrays.check_overlap_with_copy(slot_name(slot), params.*member);
+        }
     }
 }
 
@@ -432,6 +423,21 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     return PyRef::checked(PyObject_Call(type.get(), none.get(), keyword_arguments.get()));
 }
 
+const char* taken_text(Taken taken) noexcept {
+    return taken == Taken::none ? "none" : taken == Taken::position ? "position" : "name";
+}
+
+// One row per argument; fastattn._arguments makes Argument of it.
+py::tuple argument_rows() {
+    py::tuple rows(std::size(kArguments));
+    for (int slot = 0; slot < kSlots; ++slot) {
+        const ArgumentRow& row = kArguments[slot];
+        rows[slot] = py::make_tuple(row.name, kind_of(slot), row.fallback, taken_text(row.forward),
+                                    taken_text(row.backward));
+    }
+    return rows;
+}
+
 using Run = PyRef (*)(PyObject* const*, Py_ssize_t, PyObject*);
 
 // Not noexcept: a thread that is cancelled unwinds through it.
@@ -467,6 +473,10 @@ void register_attention(py::module_& m) {
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {
         throw py::error_already_set();
     }
+    m.def("argument_rows", &argument_rows,
+          "argument_rows()\n--\n\n(name, kind, default as Python writes it or '', how mha takes it, how "
+          "mha_backward "
+          "takes it) of each argument.");
     m.def(
         "limit_threads", [](int n) { return std::exchange(thread_limit, std::max(n, 0)); }, py::arg("n"),
         "limit_threads(n)\n--\n\nAt most n CPU threads in calls of this Python thread, 0: no limit but "

@@ -15,6 +15,7 @@
 #include <fastattn/attention.h>
 
 #include "bindings/buffer.h"
+#include "bindings/places.h"
 #include "bindings/register.h"
 #include "bindings/xla_ffi_abi.h"
 #include "core/scalar_access.h"
@@ -89,20 +90,12 @@ std::uint64_t to_seed(const TensorView& view) {
 
 TensorView* find_array(BackwardParams& params, std::string_view name) {
     AttentionParams& f = params.forward;
+    for (const auto& [slot, member] : kArrays)
+        if (kArguments[slot].name == name) return &(f.*member);
     const struct {
         std::string_view name;
         TensorView& view;
     } rows[] = {
-        {"q", f.q},
-        {"k", f.k},
-        {"v", f.v},
-        {"mask", f.mask},
-        {"bias", f.bias},
-        {"alibi_slopes", f.alibi_slopes},
-        {"sinks", f.sinks},
-        {"q_lens", f.q_lens},
-        {"kv_lens", f.kv_lens},
-        {"q_offset", f.q_offsets},
         {"out", f.out},
         {"lse", f.lse},
         {"weights", f.weights},
@@ -197,12 +190,12 @@ void read_call(const CallFrame& frame, BackwardParams& params, RunOptions& optio
     const std::string_view layout = attributes.text("layout");
     if (layout != "bshd" && layout != "bhsd") throw ProtocolError("layout is " + quoted(layout));
     f.layout = layout == "bshd" ? Layout::bshd : Layout::bhsd;
-    attributes.scalar<double>("scale", kF64, f.scale);
-    attributes.scalar<bool>("causal", kPred, f.causal);
+    for (const auto& [slot, member] : kOptionalNumbers)
+        attributes.scalar<double>(slot_name(slot), kF64, f.*member);
+    for (const auto& [slot, member] : kNumbers) attributes.scalar<double>(slot_name(slot), kF64, f.*member);
+    for (const auto& [slot, member] : kFlags) attributes.scalar<bool>(slot_name(slot), kPred, f.*member);
     attributes.scalar<std::int64_t>("window_left", kS64, f.window_left);
     attributes.scalar<std::int64_t>("window_right", kS64, f.window_right);
-    attributes.scalar<double>("softcap", kF64, f.softcap);
-    attributes.scalar<double>("dropout", kF64, f.dropout);
     options.kernel = attributes.text("kernel");
     options.device = "cpu";  // where XLA's buffers are; the program was compiled for it
     set_arrays(params, attributes.text("operands"), frame.arguments);
