@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ast
+from typing import Any, NamedTuple
 
 from fastattn import _core
 
@@ -16,25 +17,23 @@ class Argument(NamedTuple):
     kind : str
         "array", "number" (a float), "flag" (a bool), "text", "window" (two integers or None), or "integer",
         which may be an array as well.
-    default : str
-        As Python writes it; empty where there is none.
+    default : object
+        None, too, for what is taken by position and has none.
     forward, backward : str
         How `mha` and `mha_backward` take it: by "position", by "name" or not ("none").
     """
 
     name: str
     kind: str
-    default: str
+    default: Any
     forward: str
     backward: str
 
-    @property
-    def optional(self) -> bool:
-        """Whether None stands for its absence."""
-        return self.default == "None"
 
-
-ARGUMENTS = tuple(Argument(*row) for row in _core.argument_rows())
+ARGUMENTS = tuple(
+    Argument(name, kind, ast.literal_eval(default or "None"), forward, backward)
+    for name, kind, default, forward, backward in _core.argument_rows()
+)
 # What both functions take by name: those of the problem, and where it is computed.
 OPTIONS = tuple(x for x in ARGUMENTS if x.forward == x.backward == "name")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn.torch._ops import call
+from fastattn._arguments import OPTIONS
+from fastattn.torch._ops import LEARNED, call
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -106,50 +108,21 @@ def mha(
     >>> q.grad.shape
     torch.Size([1, 128, 8, 64])
     """
-    tensors = (q, k, v, scale, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens, kv_lens, seed)
+    given: dict[str, Any] = {
+        "layout": layout, "scale": scale, "causal": causal, "window": window, "q_offset": q_offset,
+        "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks,
+        "q_lens": q_lens, "kv_lens": kv_lens, "dropout": dropout, "seed": seed, "device": device,
+        "kernel": kernel,
+    }  # fmt: skip
+    tensors = (q, k, v, *given.values())
     if has_torch_function(tensors):
-        return handle_torch_function(
-            mha, tensors, q, k, v, layout=layout, scale=scale, causal=causal, window=window,
-            q_offset=q_offset, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-            q_lens=q_lens, kv_lens=kv_lens, dropout=dropout, seed=seed, return_lse=return_lse,
-            return_weights=return_weights, device=device, kernel=kernel,
-        )  # fmt: skip
+        given |= {"return_lse": return_lse, "return_weights": return_weights}
+        return handle_torch_function(mha, tensors, q, k, v, **given)
     q, k, v = checked(TypeError, q=q, k=k, v=v)
-    if dropout is None:
-        raise TypeError("dropout: expected a number, got None")
-    drop = number("dropout", dropout)
-    scale, scale_tensor = learned_number("scale", scale, q)
-    softcap, softcap_tensor = learned_number("softcap", softcap, q)
-    offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
-    if seed is None:
-        seed = drawn_seed() if drop else 0
-    seed_number, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (integer("seed", seed), None)
-    if seed_tensor is not None and (seed_tensor.dim() or seed_tensor.is_floating_point()):
-        got = f"{seed_tensor.dtype} {tuple(seed_tensor.shape)}"
-        raise TypeError(f"seed: expected an int or an integer tensor of shape (), got {got}")
-    if not 0 <= seed_number < 2**64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
-    for name, side in (
-        ("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("q_lens", q_lens),
-        ("kv_lens", kv_lens), ("q_offset", offsets), ("seed", seed_tensor),
-    ):  # fmt: skip
-        if side is not None:
-            check_side(TypeError, name, side, q)
-    left, right = (None, None) if window is None else _pair(window)
-    for name, flag in (("causal", causal), ("return_weights", return_weights)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-    out, lse, weights = call(
-        q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, offsets, seed_tensor,
-        _text("layout", layout), scale, causal, left, right,
-        None if offset is None else integer("q_offset", offset),
-        softcap, drop,
-        # The operator's integers have 64 bits and a sign.
-        seed_number if seed_number < 2**63 else seed_number - 2**64,
-        None if device is None else _text("device", device),
-        None if kernel is None else _text("kernel", kernel), return_weights,
-        scale_tensor, softcap_tensor,
-    )  # fmt: skip
+    given["seed"] = _seed(seed, number("dropout", dropout))
+    made = _options(given, q)
+    made |= {"q": q, "k": k, "v": v, "return_weights": _flag("return_weights", return_weights)}
+    out, lse, weights = call(made)
     if not (return_lse or return_weights):
         return out
     return (out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
@@ -173,9 +146,10 @@ def checked(wrong: type[Exception], **tensors: Any) -> list[Tensor]:
         # PyTorch's own operators leave float64 as it is, too.
         results = [x if x.dtype == torch.float64 else x.to(dtype) for x in results]
         first = results[0]
+    dtype, device = first.dtype, first.device
     for name, x in zip(tensors, results, strict=True):
-        if x.dtype != first.dtype or x.device != first.device:
-            expected = f"{first.dtype} on {first.device}, as the first one"
+        if x.dtype != dtype or x.device != device:
+            expected = f"{dtype} on {device}, as the first one"
             raise wrong(f"{name}: expected {expected}, got {x.dtype} on {x.device}")
     return results
 
@@ -188,6 +162,50 @@ def check_side(wrong: type[Exception], name: str, x: Any, q: Tensor) -> None:
     # A number of the host goes with any device, as in PyTorch.
     if x.device != q.device and (x.dim() or not x.is_cpu):
         raise wrong(f"{name}: expected a tensor on {q.device}, as the first one, got {x.device}")
+
+
+def _options(given: dict[str, Any], q: Tensor) -> dict[str, Any]:
+    """The options of `mha` as those of the operators; what has its default is left out."""
+    made: dict[str, Any] = {}
+    for name, kind, default in _OPTIONS:
+        x = given[name]
+        if x is default:
+            continue
+        if kind == "array":
+            check_side(TypeError, name, x, q)
+            made[name] = x
+        elif name in LEARNED:
+            made[name], made[f"{name}_tensor"] = learned_number(name, x, q)
+        elif kind == "integer" and isinstance(x, Tensor):
+            check_side(TypeError, name, x, q)
+            made[f"{name}_tensor"] = x
+        elif kind == "window":
+            made[f"{name}_left"], made[f"{name}_right"] = _pair(x)
+        else:
+            made[name] = _CONVERT[kind](name, x)
+    return made
+
+
+def _seed(seed: Any, dropout: float) -> int | Tensor:
+    """An int64 or a tensor; drawn where it is None and matters."""
+    if seed is None:
+        return drawn_seed() if dropout else 0
+    if isinstance(seed, Tensor):
+        if seed.dim() or seed.is_floating_point():
+            got = f"{seed.dtype} {tuple(seed.shape)}"
+            raise TypeError(f"seed: expected an int or an integer tensor of shape (), got {got}")
+        return seed
+    value = integer("seed", seed)
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    # The operator's integers have 64 bits and a sign.
+    return value if value < 2**63 else value - 2**64
+
+
+def _flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
+    return x
 
 
 def _text(name: str, x: Any) -> str:
@@ -214,9 +232,9 @@ def integer(name: str, x: Any) -> int:
         raise TypeError(f"{name}: expected an int, got {x!r}") from None
 
 
-def number(name: str, x: Any) -> float | None:
+def number(name: str, x: Any) -> float:
     """A float, which alone the dispatcher takes."""
-    if x is None or type(x) is float:
+    if type(x) is float:
         return x
     if isinstance(x, Tensor) and x.requires_grad:
         raise TypeError(
@@ -233,7 +251,7 @@ def learned_number(
 ) -> tuple[float | None, Tensor | None]:
     """As a number or as a tensor (), one of them None; the operator reads the tensor when it runs."""
     if not isinstance(x, Tensor):
-        return number(name, x), None
+        return None if x is None else number(name, x), None
     check_side(wrong, name, x, q)
     if x.numel() != 1 or x.is_complex():
         got = f"{x.dtype} {tuple(x.shape)}"
@@ -244,3 +262,8 @@ def learned_number(
 def drawn_seed() -> Tensor:
     """A seed from PyTorch's default CPU generator, which torch.manual_seed and checkpointing control."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+_OPTIONS = tuple((x.name, x.kind, x.default) for x in OPTIONS)
+_CONVERT: dict[str, Callable[[str, Any], Any]]
+_CONVERT = {"text": _text, "number": number, "flag": _flag, "integer": integer}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -10,32 +10,68 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn import _core
+from fastattn import Gradients, _core
+from fastattn._arguments import OPTIONS, names
 from fastattn.torch._learned import fold_scale, scale_gradient, softcap_gradient
 
-# All is positional. The dispatcher drops arguments at the end that equal their default.
-_SIDES = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_lens, Tensor? kv_lens, "
-    "Tensor? q_offset_tensor, Tensor? seed_tensor"
-)
-_OPTIONS = (
-    "str layout, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
-    "float? softcap, float dropout, SymInt seed, str? device, str? kernel"
-)
-# Used instead of `scale` and `softcap`: the numbers as tensors, which may be learned or change in a graph.
-_NUMBERS = "Tensor? scale_tensor=None, Tensor? softcap_tensor=None"
-_N_SIDES, _N_OPTIONS = 8, 11
-_N_INPUTS = 3 + _N_SIDES  # q, k, v come before the side arguments
-_REST = _N_SIDES + _N_OPTIONS + 1  # of the arguments after the first tensors: those without a default
+# Numbers that may be tensors instead, which are learned or change in a graph.
+LEARNED = ("scale", "softcap")
+_TYPES = {"text": "str", "number": "float", "flag": "bool", "integer": "SymInt"}
+
+
+def _option_types() -> dict[str, str]:
+    """The options that are no tensors, from the table of arguments."""
+    types: dict[str, str] = {}
+    for x in OPTIONS:
+        if x.kind == "window":
+            types |= {f"{x.name}_left": "SymInt?", f"{x.name}_right": "SymInt?"}
+        elif x.kind != "array":
+            types[x.name] = _TYPES[x.kind] + ("?" if x.default is None else "")
+    return types
+
+
+_ARRAYS = names("array")
+_QKV = dict.fromkeys(("q", "k", "v"), "Tensor")
+_SIDES = dict.fromkeys((*_ARRAYS, *(f"{name}_tensor" for name in names("integer"))), "Tensor?")
+_OPTIONS = _option_types()
+_NUMBERS = dict.fromkeys((f"{name}_tensor" for name in LEARNED), "Tensor?")
+# The operators' arguments, all by position, with their types.
+_FORWARD = {**_QKV, **_SIDES, **_OPTIONS, "return_weights": "bool", **_NUMBERS}
+_BACKWARD = {
+    "dout": "Tensor", "dlse": "Tensor?", **_QKV, "out": "Tensor", "lse": "Tensor", **_SIDES, **_OPTIONS,
+    "need_dbias": "bool", **_NUMBERS, **dict.fromkeys((f"need_d{name}" for name in LEARNED), "bool"),
+}  # fmt: skip
+# The dispatcher drops these at the end where they equal their default.
+_TAIL = {name: "None" if name in _NUMBERS else "False" for name in list(_BACKWARD)[-2 * len(LEARNED) :]}
+_DEFAULTS = {**dict.fromkeys(_FORWARD), **{x.name: x.default for x in OPTIONS if x.name in _OPTIONS}}
+_DEFAULTS["return_weights"] = False
+_PLAIN = names("text", "number", "flag")
+# The forward's arguments from `_N_TENSORS` to `_N_PLAIN` are no tensors.
+_N_TENSORS, _N_PLAIN = len(_QKV) + len(_SIDES), len(_FORWARD) - len(_NUMBERS)
+_SAVED = (*_QKV, *_SIDES, *_NUMBERS, *list(_FORWARD)[_N_TENSORS:_N_PLAIN])
+# What has a gradient, in the order of the backward's results.
+_DIFFERENTIABLE = (*(name.removeprefix("d") for name in Gradients._fields), *_NUMBERS)
+
+
+def _schema(name: str, arguments: dict[str, str], results: Iterable[str]) -> str:
+    declared = (f"{kind} {x}={_TAIL[x]}" if x in _TAIL else f"{kind} {x}" for x, kind in arguments.items())
+    return f"{name}({', '.join(declared)}) -> ({', '.join(f'Tensor {x}' for x in results)})"
+
+
 _SCHEMAS = (
-    f"mha(Tensor q, Tensor k, Tensor v, {_SIDES}, {_OPTIONS}, bool return_weights, {_NUMBERS}) -> "
-    "(Tensor out, Tensor lse, Tensor weights)",
-    "mha_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SIDES}, {_OPTIONS}, bool need_dbias, {_NUMBERS}, bool need_dscale=False, "
-    "bool need_dsoftcap=False) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks, Tensor dscale, "
-    "Tensor dsoftcap)",
+    _schema("mha", _FORWARD, ("out", "lse", "weights")),
+    _schema("mha_backward", _BACKWARD, (*Gradients._fields, *(f"d{name}" for name in LEARNED))),
 )
+
+
+def _all(arguments: dict[str, str], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With None for what was dropped at the end."""
+    return args + (None,) * (len(arguments) - len(args))
+
+
+def _named(arguments: dict[str, str], args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(arguments, _all(arguments, args), strict=True))
+
 
 # NumPy reads these where they lie, at a fraction of what PyTorch's __dlpack__ costs per call.
 _NUMPY_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32})
@@ -67,95 +103,59 @@ def _limited(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         _core.limit_threads(before)
 
 
-def _numbers(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with a default, as many as there may be."""
-    return (*rest[_REST:], None, None, False, False)[:4] if len(rest) < _REST + 4 else rest[_REST:]
-
-
-def _keywords(
-    mask: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    q_lens: Tensor | None,
-    kv_lens: Tensor | None,
-    q_offset_tensor: Tensor | None,
-    seed_tensor: Tensor | None,
-    layout: str,
-    scale: float | None,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    q_offset: int | None,
-    softcap: float | None,
-    dropout: float,
-    seed: int,
-    device: str | None,
-    kernel: str | None,
-    scale_tensor: Tensor | None,
-    softcap_tensor: Tensor | None,
-) -> dict[str, Any]:
+def _keywords(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the operators as those of the core."""
-    scale = scale if scale_tensor is None else float(scale_tensor.detach())
-    softcap = softcap if softcap_tensor is None else float(softcap_tensor.detach())
-    keywords: dict[str, Any] = {
-        "layout": layout,
-        "scale": scale,
-        "causal": causal,
-        "q_offset": q_offset,
-        "softcap": softcap,
-        "dropout": dropout,
-        # An int64 carries the seeds from 2**63 on as negative ones.
-        "seed": seed % 2**64 if seed_tensor is None else int(seed_tensor),
-        "device": device,
-        "kernel": kernel,
-    }
-    if window_left is not None or window_right is not None:
-        keywords["window"] = window_left, window_right
-    for name, x in (
-        ("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("q_lens", q_lens),
-        ("kv_lens", kv_lens), ("q_offset", q_offset_tensor),
-    ):  # fmt: skip
+    keywords = {name: given[name] for name in _PLAIN}
+    for name in LEARNED:
+        if given[f"{name}_tensor"] is not None:
+            keywords[name] = float(given[f"{name}_tensor"].detach())
+    offsets, seed = given["q_offset_tensor"], given["seed_tensor"]
+    keywords["q_offset"] = given["q_offset"] if offsets is None else _lend(offsets)
+    # An int64 carries the seeds from 2**63 on as negative ones.
+    keywords["seed"] = given["seed"] % 2**64 if seed is None else int(seed)
+    left, right = given["window_left"], given["window_right"]
+    if not (left is None and right is None):
+        keywords["window"] = left, right
+    for name in _ARRAYS:
+        x = given[name]
         if x is not None:
             # A mask that is not bool is refused; as a tensor, in words for tensors.
             keywords[name] = x if name == "mask" and x.dtype != torch.bool else _lend(x)
     return keywords
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return_weights = rest[_REST - 1]
-    keywords = _keywords(*rest[: _REST - 1], *_numbers(rest)[:2])
-    keywords |= {"return_lse": True, "return_weights": return_weights}
-    results = _limited(_core.mha, _lend(q), _lend(k), _lend(v), **keywords)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _named(_FORWARD, args)
+    q, return_weights = given["q"], given["return_weights"]
+    keywords = {"return_lse": True, "return_weights": return_weights, **_keywords(given)}
+    results = _limited(_core.mha, _lend(q), _lend(given["k"]), _lend(given["v"]), **keywords)
     return _adopt(results[0], q), _adopt(results[1], q), _adopt(results[2] if return_weights else None, q)
 
 
-def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    scale_tensor, softcap_tensor, need_dscale, need_dsoftcap = _numbers(rest)
-    settings: tuple[Any, ...] = (*rest[: _REST - 1], scale_tensor, softcap_tensor)
-    keywords = _keywords(*settings)
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    given = _named(_BACKWARD, args)
+    dout, dlse, q, k, v, out, lse = (given[name] for name in ("dout", "dlse", "q", "k", "v", "out", "lse"))
+    keywords = _keywords(given)
     dscale = dsoftcap = None
-    if need_dsoftcap:
+    if given["need_dsoftcap"]:
         value = softcap_gradient(
             lambda *args, **kw: _limited(_core.mha, *args, **kw), _lend, dout, dlse, q, k, v, out, keywords
         )
-        dsoftcap = softcap_tensor.new_tensor(value)
+        dsoftcap = given["softcap_tensor"].new_tensor(value)
     folded, factor = q, 1.0
-    if need_dscale:
+    if given["need_dscale"]:
         folded, keywords["scale"], factor = fold_scale(q, keywords["scale"])
     grads = _limited(
         _core.mha_backward,
         _lend(dout),
         *(_lend(x) for x in (folded, k, v, out, lse)),
         dlse=None if dlse is None else _lend(dlse),
-        need_dbias=rest[_REST - 1],
+        need_dbias=given["need_dbias"],
         **keywords,
     )
     dq, *others = (_adopt(x, q) for x in grads)
-    if need_dscale:
-        dscale = scale_tensor.new_tensor(scale_gradient(q, dq, keywords["scale"]))
+    if given["need_dscale"]:
+        dscale = given["scale_tensor"].new_tensor(scale_gradient(q, dq, keywords["scale"]))
         dq = dq if factor == 1.0 else dq * factor
     return dq, *others, _adopt(dscale, q), _adopt(dsoftcap, q)
 
@@ -163,29 +163,27 @@ def _backward(
 # ---- shapes, for tracing and the meta device -----------------------------------------------------------
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layout, return_weights = rest[_N_SIDES], rest[_REST - 1]
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _named(_FORWARD, args)
+    q, k, v = given["q"], given["k"], given["v"]
     if q.dim() not in (2, 3, 4) or not q.dim() == k.dim() == v.dim():
         raise ValueError(f"q, k, v: expected one rank of 2, 3 or 4, got {q.dim()}, {k.dim()}, {v.dim()}")
-    bshd = q.dim() > 2 and layout == "bshd"
+    bshd = q.dim() > 2 and given["layout"] == "bshd"
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if bshd else q.shape[:-1]  # without the axes q lacks
     n_k = k.shape[-3] if bshd else k.shape[-2]
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
         q.new_empty((*q.shape[:-1], v.shape[-1])),
         q.new_empty(rows, dtype=stats),
-        q.new_empty((*rows, n_k), dtype=stats) if return_weights else q.new_empty((0,)),
+        q.new_empty((*rows, n_k), dtype=stats) if given["return_weights"] else q.new_empty((0,)),
     )
 
 
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    bias, alibi_slopes, sinks, need_dbias = *rest[1:4], rest[_REST - 1]
-    scale, softcap, need_dscale, need_dsoftcap = _numbers(rest)
-    numbers = (scale if need_dscale else None, softcap if need_dsoftcap else None)
-    given = (q, k, v, bias if need_dbias else None, alibi_slopes, sinks, *numbers)
-    return tuple(q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in given)
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    given = _named(_BACKWARD, args)
+    needed = {"bias": given["need_dbias"], **{f"{name}_tensor": given[f"need_d{name}"] for name in LEARNED}}
+    like = [given[name] if needed.get(name, True) else None for name in _DIFFERENTIABLE]
+    return tuple(given["q"].new_empty((0,)) if x is None else x.new_empty(x.shape) for x in like)
 
 
 # ---- derivatives ------------------------------------------------------------------------------------------
@@ -193,8 +191,9 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     out, lse, weights = output
-    ctx.save_for_backward(*inputs[:_N_INPUTS], *_numbers(inputs[3:])[:2], out, lse)
-    ctx.options = inputs[_N_INPUTS : 3 + _REST - 1]
+    inputs = _all(_FORWARD, inputs)
+    ctx.save_for_backward(*inputs[:_N_TENSORS], *inputs[_N_PLAIN:], out, lse)
+    ctx.options = inputs[_N_TENSORS:_N_PLAIN]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(weights)
 
@@ -202,22 +201,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, dweights: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, scale, softcap, out, lse = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    grads: list[Tensor | None] = [None] * len(needed)
-    learned = [*needed[3 + _REST :], False, False][:2]  # scale, softcap
     if dout is None and dlse is None:
-        return tuple(grads)
-    if dout is None:
-        dout = out.new_zeros(()).expand(out.shape)
-    bias = 4  # positions among the inputs: q 0, k 1, v 2, mask 3, bias 4, alibi_slopes 5, sinks 6
-    results = _call_backward(
-        dout, dlse, *inputs[:3], out, lse, *inputs[3:], *ctx.options, needed[bias], scale, softcap, *learned
-    )
-    for position, grad in zip((0, 1, 2, bias, 5, 6, 3 + _REST, 4 + _REST), results, strict=True):
-        if position < len(needed) and needed[position]:
-            grads[position] = grad
-    return tuple(grads)
+        return (None,) * len(ctx.needs_input_grad)
+    *inputs, out, lse = ctx.saved_tensors
+    needed = dict(zip(_FORWARD, ctx.needs_input_grad, strict=False))
+    given = {
+        "dout": out.new_zeros(()).expand(out.shape) if dout is None else dout,
+        "dlse": dlse, "out": out, "lse": lse, "need_dbias": needed["bias"],
+        **dict(zip(_SAVED, (*inputs, *ctx.options), strict=True)),
+        **{f"need_d{name}": needed.get(f"{name}_tensor", False) for name in LEARNED},
+    }  # fmt: skip
+    results = _call_backward(*(given[name] for name in _BACKWARD))
+    grads = dict(zip(_DIFFERENTIABLE, results, strict=True))
+    return tuple(grads.get(name) if is_needed else None for name, is_needed in needed.items())
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -287,13 +283,17 @@ _TransformedMhaBackward = _function(
 )
 
 
-def call(*args: Any) -> Any:
-    """`mha`, whatever differentiates, maps or compiles it: (out, lse, weights)."""
+def call(given: dict[str, Any]) -> Any:
+    """`mha`, whatever differentiates, maps or compiles it: (out, lse, weights). Options have defaults."""
+    return _call(*(_DEFAULTS | given).values())
+
+
+def _call(*args: Any) -> Any:
     if torch.compiler.is_compiling():
         return mha(*args)
     if torch._C._are_functorch_transforms_active():
         return _TransformedMha.apply(*args)
-    tensors = (*args[:7], *args[3 + _REST :])
+    tensors = (*args[:_N_TENSORS], *args[_N_PLAIN:])
     learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if learned or torch.autograd.forward_ad._current_level >= 0:
         return _Mha.apply(*args)
@@ -312,28 +312,29 @@ def _call_backward(*args: Any) -> Any:
         return mha_backward(*args)
 
 
-_map_mha: Callable[..., Any] = _map_over(call)
+_map_mha: Callable[..., Any] = _map_over(_call)
 _map_mha_backward: Callable[..., Any] = _map_over(_call_backward)
 
 
 # ---- FLOPs ------------------------------------------------------------------------------------------------
 
 
-def _score_flops(q: Any, k: Any, rest: tuple[Any, ...]) -> Any:
+def _score_flops(given: dict[str, Any]) -> Any:
     """2 for every query, key and head; shapes in."""
-    seq = -3 if len(q) > 2 and rest[_N_SIDES] == "bshd" else -2
+    q, k = given["q"], given["k"]
+    seq = -3 if len(q) > 2 and given["layout"] == "bshd" else -2
     return 2 * prod(q[:-1]) * k[seq]
 
 
-def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> Any:
+def _forward_flops(*args: Any, **_: Any) -> Any:
     # As FlopCounterMode counts PyTorch's own function: every pair, those that causal or a mask excludes too.
-    return _score_flops(q, k, rest) * (q[-1] + v[-1])
+    given = _named(_FORWARD, args)
+    return _score_flops(given) * (given["q"][-1] + given["v"][-1])
 
 
-def _backward_flops(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **_: Any
-) -> Any:
-    return _score_flops(q, k, rest) * (3 * q[-1] + 2 * v[-1])  # the scores once more, dq, dk; dP, dv
+def _backward_flops(*args: Any, **_: Any) -> Any:
+    given = _named(_BACKWARD, args)  # the scores once more, dq, dk; dP, dv
+    return _score_flops(given) * (3 * given["q"][-1] + 2 * given["v"][-1])
 
 
 # ---- registration -----------------------------------------------------------------------------------------

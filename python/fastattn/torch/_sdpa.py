@@ -79,8 +79,6 @@ def scaled_dot_product_attention(
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     dropped = number("dropout_p", dropout_p)
-    if dropped is None:
-        raise TypeError("dropout_p: expected a number, got None")
     if not 0.0 <= dropped <= 1.0:
         raise RuntimeError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
     lead: tuple[int, ...] = query.shape[:-2]
@@ -112,11 +110,12 @@ def scaled_dot_product_attention(
     drop = 0.0 < dropped < 1.0
     seed = drawn_seed() if drop else None
     scale, scale_tensor = learned_number("scale", scale, query, RuntimeError)
-    out: Tensor = call(
-        query, key, value, mask, bias, None, None, None, None, None, seed,
-        "bhsd", scale, is_causal, None, None, 0 if is_causal else None, None,
-        dropped if drop else 0.0, 0, None, None, False, scale_tensor, None,
-    )[0]  # fmt: skip
+    given = {
+        "q": query, "k": key, "v": value, "mask": mask, "bias": bias, "seed_tensor": seed, "layout": "bhsd",
+        "scale": scale, "scale_tensor": scale_tensor, "causal": is_causal,
+        "q_offset": 0 if is_causal else None, "dropout": dropped if drop else 0.0,
+    }  # fmt: skip
+    out: Tensor = call(given)[0]
     if dropped == 1.0:
         out = out * 0.0
     return out.reshape(*lead, *out.shape[-2:]) if merge else out
