@@ -22,11 +22,15 @@ import jax.ffi
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from fastattn import _core
+from fastattn import Gradients, _core
+from fastattn._arguments import OPTIONS
 
 __all__ = ["mha"]
 
-_SIDE = frozenset({"bias", "alibi_slopes", "sinks"})  # side arguments that have gradients
+_INPUTS = ("q", "k", "v", *(x.name for x in OPTIONS if x.kind == "array"))
+# What must be known when a function is traced, apart from the two flags that say what is returned.
+_STATIC = {x.name: x.kind for x in OPTIONS if x.kind not in ("array", "integer") and x.name != "device"}
+_SIDE = frozenset(name.removeprefix("d") for name in Gradients._fields[3:])  # side arguments with gradients
 _FORWARD, _BACKWARD = "fastattn_mha", "fastattn_mha_backward"
 
 
@@ -49,29 +53,10 @@ _Types = tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape, dtype
 class _Settings(NamedTuple):
     """What is known when a function is traced, checked and converted; part of the compiled program."""
 
+    attributes: tuple[tuple[str, Any], ...]  # of the call of the handler; what is None is absent
     layout: str
-    scale: float | None
-    causal: bool
-    window: tuple[int | None, int | None]
-    softcap: float | None
     dropout: float
-    kernel: str | None
     finite_lse: bool  # of what is kept for the gradients
-
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of the call of the handler; what is None is absent."""
-        left, right = self.window
-        given = {
-            "layout": self.layout,
-            "scale": None if self.scale is None else np.float64(self.scale),
-            "causal": np.bool_(self.causal),
-            "window_left": None if left is None else np.int64(left),
-            "window_right": None if right is None else np.int64(right),
-            "softcap": None if self.softcap is None else np.float64(self.softcap),
-            "dropout": np.float64(self.dropout),
-            "kernel": self.kernel,
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
 
 def mha(
@@ -142,17 +127,13 @@ def mha(
         Whichever JAX makes of an error when the program runs: lengths out of range, a negative seed, no
         memory, another platform than the CPU.
     """
-    given = {
-        "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks,
-        "q_lens": q_lens, "kv_lens": kv_lens,
-    }  # fmt: skip
-    arrays = {name: _as_array(name, x) for name, x in given.items() if x is not None or name in "qkv"}
+    given = dict(locals())
+    arrays = {
+        name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"
+    }
     if q_offset is not None:
         arrays["q_offset"] = _offset(q_offset)
-    settings = {
-        "layout": layout, "scale": scale, "causal": causal, "window": window, "softcap": softcap,
-        "dropout": dropout, "return_lse": return_lse, "return_weights": return_weights, "kernel": kernel,
-    }  # fmt: skip
+    settings = {name: given[name] for name in (*_STATIC, "return_lse", "return_weights")}
     for name, value in settings.items():
         if isinstance(value, jax.core.Tracer):
             raise TypeError(
@@ -164,22 +145,29 @@ def mha(
     if dropout > 0:
         arrays["seed"] = words
     config: Any = jax.config  # in part without types
-    known = _Settings(
-        layout=layout,
-        scale=None if scale is None else float(scale),
-        causal=bool(causal),
-        window=(None, None) if window is None else (_side(window[0]), _side(window[1])),
-        softcap=None if softcap is None else float(softcap),
-        dropout=float(dropout),
-        kernel=kernel,
-        finite_lse=bool(config.jax_debug_infs),
-    )
+    known = _Settings(_attributes(settings), layout, float(dropout), bool(config.jax_debug_infs))
     names = ("out", *("lse",) * bool(return_lse), *("weights",) * bool(return_weights))
     results = _mha(known, names, arrays)
     return results if len(results) > 1 else results[0]
 
 
 # ---- arguments --------------------------------------------------------------------------------------
+def _attributes(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The settings as attributes of the call of the handler; what is None is absent."""
+    made: dict[str, Any] = {}
+    for name, kind in _STATIC.items():
+        value = settings[name]
+        if kind == "window":
+            sides = (None, None) if value is None else value
+            for side, bound in zip(("left", "right"), sides, strict=True):
+                made[f"{name}_{side}"] = None if bound is None else np.int64(min(int(bound), 2**63 - 1))
+        elif value is not None:
+            made[name] = (
+                value if kind == "text" else np.bool_(value) if kind == "flag" else np.float64(float(value))
+            )
+    return tuple((name, value) for name, value in made.items() if value is not None)
+
+
 def _as_array(name: str, x: Any) -> Any:
     # By what it has: jax 0.8 also has arrays of a type without a public name.
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
@@ -226,10 +214,6 @@ def _seed(x: Any) -> Any:
     raise (ValueError if jnp.issubdtype(x.dtype, np.integer) else TypeError)(
         f"seed: expected an int, an integer array (), or uint32 of shape (2,) or (4,), got {x.dtype}{x.shape}"
     )
-
-
-def _side(x: Any) -> int | None:
-    return None if x is None else min(int(x), 2**63 - 1)
 
 
 def _check(arrays: _Types, settings: dict[str, Any]) -> None:
@@ -366,7 +350,7 @@ def _call(target: str, settings: _Settings, names: tuple[str, ...], operands: _A
     def call(operands: _Arrays) -> _Arrays:
         types = _result_types(settings, names, operands)
         function = jax.ffi.ffi_call(target, tuple(types.values()), vmap_method="sequential")
-        attributes = {"operands": " ".join(operands), "results": " ".join(names), **settings.attributes()}
+        attributes = {"operands": " ".join(operands), "results": " ".join(names), **dict(settings.attributes)}
         return dict(zip(names, function(*operands.values(), **attributes), strict=True))
 
     @call.def_vmap
