@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnbench import case_list, timing
+from attnbench import case_list, cases, timing
 from attnbench import run as bench
 from attnbench.peers import base as peers
-from fastattn._check import cases, machine
+from fastattn._check import machine
 
 SCHEMA = 1
 

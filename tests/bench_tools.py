@@ -13,8 +13,8 @@ import pytest
 import fastattn
 from attnbench import limits
 from attnbench.case_list import CASES
+from attnbench.cases import Case
 from fastattn._check import machine
-from fastattn._check.cases import Case
 
 
 @pytest.fixture

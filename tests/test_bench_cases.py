@@ -10,11 +10,10 @@ import pytest
 from bench_tools import named, routes, same_threads, shrunk  # noqa: F401
 
 import fastattn
-from attnbench import case_list, dense, timing
+from attnbench import case_list, cases, dense, timing
 from attnbench.peers.base import FastAttn, Inputs
 from attnbench.sample import Sample, sample_of
 from fastattn import reference
-from fastattn._check import cases
 
 pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("same_threads")

@@ -9,10 +9,10 @@ import pytest
 from bench_tools import named, routes, same_threads, shrunk  # noqa: F401
 
 from attnbench import timing
+from attnbench.cases import Case
 from attnbench.peers import base as peers
 from attnbench.peers import onnx_model
 from fastattn import reference
-from fastattn._check.cases import Case
 
 pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("same_threads")

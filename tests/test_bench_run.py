@@ -14,13 +14,13 @@ from bench_tools import named, quick_limits, same_threads  # noqa: F401
 import fastattn
 from attnbench import case_list, limits, report, timing
 from attnbench import run as bench
+from attnbench.cases import Case
 from attnbench.peers import base as peers
 from attnbench.peers.numpy import NumPy
 from attnbench.plots import bars as plot
 from attnbench.plots import roofline
 from fastattn.__main__ import main
 from fastattn._check import machine
-from fastattn._check.cases import Case
 
 pytestmark = pytest.mark.usefixtures("same_threads", "quick_limits")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -20,6 +20,7 @@ from bench_tools import shrunk
 from cuda_tools import FakeGpu
 
 import fastattn
+from attnbench.cases import Case, select
 from attnbench.gpu import cases as cuda_cases
 from attnbench.gpu import check as cuda_check
 from attnbench.gpu import device as cuda_device
@@ -31,7 +32,6 @@ from attnbench.gpu import timing as cuda_timing
 from attnbench.gpu import transfers as cuda_transfers
 from attnbench.peers.base import NotApplicable
 from fastattn.__main__ import main
-from fastattn._check.cases import Case, select
 from fastattn._check.output import Progress
 
 COMMAND = ["python", "-m", "fastattn", "bench"]

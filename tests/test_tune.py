@@ -36,9 +36,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures little and briefly."""
     monkeypatch.setattr(tune, "LONG_ENOUGH", 0.0)
-    for name in ("INPUTS", "RESULTS", "CPU_CASE", "GPU_CASE"):
-        case = getattr(tune, name)
-        shrunk = replace(case, q_size=min(case.q_size, 32), kv_size=min(case.kv_size, 32))
+    for name in ("INPUTS", "RESULTS", "CPU_SHAPE", "GPU_SHAPE"):
+        shape = getattr(tune, name)
+        shrunk = replace(shape, q_size=min(shape.q_size, 32), kv_size=min(shape.kv_size, 32))
         monkeypatch.setattr(tune, name, shrunk)
     monkeypatch.setattr(_core, "device_speeds", lambda: dict(DEFAULTS), raising=False)
 
@@ -125,29 +125,28 @@ def test_the_reason_without_a_gpu() -> None:
 # ---- the figures ----------------------------------------------------------------------------------------
 
 
-def modelled(case: Any, speeds: dict[str, float], flops_per_second: float) -> tune.Timed:
+def modelled(shape: Any, speeds: dict[str, float], flops_per_second: float) -> tune.Timed:
     """What the choice's estimate says of a call, taken for a measurement."""
-    timed = tune.Timed(case, 0.0)
-    seconds = speeds["gpu_seconds"] + case.flops / flops_per_second
-    seconds += timed.bytes_in / speeds["to_device"] + timed.bytes_out / speeds["to_host"]
-    return tune.Timed(case, seconds)
+    seconds = speeds["gpu_seconds"] + shape.flops / flops_per_second
+    seconds += shape.bytes_in / speeds["to_device"] + shape.bytes_out / speeds["to_host"]
+    return tune.Timed(shape, seconds)
 
 
 def test_the_speeds_of_a_machine_that_behaves_as_estimated_come_out() -> None:
     speeds = {"gpu_seconds": 1e-4, "to_device": 2e10, "to_host": 1e10}
     empty = tune.Timed(tune.TINY, 1e-4)
-    inputs, results = (modelled(case, speeds, 1e30) for case in (tune.INPUTS, tune.RESULTS))
+    inputs, results = (modelled(shape, speeds, 1e30) for shape in (tune.INPUTS, tune.RESULTS))
     rates = tune.transfer_rates(empty, inputs, results)
     assert rates == pytest.approx({"to_device": 2e10, "to_host": 1e10}, rel=1e-3)
     for dtype, flops_per_second in (("float64", 3e13), ("float32", 4e13), ("float16", 3e14)):
-        case = replace(tune.GPU_CASE, dtype=dtype, q_size=1 << 14, kv_size=1 << 17)
-        speed, hidden = tune.gpu_speed(modelled(case, speeds, flops_per_second), speeds | rates)
+        shape = replace(tune.GPU_SHAPE, dtype=dtype, q_size=1 << 14, kv_size=1 << 17)
+        speed, hidden = tune.gpu_speed(modelled(shape, speeds, flops_per_second), speeds | rates)
         assert not hidden
         assert speed == pytest.approx(flops_per_second, rel=0.01)
-    call = modelled(replace(tune.GPU_CASE, dtype="float16"), speeds, 1e30)
+    call = modelled(replace(tune.GPU_SHAPE, dtype="float16"), speeds, 1e30)
     speed, hidden = tune.gpu_speed(call, speeds | rates)
     assert hidden
-    assert speed == pytest.approx(call.case.flops / (tune.LEAST_SHARE * call.seconds))
+    assert speed == pytest.approx(call.shape.flops / (tune.LEAST_SHARE * call.seconds))
 
 
 def test_transfers_in_both_directions_at_once_give_positive_speeds() -> None:
@@ -160,29 +159,29 @@ def test_transfers_in_both_directions_at_once_give_positive_speeds() -> None:
 
 
 def test_the_speed_of_a_thread() -> None:
-    timed = tune.Timed(tune.CPU_CASE, 1.1)
-    assert tune.cpu_speed(timed, 0.1, 4) == pytest.approx(tune.CPU_CASE.flops / 4)
+    timed = tune.Timed(tune.CPU_SHAPE, 1.1)
+    assert tune.cpu_speed(timed, 0.1, 4) == pytest.approx(tune.CPU_SHAPE.flops / 4)
     assert tune.cpu_speed(timed, 2.0, 4) > 0
 
 
 def test_bytes_of_a_call() -> None:
     timed = tune.Timed(replace(tune.RESULTS, dtype="float16"), 1.0)
-    assert timed.bytes_out == 8 * 16384 * 256 * 2
-    assert timed.bytes_in == 8 * 16384 * 8 * 2 + 8 * (8 + 256) * 2
+    assert timed.shape.bytes_out == 8 * 16384 * 256 * 2
+    assert timed.shape.bytes_in == 8 * 16384 * 8 * 2 + 8 * (8 + 256) * 2
 
 
 def test_a_call_grows_until_it_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, float]] = []
 
-    def fastest(case: Any, device: str, seconds: float) -> tune.Timed:
-        asked.append((case.kv_size, seconds))
-        return tune.Timed(case, case.kv_size / 2048 * tune.LONG_ENOUGH)
+    def fastest(shape: Any, device: str, seconds: float) -> tune.Timed:
+        asked.append((shape.kv_size, seconds))
+        return tune.Timed(shape, shape.kv_size / 2048 * tune.LONG_ENOUGH)
 
     monkeypatch.setattr(tune, "fastest", fastest)
-    assert tune.long_enough(tune.CPU_CASE, "cpu", 0.5).case.kv_size == 2048
+    assert tune.long_enough(tune.CPU_SHAPE, "cpu", 0.5).shape.kv_size == 2048
     assert asked == [(512, 0.0), (1024, 0.0), (2048, 0.0), (2048, 0.5)]
-    monkeypatch.setattr(tune, "fastest", lambda case, device, seconds: tune.Timed(case, 0.0))
-    assert tune.long_enough(tune.GPU_CASE, "cuda", 0.5).case.kv_size == tune.MOST_KEYS["cuda"]
+    monkeypatch.setattr(tune, "fastest", lambda shape, device, seconds: tune.Timed(shape, 0.0))
+    assert tune.long_enough(tune.GPU_SHAPE, "cuda", 0.5).shape.kv_size == tune.MOST_KEYS["cuda"]
 
 
 def test_the_fastest_call_of_at_least_two() -> None:

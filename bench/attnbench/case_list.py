@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastattn._check.cases import DTYPES, MOST_KV_BYTES, Case
+from attnbench.cases import DTYPES, MOST_KV_BYTES, Case
 
 
 def _encoders() -> list[Case]:

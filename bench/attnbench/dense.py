@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._check.cases import Array, Case
+from attnbench.cases import Case
+from fastattn._check.shapes import Array
 
 
 def hides_pairs(case: Case) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnbench import timing
+from attnbench.cases import Case
 from attnbench.limits import Limits
 from attnbench.peers import base as peers
-from fastattn._check.cases import Case
 
 # Of the FMA peak, and of the read bandwidth for decode.
 SHARE = {"fastattn": 0.7, "torch": 0.5, "onnxruntime": 0.4, "jax": 0.15, "numpy": 0.2}

@@ -14,11 +14,11 @@ from typing import Any
 import fastattn
 from attnbench import case_list, child_environment, scaling
 from attnbench import run as bench
+from attnbench.cases import select
 from attnbench.peers import base as peers
 from attnbench.report import report
 from attnbench.timing import check_rounds
 from fastattn._check import machine
-from fastattn._check.cases import select
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 QUICK_ROUNDS = 3

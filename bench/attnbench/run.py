@@ -14,12 +14,12 @@ from typing import Any
 
 import fastattn
 from attnbench import case_list
+from attnbench.cases import Case, select
 from attnbench.estimate import minutes_text, seconds_of
 from attnbench.limits import Limits
 from attnbench.peers import base as peers
 from attnbench.timing import Speeds, bench_case, check_rounds
 from fastattn._check import machine
-from fastattn._check.cases import Case, select
 from fastattn._check.output import Progress
 
 SCHEMA = 2

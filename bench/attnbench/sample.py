@@ -8,7 +8,7 @@ import numpy as np
 
 from attnbench.peers.base import Inputs
 from fastattn import reference
-from fastattn._check.cases import Array
+from fastattn._check.shapes import Array
 
 
 class Sample:

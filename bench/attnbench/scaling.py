@@ -13,11 +13,11 @@ from typing import Any
 import fastattn
 from attnbench import child_environment, timing
 from attnbench import run as bench
+from attnbench.cases import DTYPES, Case
 from attnbench.limits import Limits
 from attnbench.peers import base as peers
 from attnbench.sample import Sample
 from fastattn._check import machine
-from fastattn._check.cases import DTYPES, Case
 from fastattn._check.output import Progress, table, three_digits, time_text
 
 SCHEMA = 1

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from attnbench.cases import Case
 from attnbench.limits import Limits
 from attnbench.peers import base as peers
 from attnbench.sample import BackwardSample, Sample, sample_of
-from fastattn._check.cases import Case
 from fastattn._check.output import Progress
 
 MIN_SECONDS = 0.02  # of one timed burst: short calls are repeated

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fastattn._check.cases import Case
+from attnbench.cases import Case
 
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tf32": "float32", "f64": "float64"}
 # The shapes that are timed in these dtypes too; all are in float16 and bfloat16.

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from attnbench.cases import Case
 from attnbench.gpu.device import Gpu
-from fastattn._check.cases import Case
 
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float64", "float64": "float64"}
 SCORE_BYTES = 2e9  # of one piece's scores; the unfused computation keeps several copies

@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from attnbench.cases import Case
 from fastattn._check import machine
-from fastattn._check.cases import Case
 
 PACKAGES = ("cupy", "cupy-cuda12x", "cupy-cuda13x", "jax", "nvidia-cublas", "nvidia-cudnn-cu13", "triton")
 SMI_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import fastattn
 from attnbench import dense
+from attnbench.cases import Case
 from attnbench.gpu.device import Gpu
 from attnbench.peers.base import NotApplicable
-from fastattn._check.cases import Case
 
 BACKENDS = {
     "torch-flash": "FLASH_ATTENTION",

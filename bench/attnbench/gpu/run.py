@@ -18,6 +18,7 @@ from typing import Any
 
 from attnbench import child_environment
 from attnbench import run as bench
+from attnbench.cases import Case, select
 from attnbench.gpu import cases as cuda_cases
 from attnbench.gpu import device as cuda_device
 from attnbench.gpu import limits as cuda_limits
@@ -26,7 +27,6 @@ from attnbench.gpu import report as cuda_report
 from attnbench.gpu import transfers as cuda_transfers
 from attnbench.gpu.timing import bench_case
 from attnbench.timing import check_rounds
-from fastattn._check.cases import Case, select
 from fastattn._check.output import Progress
 
 SCHEMA = 1

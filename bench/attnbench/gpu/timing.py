@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnbench.cases import Case
 from attnbench.gpu import cases as cuda_cases
 from attnbench.gpu.check import SAME_COMPUTATION, Reference
 from attnbench.gpu.device import Gpu, calls_for
 from attnbench.gpu.peers import Implementation, Runner, first_call, refusal
-from fastattn._check.cases import Case
 from fastattn._check.output import Progress
 
 BURST_SECONDS = 0.03  # of the calls of one round

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import fastattn
+from attnbench.cases import Case
 from attnbench.gpu import timing as cuda_timing
 from attnbench.gpu.device import Gpu, calls_for
 from attnbench.gpu.limits import link_rates
@@ -18,8 +19,8 @@ from attnbench.peers.base import Inputs, NotApplicable
 from attnbench.sample import Sample
 from attnbench.timing import SAME_COMPUTATION
 from fastattn._check import machine
-from fastattn._check.cases import Array, Case
 from fastattn._check.output import Progress
+from fastattn._check.shapes import Array
 
 BURST_SECONDS = 0.05
 MOST_CALLS = 50

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 import fastattn
+from attnbench.cases import Case
 from fastattn._check import machine
-from fastattn._check.cases import Array, Case
+from fastattn._check.shapes import Array
 
 MOST_SCORE_BYTES = 4e9  # of a peer that keeps all scores at once
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from attnbench import dense
+from attnbench.cases import Case
 from attnbench.peers.base import Inputs, Maker, NotApplicable, Runner, refuse_large_scores
-from fastattn._check.cases import Case
 
 
 class Jax:

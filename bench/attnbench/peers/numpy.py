@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from attnbench import dense
+from attnbench.cases import Case
 from attnbench.peers.base import Inputs, Maker, NotApplicable, Runner, refuse_large_scores
 from fastattn._check import machine
-from fastattn._check.cases import Array, Case
+from fastattn._check.shapes import Array
 
 
 class NumPy:

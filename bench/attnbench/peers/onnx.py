@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from attnbench import dense
+from attnbench.cases import Case
 from attnbench.peers.base import Inputs, Maker, NotApplicable, Runner, refuse_large_scores
 from attnbench.peers.onnx_model import Tensor, one_node_model
-from fastattn._check.cases import Array, Case
+from fastattn._check.shapes import Array
 
 
 class OnnxRuntime:

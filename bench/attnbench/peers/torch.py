@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from attnbench import dense
+from attnbench.cases import Case
 from attnbench.peers.base import Inputs, Maker, NotApplicable, Runner
-from fastattn._check.cases import Array, Case
+from fastattn._check.shapes import Array
 
 
 class Torch:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from attnbench.cases import DTYPES
 from attnbench.report import speed
 from fastattn._check import machine
-from fastattn._check.cases import DTYPES
 from fastattn._check.output import three_digits, time_text
 
 # Colours that stay apart in grey and for the colour-blind; fastattn is the only strong one.

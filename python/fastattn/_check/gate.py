@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import reference
-
-Array = np.ndarray[Any, Any]
+from fastattn._check.shapes import Array
 
 FLOOR = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-5, "bfloat16": 1e-5}
 

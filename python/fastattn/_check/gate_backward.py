@@ -19,7 +19,7 @@ import numpy as np
 import fastattn
 from fastattn import reference
 from fastattn._check import gate
-from fastattn._check.gate import Array
+from fastattn._check.shapes import Array
 
 SIDES = ("bias", "alibi_slopes", "sinks")
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._check.cases import numpy_dtype
+from fastattn._check.shapes import Array, numpy_dtype
 
-Array = np.ndarray[Any, Any]
 Problem = tuple[Array, Array, Array, dict[str, Any]]  # q, k, v (layout bshd) and the keyword arguments
 
 

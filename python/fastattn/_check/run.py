@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fastattn
 from fastattn._check import gate, gate_backward, info, machine, problems
-from fastattn._check.cases import Case, numpy_dtype
 from fastattn._check.output import Progress, table, three_digits
+from fastattn._check.shapes import Shape
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PREFILL = Case("prefill", "", "", "prefill", 1, 8, 8, 512, 512, 64)
-DECODE = Case("decode", "", "", "decode", 1, 32, 8, 1, 4096, 128)
+PREFILL = Shape(8, 8, 512, 512, 64, 64)
+DECODE = Shape(32, 8, 1, 4096, 128, 128)
 SPEED_SECONDS = 0.15  # per figure; slow kernels take one call
 
 
@@ -65,7 +66,7 @@ def main(arguments: Any) -> int:
         rows.append([r.kernel, r.dtype, state, gradients, f"{r.max_error:.1e}", f"{r.of_gate:.2f}", *speed])
     header = ["kernel", "dtype", "problems", "gradients", "max error", "error / gate"]
     print(table([*header, "prefill GFLOP/s", "decode GB/s"], rows, left=2))
-    print(f"\nprefill: {PREFILL.shape}; decode: {DECODE.shape}, GB/s of K and V")
+    print(f"\nprefill: {PREFILL}; decode: {DECODE}, GB/s of K and V")
     for note in notes + [f"{r.kernel} {r.dtype} refuses {text}" for r in results for text in r.remarks()]:
         print(note)
     failures = [f"FAILED {r.kernel} {r.dtype}: {text}" for r in results for text in r.failures]
@@ -159,23 +160,14 @@ def _check_gradients(
         result.failures.append(f"{name}: error of {worst} {error:.2g}, {times}")
 
 
-def _seconds(case: Case, kernel: str, dtype: str) -> float:
+def _seconds(shape: Shape, kernel: str, dtype: str) -> float:
     """The fastest of a few calls."""
-    q, k, v = (x.astype(numpy_dtype(dtype)) for x in case.arrays())
-
-    def call() -> float:
+    q, k, v = replace(shape, dtype=dtype).arrays()
+    best, spent = math.inf, 0.0
+    while spent < SPEED_SECONDS:
         start = time.perf_counter()
         fastattn.mha(q, k, v, kernel=kernel)
-        return time.perf_counter() - start
-
-    return _best(call, SPEED_SECONDS)
-
-
-def _best(call: Callable[[], float], budget: float) -> float:
-    best = call()
-    spent = best
-    while spent < budget:
-        seconds = call()
+        seconds = time.perf_counter() - start
         best, spent = min(best, seconds), spent + seconds
     return best
 

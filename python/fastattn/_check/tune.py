@@ -12,28 +12,28 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastattn
 from fastattn import _core, _cuda
 from fastattn._check import machine
-from fastattn._check.cases import ITEM_SIZE, Case
 from fastattn._check.output import Progress, table, three_digits, time_text
+from fastattn._check.shapes import Shape
 
 MEASUREMENTS = 14  # arrays are drawn and grown beside some
 LONG_ENOUGH = 0.04  # of one call that measures arithmetic
 LEAST_SHARE = 0.25  # of arithmetic in such a call: below, transfers hide it
-TINY = Case("empty call", "", "", "latency", 1, 1, 1, 1, 1, 8)
+TINY = Shape(1, 1, 1, 1, 8, 8)
 # Sq rows of one key: hardly any arithmetic. In the first nearly all bytes are inputs, in the second results.
-INPUTS = Case("inputs", "", "", "decode", 1, 8, 8, 1, 32768, 128)
-RESULTS = Case("results", "", "", "decode", 1, 8, 8, 16384, 1, 8, value_dim=256)
+INPUTS = Shape(8, 8, 1, 32768, 128, 128)
+RESULTS = Shape(8, 8, 16384, 1, 8, 256)
 # For Sq * group = Sk the arithmetic of a byte grows with Sk; doubled until a call is long enough.
-CPU_CASE = Case("arithmetic", "", "", "prefill", 1, 8, 8, 512, 512, 64)
-GPU_CASE = Case("arithmetic", "", "", "prefill", 1, 8, 1, 1024, 8192, 128)
+CPU_SHAPE = Shape(8, 8, 512, 512, 64, 64)
+GPU_SHAPE = Shape(8, 1, 1024, 8192, 128, 128)
 MOST_KEYS = {"cpu": 1 << 13, "cuda": 1 << 17}
 CPU_SPEEDS = {
     "float64": "cpu_per_thread_f64",
@@ -43,21 +43,11 @@ CPU_SPEEDS = {
 GPU_SPEEDS = {"float64": "gpu_f64", "float32": "gpu_f32", "float16": "gpu_half"}
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A case and what its fastest call took."""
+class Timed(NamedTuple):
+    """A shape and what its fastest call took."""
 
-    case: Case
+    shape: Shape
     seconds: float
-
-    @property
-    def bytes_in(self) -> float:
-        return self.case.bytes - self.bytes_out
-
-    @property
-    def bytes_out(self) -> float:
-        case = self.case
-        return float(case.batch * case.q_heads * case.q_size * case.v_dim * ITEM_SIZE[case.dtype])
 
 
 def main(arguments: Any) -> int:
@@ -118,7 +108,7 @@ def measure(seconds: float, has_gpu: bool) -> tuple[dict[str, float], list[str]]
             if dtype == "bfloat16" and not has_bfloat16:
                 notes.append(f"{name} keeps its default: needs ml_dtypes")
                 continue
-            timed = long_enough(replace(CPU_CASE, dtype=dtype), "cpu", seconds)
+            timed = long_enough(replace(CPU_SHAPE, dtype=dtype), "cpu", seconds)
             speeds[name] = cpu_speed(timed, cpu_empty.seconds, fastattn.get_num_threads())
         if has_gpu:
             speeds |= _measure_gpu(seconds, progress, notes)
@@ -135,18 +125,18 @@ def _measure_gpu(seconds: float, progress: Progress, notes: list[str]) -> dict[s
     speeds = {"gpu_seconds": empty.seconds, **rates}
     for dtype, name in GPU_SPEEDS.items():
         progress.step(f"GPU: {dtype}")
-        timed = long_enough(replace(GPU_CASE, dtype=dtype), "cuda", seconds)
+        timed = long_enough(replace(GPU_SHAPE, dtype=dtype), "cuda", seconds)
         speeds[name], hidden = gpu_speed(timed, speeds)
         if hidden:
             notes.append(
-                f"{name} is a lower bound: even with {timed.case.kv_size} keys the transfers take longer"
+                f"{name} is a lower bound: even with {timed.shape.kv_size} keys the transfers take longer"
             )
     return speeds
 
 
 def cpu_speed(timed: Timed, empty_seconds: float, threads: int) -> float:
     """FLOP/s of one thread."""
-    return timed.case.flops / max(timed.seconds - empty_seconds, 0.1 * timed.seconds) / threads
+    return timed.shape.flops / max(timed.seconds - empty_seconds, 0.1 * timed.seconds) / threads
 
 
 def transfer_rates(empty: Timed, inputs: Timed, results: Timed) -> dict[str, float]:
@@ -155,34 +145,34 @@ def transfer_rates(empty: Timed, inputs: Timed, results: Timed) -> dict[str, flo
     Each call has a little of the other direction: t = empty + in / to_device + out / to_host, twice.
     """
     seconds = [max(x.seconds - empty.seconds, 0.1 * x.seconds) for x in (inputs, results)]
-    matrix = [[x.bytes_in, x.bytes_out] for x in (inputs, results)]
+    matrix = [[x.shape.bytes_in, x.shape.bytes_out] for x in (inputs, results)]
     per_byte = np.linalg.solve(np.array(matrix), np.array(seconds))
     if not np.all(per_byte > 0):  # transfers of both directions at once: each call for itself
-        per_byte = np.array([seconds[0] / inputs.bytes_in, seconds[1] / results.bytes_out])
+        per_byte = np.array([seconds[0] / inputs.shape.bytes_in, seconds[1] / results.shape.bytes_out])
     return {"to_device": float(1 / per_byte[0]), "to_host": float(1 / per_byte[1])}
 
 
 def gpu_speed(timed: Timed, speeds: dict[str, float]) -> tuple[float, bool]:
     """FLOP/s beside what the transfers take, and whether those take so long that it is a lower bound."""
-    transfers = timed.bytes_in / speeds["to_device"] + timed.bytes_out / speeds["to_host"]
+    transfers = timed.shape.bytes_in / speeds["to_device"] + timed.shape.bytes_out / speeds["to_host"]
     rest = timed.seconds - speeds["gpu_seconds"] - transfers
     hidden = rest < LEAST_SHARE * timed.seconds
-    return timed.case.flops / (LEAST_SHARE * timed.seconds if hidden else rest), hidden
+    return timed.shape.flops / (LEAST_SHARE * timed.seconds if hidden else rest), hidden
 
 
-def long_enough(case: Case, device: str, seconds: float) -> Timed:
-    """The case with as many rows and keys as make a call of LONG_ENOUGH seconds."""
+def long_enough(shape: Shape, device: str, seconds: float) -> Timed:
+    """The shape with as many rows and keys as make a call of LONG_ENOUGH seconds."""
     while True:
-        timed = fastest(case, device, 0.0)
-        if timed.seconds >= LONG_ENOUGH or case.kv_size >= MOST_KEYS[device]:
-            return fastest(case, device, seconds)
-        case = replace(case, q_size=2 * case.q_size, kv_size=2 * case.kv_size)
+        timed = fastest(shape, device, 0.0)
+        if timed.seconds >= LONG_ENOUGH or shape.kv_size >= MOST_KEYS[device]:
+            return fastest(shape, device, seconds)
+        shape = replace(shape, q_size=2 * shape.q_size, kv_size=2 * shape.kv_size)
 
 
-def fastest(case: Case, device: str, seconds: float) -> Timed:
+def fastest(shape: Shape, device: str, seconds: float) -> Timed:
     """Its fastest call in so many seconds, after one that does not count."""
-    q, k, v = case.arrays()
-    return Timed(case, fastest_call(lambda: fastattn.mha(q, k, v, device=device), seconds))
+    q, k, v = shape.arrays()
+    return Timed(shape, fastest_call(lambda: fastattn.mha(q, k, v, device=device), seconds))
 
 
 def fastest_call(call: Callable[[], object], seconds: float) -> float:

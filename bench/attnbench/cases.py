@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from fastattn._check.shapes import DRAWN, ITEM_SIZE, Array, numpy_dtype
+
 Window = tuple[int | None, int | None]
-ITEM_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = (("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"))
-# Random numbers per array, repeated from there on; odd, so that neighbours never get the same ones.
-DRAWN = (1 << 22) + 3
 MOST_KV_BYTES = 4e9  # of a case: every peer keeps its own copy of K and V
 
 
@@ -155,14 +152,6 @@ class Case:
         elif self.feature is not None:
             raise ValueError(f"case {self.name}: no feature is named {self.feature!r}")
         return options
-
-
-def numpy_dtype(name: str) -> Any:
-    """The NumPy dtype of one of fastattn's dtype names; bfloat16 comes from `ml_dtypes`."""
-    if name == "bfloat16":
-        # Only here: fastattn itself needs NumPy alone.
-        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-    return np.dtype(name)
 
 
 def _draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
