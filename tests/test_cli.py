@@ -14,7 +14,7 @@ from inputs import PARTIAL
 import fastattn
 from fastattn import _core, reference
 from fastattn.__main__ import main
-from fastattn._check import gate, gate_backward, output, problems
+from fastattn._check import gate, output, problems
 from fastattn._check import run as check
 
 
@@ -243,16 +243,16 @@ def test_the_gate_lets_rounded_gradients_through_and_little_more(name: str, dtyp
     if dtype_name == "bfloat16":
         pytest.importorskip("ml_dtypes")
     q, k, v, kwargs = problems.make(name, dtype_name)
-    want = gate_backward.expected(problems.dout(q, v), q, k, v, **kwargs)
+    want = gate.expected_gradients(problems.dout(q, v), q, k, v, **kwargs)
     rounded = fastattn.Gradients(*(None if x is None else x.astype(q.dtype) for x in want.gradients))
-    assert gate_backward.worst(rounded, want)[0] <= 1.0
+    assert gate.worst_gradient(rounded, want)[0] <= 1.0
     for field, gradient, limit in zip(rounded._fields, want.gradients, want.limits, strict=True):
         if gradient is None:
             continue
         assert 0.0 < limit < 0.2 * float(np.abs(gradient).max()), field
         wrong = gradient.copy()
         wrong.flat[-1] += 1.01 * limit
-        of_gate, _, worst = gate_backward.worst(want.gradients._replace(**{field: wrong}), want)
+        of_gate, _, worst = gate.worst_gradient(want.gradients._replace(**{field: wrong}), want)
         assert of_gate > 1.0
         assert worst == field
 
@@ -264,7 +264,7 @@ def test_the_textbook_is_the_same_attention_as_the_reference() -> None:
             gate.textbook(q, k, v, **kwargs), reference.mha(q, k, v, **kwargs), atol=1e-13, err_msg=name
         )
         dout = problems.dout(q, v)
-        gradients, _ = gate_backward.textbook(dout, q, k, v, **kwargs)
+        gradients, _ = gate.textbook_gradients(dout, q, k, v, **kwargs)
         for got, want in zip(gradients, reference.mha_backward(dout, q, k, v, **kwargs), strict=True):
             assert (got is None) == (want is None)
             if got is not None:

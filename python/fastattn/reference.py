@@ -292,7 +292,10 @@ class _Problem:
         kv_lens: Any,
         dropout: float,
         seed: int,
+        dtype: Any = np.float64,
     ) -> None:
+        # Of the computation. `check` asks for narrower ones, to see by how much they are off.
+        self.dtype = np.dtype(dtype)
         q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
         self.rank, self.layout = q.ndim, layout
         self.q, self.k, self.v = (_to_bhsd(n, x, q.ndim, layout) for n, x in (("q", q), ("k", k), ("v", v)))
@@ -307,17 +310,28 @@ class _Problem:
         self.lse_shape = (n_batch, n_heads, n_q)
         self.score_shape = (n_batch, n_heads, n_q, n_k)
         self.scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-        self.causal, self.softcap, self.dropout, self.seed = causal, softcap, dropout, seed
+        self.causal, self.dropout, self.seed = causal, dropout, seed
+        self.softcap = None if softcap is None else float(softcap)
         self.left, self.right = (None, None) if window is None else window
         self.mask = None if mask is None else np.broadcast_to(np.asarray(mask, bool), self.score_shape)
         self.bias = None if bias is None else np.broadcast_to(np.asarray(bias), self.score_shape)
-        slopes = None if alibi_slopes is None else np.broadcast_to(_f64(alibi_slopes), (n_batch, n_heads))
+        slopes = (
+            None if alibi_slopes is None else self.wide(np.broadcast_to(alibi_slopes, (n_batch, n_heads)))
+        )
         self.slopes = slopes
-        self.sinks = np.full(n_heads, -np.inf) if sinks is None else np.broadcast_to(_f64(sinks), (n_heads,))
+        self.sinks = self.wide(np.broadcast_to(-np.inf if sinks is None else sinks, (n_heads,)))
         self.q_len = _per_batch(q_lens, n_batch, n_q)
         self.kv_len = _per_batch(kv_lens, n_batch, n_k)
         default_offset = [b - a for a, b in zip(self.q_len, self.kv_len, strict=True)]
         self.offset = default_offset if q_offset is None else _per_batch(q_offset, n_batch)
+
+    def wide(self, x: Any) -> Array:
+        """In the dtype of sums and weights."""
+        return np.asarray(x).astype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    def rounded(self, x: Array) -> Array:
+        """To the dtype of the computation and back."""
+        return x if self.dtype == np.float64 else self.wide(x.astype(self.dtype))
 
     def heads(self) -> Iterator[tuple[int, int, int]]:
         """Every batch entry and query head (b, h), with the key/value head g that it shares."""
@@ -349,20 +363,20 @@ class _Problem:
             allowed &= _f64(self.bias[b, h]) != -np.inf
 
         g = h // (self.q.shape[1] // self.k.shape[1])
-        score = self.scale * (_f64(self.q[b, h]) @ _f64(self.k[b, g]).T)
-        cap_slope = np.ones(score.shape)
+        score = self.rounded(self.scale * (self.wide(self.q[b, h]) @ self.wide(self.k[b, g]).T))
+        cap_slope = np.ones_like(score)
         if self.softcap is not None:
             tanh = np.tanh(score / self.softcap)
             score, cap_slope = self.softcap * tanh, 1.0 - tanh * tanh
-        distance = np.abs(float(offset) + (i - j))
+        distance = self.wide(np.abs(float(offset) + (i - j)))
         if self.slopes is not None:
             score = score - self.slopes[b, h] * distance
         if self.bias is not None:
-            score = score + _f64(self.bias[b, h])
+            score = score + self.wide(self.bias[b, h])
 
-        keep = np.ones(score.shape)
+        keep = np.ones_like(score)
         if self.dropout > 0.0:
-            keep = dropout_keep(n_q, n_k, self.dropout, self.seed, b, h) / (1.0 - self.dropout)
+            keep = self.wide(dropout_keep(n_q, n_k, self.dropout, self.seed, b, h) / (1.0 - self.dropout))
         return _Pairs(allowed, distance, score, cap_slope, keep)
 
     def as_bhsd(self, name: str, x: Any) -> Array:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fastattn
-from fastattn._check import gate, gate_backward, info, machine, problems
+from fastattn._check import gate, info, machine, problems
 from fastattn._check.output import Progress, table, three_digits
 from fastattn._check.shapes import Shape
 
@@ -90,7 +90,7 @@ def run(pairs: Sequence[tuple[str, str]], speed: bool = True) -> list[Result]:
                 q, k, v, kwargs = problems.make(name, dtype)
                 want = gate.expected(q, k, v, **kwargs)
                 dout = problems.dout(q, v)
-                want_gradients = gate_backward.expected(dout, q, k, v, **kwargs)
+                want_gradients = gate.expected_gradients(dout, q, k, v, **kwargs)
                 for kernel in (kernel for kernel, other in pairs if other == dtype):
                     progress.step(f"{kernel} {dtype}: {name}", 0)
                     result = results[kernel, dtype]
@@ -141,7 +141,7 @@ def _check(result: Result, name: str, arrays: Any, kwargs: dict[str, Any], want:
 
 
 def _check_gradients(
-    result: Result, name: str, arrays: Any, kwargs: dict[str, Any], want: gate_backward.Expected
+    result: Result, name: str, arrays: Any, kwargs: dict[str, Any], want: gate.ExpectedGradients
 ) -> None:
     try:
         gradients = fastattn.mha_backward(*arrays, kernel=result.kernel, **kwargs)
@@ -151,7 +151,7 @@ def _check_gradients(
     except Exception as raised:
         result.failures.append(f"gradients of {name}: {type(raised).__name__}: {raised}")
         return
-    of_gate, error, worst = gate_backward.worst(gradients, want)
+    of_gate, error, worst = gate.worst_gradient(gradients, want)
     result.of_gate = max(result.of_gate, of_gate)
     if of_gate <= 1.0:
         result.gradients_passed += 1
