@@ -12,7 +12,7 @@ import pytest
 from bench_tools import named, quick_limits, same_threads  # noqa: F401
 
 import fastattn
-from attnbench import case_list, limits, report, timing
+from attnbench import case_list, host, limits, report, timing
 from attnbench import run as bench
 from attnbench.cases import Case
 from attnbench.peers import base as peers
@@ -186,7 +186,7 @@ def test_a_long_call_is_foreseen_from_the_largest_case_so_far() -> None:
 
 @pytest.mark.usefixtures("small_cases")
 def test_cases_larger_than_the_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda: 50_000)
+    monkeypatch.setattr(host, "available_bytes", lambda: 50_000)
     (run,) = bench.run(cases="tiny,small", rounds=1, peer_names="none")["runs"]
     assert [case["name"] for case in run["cases"]] == ["tiny"]
     assert "of memory" in run["skipped_cases"]["small"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastattn
-from attnbench import case_list
+from attnbench import case_list, host
 from attnbench.cases import Case, select
 from attnbench.estimate import minutes_text, seconds_of
 from attnbench.limits import Limits
@@ -126,8 +126,8 @@ def header(schema: int, command: Sequence[str]) -> dict[str, Any]:
         "schema": schema,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
+        "commit": host.commit(),
+        "machine": host.describe(),
         "versions": {"fastattn": fastattn.__version__, **machine.versions()},
     }
 
@@ -158,7 +158,7 @@ def print_estimate(
 def _cannot_run(case: Case, implementations: int) -> str | None:
     if case.dtype == "bfloat16" and machine.installed_version("ml_dtypes") is None:
         return "needs ml_dtypes"
-    available = machine.available_bytes()
+    available = host.available_bytes()
     copy = case.bytes + (case.score_bytes if case.feature == "alibi" else 0)  # peers take ALiBi as a mask
     needed = (implementations + 2) * copy  # one each, one to measure the bandwidth, one to spare
     if available is not None and needed > available:

@@ -1,4 +1,4 @@
-"""What is on this machine: CPU, memory, versions, commit. Everything here may be unknown, nothing raises."""
+"""What is on this machine: CPU, memory, versions. Everything here may be unknown, nothing raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ def describe() -> dict[str, Any]:
     """CPU model, its features and caches, usable CPUs, memory and operating system."""
     return {
         "cpu": cpu_model(),
-        "cpu_id": cpu_id(),
         "architecture": platform.machine(),
         "features": cpu_features(),
         "cpus": usable_cpus(),
@@ -52,20 +51,13 @@ def installed_version(package: str) -> str | None:
 
 def cpu_model() -> str:
     if sys.platform == "darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
-    info = _cpuinfo()
+        return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+    info = cpuinfo()
     return info.get("model name") or info.get("Processor") or platform.processor() or platform.machine()
 
 
-def cpu_id() -> str | None:
-    """Family, model and stepping, where the model's name does not say which generation it is."""
-    info = _cpuinfo()
-    numbers = [info.get(key) for key in ("cpu family", "model", "stepping")]
-    return "-".join(str(n) for n in numbers) if None not in numbers else None
-
-
 def cpu_features() -> list[str]:
-    info = _cpuinfo()
+    info = cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return [name for name in FEATURES if name in flags]
 
@@ -80,7 +72,7 @@ def caches() -> dict[str, str]:
     """Sizes of the first CPU's data caches, such as {"L2": "1024K"}."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, size = (_read(index / name) for name in ("type", "level", "size"))
+        kind, level, size = (read(index / name) for name in ("type", "level", "size"))
         if kind in ("Data", "Unified") and level and size:
             found[f"L{level}"] = size
     return found
@@ -93,26 +85,6 @@ def memory_bytes() -> int | None:
         return None
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping, where the system says."""
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def commit() -> str | None:
-    """The commit of fastattn's source tree, when one stands in it; "-dirty" at its end for local changes."""
-    top = _output("git", "rev-parse", "--show-toplevel")
-    if not top or 'name = "fastattn"' not in _read(Path(top) / "pyproject.toml"):
-        return None
-    head = _output("git", "rev-parse", "HEAD")
-    if not head:
-        return None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{head}-dirty" if changed else head
-
-
 def summary(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     parts = [machine["cpu"], f"{machine['cpus']} CPUs"]
@@ -122,20 +94,20 @@ def summary(machine: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _cpuinfo() -> dict[str, str]:
+def cpuinfo() -> dict[str, str]:
     """The first processor of /proc/cpuinfo."""
-    pairs = (line.partition(":") for line in _read(Path("/proc/cpuinfo")).split("\n\n")[0].splitlines())
+    pairs = (line.partition(":") for line in read(Path("/proc/cpuinfo")).split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

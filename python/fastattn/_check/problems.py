@@ -19,20 +19,9 @@ def _qkv(rng: np.random.Generator, dtype: Any, *sizes: int) -> Any:
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-def _plain(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 2, 65, 65, 4, 4, 64, 64), {}
-
-
-def _causal(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 1, 300, 300, 4, 2, 64, 64), {"causal": True}
-
-
-def _long(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 1, 140, 777, 2, 1, 128, 128), {"causal": True}
-
-
-def _decode(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 2, 1, 5000, 4, 1, 128, 128), {"kv_lens": np.array([4999, 1])}
+def _with(*sizes: int, **kwargs: Any) -> Callable[[np.random.Generator, Any], Problem]:
+    """A problem of these sizes, with arguments that are not random."""
+    return lambda rng, dtype: (*_qkv(rng, dtype, *sizes), kwargs)
 
 
 def _odd_sizes(rng: np.random.Generator, dtype: Any) -> Problem:
@@ -56,10 +45,6 @@ def _bias(rng: np.random.Generator, dtype: Any) -> Problem:
     return q, k, v, {"bias": bias, "alibi_slopes": 2.0 ** -np.arange(1, 5), "scale": -0.2}
 
 
-def _dropout(rng: np.random.Generator, dtype: Any) -> Problem:
-    return *_qkv(rng, dtype, 2, 40, 100, 2, 2, 64, 64), {"dropout": 0.3, "seed": 1234, "causal": True}
-
-
 def _hidden_nan(rng: np.random.Generator, dtype: Any) -> Problem:
     """NaN and Inf behind the valid length must not be seen; one batch entry has no keys at all."""
     q, k, v = _qkv(rng, dtype, 3, 20, 60, 2, 2, 64, 64)
@@ -68,15 +53,15 @@ def _hidden_nan(rng: np.random.Generator, dtype: Any) -> Problem:
 
 
 PROBLEMS: dict[str, Callable[[np.random.Generator, Any], Problem]] = {
-    "plain": _plain,
-    "causal, grouped heads": _causal,
-    "causal, more keys than rows": _long,
-    "decode with lengths": _decode,
+    "plain": _with(2, 65, 65, 4, 4, 64, 64),
+    "causal, grouped heads": _with(1, 300, 300, 4, 2, 64, 64, causal=True),
+    "causal, more keys than rows": _with(1, 140, 777, 2, 1, 128, 128, causal=True),
+    "decode with lengths": _with(2, 1, 5000, 4, 1, 128, 128, kv_lens=np.array([4999, 1])),
     "odd sizes, mask": _odd_sizes,
     "strided": _strided,
     "window, softcap, sinks": _window,
     "bias, alibi, negative scale": _bias,
-    "dropout": _dropout,
+    "dropout": _with(2, 40, 100, 2, 2, 64, 64, dropout=0.3, seed=1234, causal=True),
     "NaN behind the length": _hidden_nan,
 }
 
