@@ -7,6 +7,7 @@ Called from the compiled module, only when q is not a NumPy array. Other librari
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,22 +19,15 @@ if TYPE_CHECKING:
 _CPU = 1  # DLDeviceType
 
 
-def _is_instance(array: Any, module_name: str, class_name: str) -> bool:
+def _is_instance(module_name: str, class_name: str, array: Any) -> bool:
     module = sys.modules.get(module_name)
     kind = getattr(module, class_name, None)
     return isinstance(kind, type) and isinstance(array, kind)
 
 
-def _is_torch(array: Any) -> bool:
-    return _is_instance(array, "torch", "Tensor")
-
-
-def _is_jax(array: Any) -> bool:
-    return _is_instance(array, "jax", "Array")
-
-
-def _is_cupy(array: Any) -> bool:
-    return _is_instance(array, "cupy", "ndarray")
+_is_torch = partial(_is_instance, "torch", "Tensor")
+_is_jax = partial(_is_instance, "jax", "Array")
+_is_cupy = partial(_is_instance, "cupy", "ndarray")
 
 
 def cuda_stream(array: Any) -> int | None:

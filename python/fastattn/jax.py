@@ -243,8 +243,12 @@ _check_once = lru_cache(maxsize=4096, typed=True)(_check_now)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> tuple[Any, ...]:
     results = _call(_FORWARD, settings, names, _with_all_axes(settings, arrays))
-    shapes = _result_shapes(settings, arrays)
-    return tuple(results[name].reshape(shapes[name]) for name in names)
+    given = arrays["q"].shape
+
+    def without_axes(name: str, x: Any) -> Any:  # those that q lacks
+        return x.reshape((*given[:-1], x.shape[-1]) if name == "out" else x.shape[4 - len(given) :])
+
+    return tuple(without_axes(name, results[name]) for name in names)
 
 
 _mha = jax.jit(_attention, static_argnums=(0, 1))
@@ -300,33 +304,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 # ---- axes -------------------------------------------------------------------------------------------
 def _with_all_axes(settings: _Settings, arrays: _Arrays) -> _Arrays:
     """q, k, v, mask and bias with four axes."""
-    missing = _missing_axes(settings, arrays)
+    rank = arrays["q"].ndim
+    head = 1 if settings.layout == "bhsd" else 2
+    missing = {2: (0, head), 3: (0,), 4: ()}[rank]
     full = {name: jnp.expand_dims(x, missing) if name in "qkv" else x for name, x in arrays.items()}
     for name in {"mask", "bias"} & full.keys():
         x = full[name]
         full[name] = jnp.expand_dims(x, tuple(range(4 - x.ndim)))
     return full
-
-
-def _missing_axes(settings: _Settings, arrays: _Arrays) -> tuple[int, ...]:
-    """Those that q, k, v lack, in their own numbering of four."""
-    rank = arrays["q"].ndim
-    if rank == 2:
-        return (0, 1) if settings.layout == "bhsd" else (0, 2)
-    return () if rank == 4 else (0,)
-
-
-def _result_shapes(settings: _Settings, arrays: _Arrays) -> dict[str, tuple[int, ...]]:
-    """Of the results, without the axes that q lacks."""
-    names = ("out", "lse", "weights")
-    types = _result_types(settings, names, _with_all_axes(settings, arrays))
-    rank = arrays["q"].ndim
-    return {
-        name: (*arrays["q"].shape[:-1], types[name].shape[-1])
-        if name == "out"
-        else types[name].shape[4 - rank :]
-        for name in names
-    }
 
 
 # ---- the call of the handler ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,10 +95,7 @@ def mha(
     ValueError
         Shapes or values that do not fit. `fastattn.mha` checks more, with better messages.
     """
-    problem = _Problem(
-        q, k, v, layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens,
-        kv_lens, dropout, seed,
-    )  # fmt: skip
+    problem = _Problem(locals())
     out = np.zeros(problem.out_shape)
     lse = np.full(problem.lse_shape, -np.inf)
     weights = np.zeros(problem.score_shape) if return_weights else None
@@ -202,10 +200,7 @@ def mha_backward(
     Masked pairs contribute nothing, whatever q, k, v and dout hold. A row that may attend nothing has no
     gradient but that of its sink, which is then its lse.
     """
-    problem = _Problem(
-        q, k, v, layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens,
-        kv_lens, dropout, seed,
-    )  # fmt: skip
+    problem = _Problem(locals())
     douts = problem.as_bhsd("dout", dout)
     outs = None if out is None else problem.as_bhsd("out", out)
     lses = None if lse is None else problem.rows("lse", lse)
@@ -273,32 +268,15 @@ class _Pairs(NamedTuple):
 class _Problem:
     """The arguments of `mha`, checked and in one form: q, k, v (B,H,S,D), the rest as the loops need it."""
 
-    def __init__(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        layout: str,
-        scale: float | None,
-        causal: bool,
-        window: tuple[int | None, int | None] | None,
-        q_offset: Any,
-        mask: Any,
-        bias: Any,
-        alibi_slopes: Any,
-        softcap: float | None,
-        sinks: Any,
-        q_lens: Any,
-        kv_lens: Any,
-        dropout: float,
-        seed: int,
-        dtype: Any = np.float64,
-    ) -> None:
+    def __init__(self, given: dict[str, Any], dtype: Any = np.float64) -> None:
         # Of the computation. `check` asks for narrower ones, to see by how much they are off.
         self.dtype = np.dtype(dtype)
-        q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-        self.rank, self.layout = q.ndim, layout
-        self.q, self.k, self.v = (_to_bhsd(n, x, q.ndim, layout) for n, x in (("q", q), ("k", k), ("v", v)))
+        x = SimpleNamespace(**given)
+        q, k, v = np.asarray(x.q), np.asarray(x.k), np.asarray(x.v)
+        self.rank, self.layout = q.ndim, x.layout
+        self.q, self.k, self.v = (
+            _to_bhsd(name, array, q.ndim, x.layout) for name, array in (("q", q), ("k", k), ("v", v))
+        )
         n_batch, n_heads, n_q, head_dim = self.q.shape
         n_kv_heads, n_k, value_dim = self.v.shape[1:]
         if self.k.shape != (n_batch, n_kv_heads, n_k, head_dim) or self.v.shape[0] != n_batch:
@@ -309,21 +287,21 @@ class _Problem:
         self.out_shape = (n_batch, n_heads, n_q, value_dim)
         self.lse_shape = (n_batch, n_heads, n_q)
         self.score_shape = (n_batch, n_heads, n_q, n_k)
-        self.scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-        self.causal, self.dropout, self.seed = causal, dropout, seed
-        self.softcap = None if softcap is None else float(softcap)
-        self.left, self.right = (None, None) if window is None else window
-        self.mask = None if mask is None else np.broadcast_to(np.asarray(mask, bool), self.score_shape)
-        self.bias = None if bias is None else np.broadcast_to(np.asarray(bias), self.score_shape)
-        slopes = (
-            None if alibi_slopes is None else self.wide(np.broadcast_to(alibi_slopes, (n_batch, n_heads)))
-        )
-        self.slopes = slopes
-        self.sinks = self.wide(np.broadcast_to(-np.inf if sinks is None else sinks, (n_heads,)))
-        self.q_len = _per_batch(q_lens, n_batch, n_q)
-        self.kv_len = _per_batch(kv_lens, n_batch, n_k)
+        self.scale = 1.0 / math.sqrt(head_dim) if x.scale is None else float(x.scale)
+        self.causal, self.dropout, self.seed = x.causal, x.dropout, x.seed
+        self.softcap = None if x.softcap is None else float(x.softcap)
+        self.left: int | None
+        self.right: int | None
+        self.left, self.right = (None, None) if x.window is None else x.window
+        self.mask = None if x.mask is None else np.broadcast_to(np.asarray(x.mask, bool), self.score_shape)
+        self.bias = None if x.bias is None else np.broadcast_to(np.asarray(x.bias), self.score_shape)
+        slopes = x.alibi_slopes
+        self.slopes = None if slopes is None else self.wide(np.broadcast_to(slopes, (n_batch, n_heads)))
+        self.sinks = self.wide(np.broadcast_to(-np.inf if x.sinks is None else x.sinks, (n_heads,)))
+        self.q_len = _per_batch(x.q_lens, n_batch, n_q)
+        self.kv_len = _per_batch(x.kv_lens, n_batch, n_k)
         default_offset = [b - a for a, b in zip(self.q_len, self.kv_len, strict=True)]
-        self.offset = default_offset if q_offset is None else _per_batch(q_offset, n_batch)
+        self.offset = default_offset if x.q_offset is None else _per_batch(x.q_offset, n_batch)
 
     def wide(self, x: Any) -> Array:
         """In the dtype of sums and weights."""

@@ -149,11 +149,10 @@ def textbook_gradients(
 
 
 def _problem(q: Array, k: Array, v: Array, backwards: bool, given: dict[str, Any]) -> reference._Problem:
-    options = {x.name: x.default for x in OPTIONS if x.name not in ("device", "kernel")} | given
-    options["dtype"] = q.dtype
     if backwards:
         q, k = q[..., ::-1], k[..., ::-1]
-    return reference._Problem(q, k, v, *options.values())
+    defaults = {x.name: x.default for x in OPTIONS}
+    return reference._Problem({**defaults, **given, "q": q, "k": k, "v": v}, q.dtype)
 
 
 def _product(weight: Array, value: Array, allowed: Array, backwards: bool) -> Array:
