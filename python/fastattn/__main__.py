@@ -27,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
     # Listed here; its options are those of the benchmark, which need not be installed.
     commands.add_parser("bench", help="time fastattn beside the installed peers", add_help=False)
 
-    tune = commands.add_parser(
-        "tune", help="measure by what NumPy calls choose CPU or GPU (10 s), and keep it"
-    )
+    tune = commands.add_parser("tune", help="measure by what NumPy calls choose CPU or GPU (10 s), and keep it")
     tune.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about so long (default 10)")
     tune.add_argument("--dry-run", action="store_true", help="print, and write nothing")
     return top

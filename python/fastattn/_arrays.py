@@ -113,9 +113,7 @@ def _as_numpy(buffer: Buffer) -> Any:
 def check_writable(out: Any) -> None:
     """Refuse an `out` whose library promises that arrays never change."""
     if _is_jax(out):
-        raise TypeError(
-            f"out: expected an array that can be written to, got an immutable {type(out).__name__}"
-        )
+        raise TypeError(f"out: expected an array that can be written to, got an immutable {type(out).__name__}")
 
 
 def mark_written(out: Any) -> None:

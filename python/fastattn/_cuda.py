@@ -109,7 +109,8 @@ def stored_speeds() -> dict[str, float] | None:
         document = json.loads(content.decode())
         speeds = checked_speeds(document)
     except (ValueError, RecursionError) as error:
-        _warn(path, str(error))
+        again = "write it again with `python -m fastattn tune`"
+        warnings.warn(f"{path} is ignored: {error}; {again}", RuntimeWarning, stacklevel=2)
         return None
     return speeds if document["machine"] == this_machine() else None
 
@@ -137,8 +138,3 @@ def checked_speeds(document: Any) -> dict[str, float]:
         if not 0 < value <= sys.float_info.max:  # NaN fails it too, as does an int that is no float
             raise ValueError(f"speeds: {name}: expected a finite number above 0, got {value!r}")
     return {name: float(value) for name, value in speeds.items()}
-
-
-def _warn(path: Path, reason: str) -> None:
-    again = "write it again with `python -m fastattn tune`"
-    warnings.warn(f"{path} is ignored: {reason}; {again}", RuntimeWarning, stacklevel=3)

@@ -128,9 +128,7 @@ def mha(
         memory, another platform than the CPU.
     """
     given = dict(locals())
-    arrays = {
-        name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"
-    }
+    arrays = {name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"}
     if q_offset is not None:
         arrays["q_offset"] = _offset(q_offset)
     settings = {name: given[name] for name in (*_STATIC, "return_lse", "return_weights")}
@@ -162,9 +160,7 @@ def _attributes(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
             for side, bound in zip(("left", "right"), sides, strict=True):
                 made[f"{name}_{side}"] = None if bound is None else np.int64(min(int(bound), 2**63 - 1))
         elif value is not None:
-            made[name] = (
-                value if kind == "text" else np.bool_(value) if kind == "flag" else np.float64(float(value))
-            )
+            made[name] = value if kind == "text" else np.bool_(value) if kind == "flag" else np.float64(float(value))
     return tuple((name, value) for name, value in made.items() if value is not None)
 
 
@@ -230,9 +226,7 @@ def _check(arrays: _Types, settings: dict[str, Any]) -> None:
 
 def _check_now(arrays: _Types, **settings: Any) -> None:
     # Arrays of one element, broadcast: nothing is allocated, nothing computed.
-    like: dict[str, Any] = {
-        name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape, dtype in arrays
-    }
+    like: dict[str, Any] = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape, dtype in arrays}
     _core.explain(like.pop("q"), like.pop("k"), like.pop("v"), device="cpu", **like, **settings)
 
 
@@ -307,11 +301,9 @@ def _with_all_axes(settings: _Settings, arrays: _Arrays) -> _Arrays:
     rank = arrays["q"].ndim
     head = 1 if settings.layout == "bhsd" else 2
     missing = {2: (0, head), 3: (0,), 4: ()}[rank]
-    full = {name: jnp.expand_dims(x, missing) if name in "qkv" else x for name, x in arrays.items()}
-    for name in {"mask", "bias"} & full.keys():
-        x = full[name]
-        full[name] = jnp.expand_dims(x, tuple(range(4 - x.ndim)))
-    return full
+    axes = dict.fromkeys("qkv", missing)
+    axes |= {name: tuple(range(4 - arrays[name].ndim)) for name in ("mask", "bias") if name in arrays}
+    return {name: jnp.expand_dims(x, axes.get(name, ())) for name, x in arrays.items()}
 
 
 # ---- the call of the handler ------------------------------------------------------------------------
@@ -360,9 +352,7 @@ def _call(target: str, settings: _Settings, names: tuple[str, ...], operands: _A
 
     @underived_call.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "fastattn.jax.mha: there are first derivatives only, by jax.grad or jax.vjp"
-        )
+        raise NotImplementedError("fastattn.jax.mha: there are first derivatives only, by jax.grad or jax.vjp")
 
     results: _Arrays = underived_call(operands)
     return results

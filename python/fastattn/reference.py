@@ -290,9 +290,7 @@ class _Problem:
         self.scale = 1.0 / math.sqrt(head_dim) if x.scale is None else float(x.scale)
         self.causal, self.dropout, self.seed = x.causal, x.dropout, x.seed
         self.softcap = None if x.softcap is None else float(x.softcap)
-        self.left: int | None
-        self.right: int | None
-        self.left, self.right = (None, None) if x.window is None else x.window
+        self.window = (None, None) if x.window is None else x.window
         self.mask = None if x.mask is None else np.broadcast_to(np.asarray(x.mask, bool), self.score_shape)
         self.bias = None if x.bias is None else np.broadcast_to(np.asarray(x.bias), self.score_shape)
         slopes = x.alibi_slopes
@@ -331,10 +329,11 @@ class _Problem:
         allowed = (i < self.q_len[b]) & (j < self.kv_len[b])  # (Sq,Sk)
         if self.causal:
             allowed &= j - i <= _clip(offset)
-        if self.left is not None:
-            allowed &= j - i >= _clip(offset - int(self.left))
-        if self.right is not None:
-            allowed &= j - i <= _clip(offset + int(self.right))
+        left, right = self.window
+        if left is not None:
+            allowed &= j - i >= _clip(offset - int(left))
+        if right is not None:
+            allowed &= j - i <= _clip(offset + int(right))
         if self.mask is not None:
             allowed &= self.mask[b, h]
         if self.bias is not None:

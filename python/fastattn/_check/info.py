@@ -30,21 +30,17 @@ def text(short: bool = False) -> str:
         f"threads   {fastattn.get_num_threads()}",
     ]
     if not short:
-        lines.append(f"build     {_build()}")
+        file = Path(str(_core.__file__))
+        lines.append(f"build     {_core.build_info()}, {file.name} in {file.parent}")
         packages = [f"{name} {versions[name]}" for name in machine.PACKAGES if name in versions]
         lines.append(f"packages  {', '.join(packages) or 'none of ' + ', '.join(machine.PACKAGES)}")
         lines.append(f"cuda      {_usable_cuda()}")
     lines.append(f"gpu build {_core.cuda_build()}")
-    rows = []
-    for kernel in fastattn.kernels():
-        dtypes = " ".join(str(name) for name in kernel.dtypes)
-        rows.append([kernel.name, kernel.device, "yes" if kernel.usable else f"no: {kernel.reason}", dtypes])
+    rows = [
+        [kernel.name, kernel.device, "yes" if kernel.usable else f"no: {kernel.reason}", " ".join(kernel.dtypes)]
+        for kernel in fastattn.kernels()
+    ]
     return "\n".join(lines) + "\n\n" + table(["kernel", "device", "usable", "dtypes"], rows, left=4)
-
-
-def _build() -> str:
-    where = Path(str(_core.__file__))
-    return f"{_core.build_info()}, {where.name} in {where.parent}"
 
 
 def _usable_cuda() -> str:

@@ -30,9 +30,7 @@ class Result:
     max_error: float = 0.0  # of out
     of_gate: float = 0.0  # the worst error in units of its limit: out, lse or a gradient
     failures: list[str] = field(default_factory=list)
-    refused: list[str] = field(
-        default_factory=list
-    )  # problems that the kernel does not take, with the reason
+    refused: list[str] = field(default_factory=list)  # problems that the kernel does not take, with the reason
     gradients_refused: list[str] = field(default_factory=list)
     gflops: float = 0.0
     gbytes: float = 0.0
@@ -174,14 +172,12 @@ def _seconds(shape: Shape, kernel: str, dtype: str) -> float:
 
 def _pairs(kernels: Any) -> tuple[list[tuple[str, str]], list[str]]:
     """Kernels and dtypes to check, best kernel first, and remarks on those that are not."""
-    usable = [kernel for kernel in kernels if kernel.usable]
-    notes = []
-    skipped = set()
-    if machine.installed_version("ml_dtypes") is None:
-        skipped.add("bfloat16")
-        notes.append("bfloat16 was not checked: pip install ml_dtypes")
-    pairs = []
-    for kernel in usable:
-        names = {str(name) for name in kernel.dtypes} - skipped
-        pairs += [(kernel.name, dtype) for dtype in DTYPES if dtype in names]
+    skipped = "bfloat16" if machine.installed_version("ml_dtypes") is None else None
+    notes = [f"{skipped} was not checked: pip install ml_dtypes"] if skipped else []
+    pairs = [
+        (kernel.name, dtype)
+        for kernel in kernels
+        for dtype in DTYPES
+        if kernel.usable and dtype in kernel.dtypes and dtype != skipped
+    ]
     return pairs, notes

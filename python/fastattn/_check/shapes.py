@@ -38,8 +38,7 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        features = self.head_dim + self.value_dim
-        return self.kv_heads * self.kv_size * features * ITEM_SIZE[self.dtype]
+        return self.kv_heads * self.kv_size * (self.head_dim + self.value_dim) * ITEM_SIZE[self.dtype]
 
     @property
     def bytes_in(self) -> int:

@@ -35,11 +35,7 @@ RESULTS = Shape(8, 8, 16384, 1, 8, 256)
 CPU_SHAPE = Shape(8, 8, 512, 512, 64, 64)
 GPU_SHAPE = Shape(8, 1, 1024, 8192, 128, 128)
 MOST_KEYS = {"cpu": 1 << 13, "cuda": 1 << 17}
-CPU_SPEEDS = {
-    "float64": "cpu_per_thread_f64",
-    "float32": "cpu_per_thread_f32",
-    "bfloat16": "cpu_per_thread_bf16",
-}
+CPU_SPEEDS = {"float64": "cpu_per_thread_f64", "float32": "cpu_per_thread_f32", "bfloat16": "cpu_per_thread_bf16"}
 GPU_SPEEDS = {"float64": "gpu_f64", "float32": "gpu_f32", "float16": "gpu_half"}
 
 
@@ -128,9 +124,7 @@ def _measure_gpu(seconds: float, progress: Progress, notes: list[str]) -> dict[s
         timed = long_enough(replace(GPU_SHAPE, dtype=dtype), "cuda", seconds)
         speeds[name], hidden = gpu_speed(timed, speeds)
         if hidden:
-            notes.append(
-                f"{name} is a lower bound: even with {timed.shape.kv_size} keys the transfers take longer"
-            )
+            notes.append(f"{name} is a lower bound: even with {timed.shape.kv_size} keys the transfers take longer")
     return speeds
 
 
@@ -213,12 +207,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def report(speeds: dict[str, float], defaults: dict[str, float], notes: list[str]) -> str:
     """A line per speed."""
-    rows = []
-    for name in _cuda.SPEEDS:
-        known = name in speeds
-        rows.append(
-            (name, value_text(name, speeds.get(name, defaults[name])), "" if known else "not measured")
-        )
+    rows = [
+        (name, value_text(name, (defaults | speeds)[name]), "" if name in speeds else "not measured")
+        for name in _cuda.SPEEDS
+    ]
     return "\n".join([table(("speed", "value", ""), rows), *notes])
 
 

@@ -72,18 +72,13 @@ def softcap_gradient(
         for first in range(0, n_q, rows):
             block = slice(first, min(first + rows, n_q))
             _, weights = forward(
-                lend(q[:, :, block]),
-                lent_k,
-                lent_v,
-                **_of_rows(keywords, block, n_q, n_k),
-                return_weights=True,
+                lend(q[:, :, block]), lent_k, lent_v, **_of_rows(keywords, block, n_q, n_k), return_weights=True
             )
             weight = grouped(torch.as_tensor(weights, device=q.device))
             douts = grouped(dout[:, :, block])
             delta = (douts * grouped(out[:, :, block])).sum(-1, keepdim=True)
             if dlse is not None:
-                dlses = dlse.reshape(n_batch, heads, n_q)[:, :, block, None]
-                delta = delta - grouped(dlses)
+                delta = delta - grouped(dlse.reshape(n_batch, heads, n_q)[:, :, block, None])
             dscore = douts @ values
             if keywords["dropout"] > 0:
                 dscore *= _kept(keywords, block, weight)
@@ -121,8 +116,7 @@ def _of_rows(keywords: dict[str, Any], block: slice, n_q: int, n_k: int) -> dict
         if x is not None and len(x.shape) > 1 and x.shape[-2] > 1:
             mine[name] = x[..., block, :]
     q_len, kv_len = (
-        _int64(mine[name]) if mine.get(name) is not None else n
-        for name, n in (("q_lens", n_q), ("kv_lens", n_k))
+        _int64(mine[name]) if mine.get(name) is not None else n for name, n in (("q_lens", n_q), ("kv_lens", n_k))
     )
     offset = kv_len - q_len if mine["q_offset"] is None else mine["q_offset"]
     most = 2**63 - 1 - first

@@ -237,9 +237,7 @@ def number(name: str, x: Any) -> float:
     if type(x) is float:
         return x
     if isinstance(x, Tensor) and x.requires_grad:
-        raise TypeError(
-            f"{name}: there is no gradient of it, and this tensor requires one; use {name}.detach()"
-        )
+        raise TypeError(f"{name}: there is no gradient of it, and this tensor requires one; use {name}.detach()")
     try:
         return float(x)
     except (TypeError, ValueError):

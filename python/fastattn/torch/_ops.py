@@ -43,8 +43,8 @@ _BACKWARD = {
 }  # fmt: skip
 # The dispatcher drops these at the end where they equal their default.
 _TAIL = {name: "None" if name in _NUMBERS else "False" for name in list(_BACKWARD)[-2 * len(LEARNED) :]}
-_DEFAULTS = {**dict.fromkeys(_FORWARD), **{x.name: x.default for x in OPTIONS if x.name in _OPTIONS}}
-_DEFAULTS["return_weights"] = False
+_DEFAULTS: dict[str, Any] = {**dict.fromkeys(_FORWARD), "return_weights": False}
+_DEFAULTS |= {x.name: x.default for x in OPTIONS if x.name in _OPTIONS}
 _PLAIN = names("text", "number", "flag")
 # The forward's arguments from `_N_TENSORS` to `_N_PLAIN` are no tensors.
 _N_TENSORS, _N_PLAIN = len(_QKV) + len(_SIDES), len(_FORWARD) - len(_NUMBERS)
@@ -113,12 +113,9 @@ def _keywords(given: dict[str, Any]) -> dict[str, Any]:
     keywords["q_offset"] = given["q_offset"] if offsets is None else _lend(offsets)
     # An int64 carries the seeds from 2**63 on as negative ones.
     keywords["seed"] = given["seed"] % 2**64 if seed is None else int(seed)
-    left, right = given["window_left"], given["window_right"]
-    if not (left is None and right is None):
-        keywords["window"] = left, right
+    keywords["window"] = given["window_left"], given["window_right"]
     for name in _ARRAYS:
-        x = given[name]
-        if x is not None:
+        if (x := given[name]) is not None:
             # A mask that is not bool is refused; as a tensor, in words for tensors.
             keywords[name] = x if name == "mask" and x.dtype != torch.bool else _lend(x)
     return keywords
@@ -198,9 +195,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(weights)
 
 
-def _differentiate(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dweights: None
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dweights: None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * len(ctx.needs_input_grad)
     *inputs, out, lse = ctx.saved_tensors
@@ -249,9 +244,7 @@ def _refuse_forward_mode(ctx: Any, *tangents: Any) -> None:
 
 def _function(name: str, forward: Callable[..., Any], **methods: Callable[..., Any]) -> Any:
     methods = {"forward": forward, "jvp": _refuse_forward_mode, **methods}
-    return type(
-        name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()}
-    )
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
 
 
 # Spares the dispatcher a detour where no derivative can be asked for.
@@ -319,22 +312,19 @@ _map_mha_backward: Callable[..., Any] = _map_over(_call_backward)
 # ---- FLOPs ------------------------------------------------------------------------------------------------
 
 
-def _score_flops(given: dict[str, Any]) -> Any:
-    """2 for every query, key and head; shapes in."""
-    q, k = given["q"], given["k"]
-    seq = -3 if len(q) > 2 and given["layout"] == "bshd" else -2
-    return 2 * prod(q[:-1]) * k[seq]
+def _flops(arguments: dict[str, str], of_q: int, of_v: int) -> Callable[..., Any]:
+    """The formula of an operator with so many products of D and Dv features per pair; shapes in.
 
+    As FlopCounterMode counts PyTorch's own function: every pair, those that causal or a mask excludes too.
+    """
 
-def _forward_flops(*args: Any, **_: Any) -> Any:
-    # As FlopCounterMode counts PyTorch's own function: every pair, those that causal or a mask excludes too.
-    given = _named(_FORWARD, args)
-    return _score_flops(given) * (given["q"][-1] + given["v"][-1])
+    def formula(*args: Any, **_: Any) -> Any:
+        given = _named(arguments, args)
+        q, k, v = given["q"], given["k"], given["v"]
+        seq = -3 if len(q) > 2 and given["layout"] == "bshd" else -2
+        return 2 * prod(q[:-1]) * k[seq] * (of_q * q[-1] + of_v * v[-1])
 
-
-def _backward_flops(*args: Any, **_: Any) -> Any:
-    given = _named(_BACKWARD, args)  # the scores once more, dq, dk; dP, dv
-    return _score_flops(given) * (3 * given["q"][-1] + 2 * given["v"][-1])
+    return formula
 
 
 # ---- registration -----------------------------------------------------------------------------------------
@@ -347,9 +337,10 @@ def _register() -> Any:
         for schema in _SCHEMAS:
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for name, implementation, fake, backward, saved, mapped, flops in (
-            ("mha", _forward, _fake_forward, _differentiate, _save, _map_mha, _forward_flops),
+            ("mha", _forward, _fake_forward, _differentiate, _save, _map_mha, _flops(_FORWARD, 1, 1)),
+            # The scores once more, dq and dk; dP and dv.
             ("mha_backward", _backward, _fake_backward, _refuse_second_derivative, None, _map_mha_backward,
-             _backward_flops),
+             _flops(_BACKWARD, 3, 2)),
         ):  # fmt: skip
             library.impl(name, implementation, "CompositeExplicitAutograd")
             torch_library.register_fake(f"fastattn::{name}", fake, lib=library)

@@ -35,33 +35,21 @@ _ATTRIBUTE = "_fastattn_structure"  # of a mask that `mask` made
 _GUARDED = "_fastattn_names"  # of the check that `register` puts in front of Transformers' own
 _jit: Any = torch.jit  # in part without types
 
-# Keywords that models hand to every implementation and that may be ignored. Any other is an error.
-_MASK = "the mask has it"
-_FORWARD = "of the model's forward pass; attention does not depend on it"
-_CALLER = "of the model's caller; where attention depends on it, the mask has it"
-_IGNORED = {
-    "sliding_window": _MASK,
-    "cu_seq_lens_q": _MASK,
-    "cu_seq_lens_k": _MASK,
-    "max_length_q": _MASK,
-    "max_length_k": _MASK,
-    "position_ids": "the queries and keys are rotated, and the mask has packed sequences",
-    "deterministic": "fastattn always is",
-    "num_items_in_batch": "of the loss",
-    "output_hidden_states": _FORWARD,
-    "output_router_logits": _FORWARD,
-    "return_dict": _FORWARD,
-    "use_cache": "the keys and values of the cache are in key and value",
-    # What callers of a model hand through it: batches of collators and tokenizers, documented keywords.
-    "cache_position": "the mask has it",
-    "length": _CALLER,
-    "mm_token_type_ids": _CALLER,
-    "return_loss": _CALLER,
-    "seq_idx": "of convolutions and state-space layers; the mask has packed sequences",
-    "shift_labels": "of the loss",
-    "special_tokens_mask": _CALLER,
-    "token_type_ids": _CALLER,
-}
+# Keywords that models hand to every implementation, or their callers through it (batches of collators and tokenizers,
+# documented keywords), and that may be ignored. Any other is an error.
+_REASONS = {
+    "the mask has it": "sliding_window cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k cache_position",
+    "the queries and keys are rotated, and the mask has packed sequences": "position_ids",
+    "fastattn always is": "deterministic",
+    "of the loss": "num_items_in_batch shift_labels",
+    "of the model's forward pass; attention does not depend on it":
+        "output_hidden_states output_router_logits return_dict",
+    "the keys and values of the cache are in key and value": "use_cache",
+    "of the model's caller; where attention depends on it, the mask has it":
+        "length mm_token_type_ids return_loss special_tokens_mask token_type_ids",
+    "of convolutions and state-space layers; the mask has packed sequences": "seq_idx",
+}  # fmt: skip
+_IGNORED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 # Modules whose weights in "eager" are those without the sinks, which scale the output alone.
 _WEIGHTS_WITHOUT_SINKS = frozenset({"GraniteSWAAttention", "GraniteMoeSWAAttention"})
 
@@ -232,9 +220,7 @@ def attention(
             )
     n_batch = max(x.shape[0] for x in (query, key, value))
     # Learned queries, which the whole batch shares.
-    query, key, value = (
-        x.expand(n_batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in (query, key, value)
-    )
+    query, key, value = (x.expand(n_batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in (query, key, value))
     if block_indices is not None:
         attention_mask = _mask_of_blocks(module, query, key, attention_mask, block_indices, others)
     keywords = _keywords(module, query, key, attention_mask, is_causal)
@@ -244,19 +230,16 @@ def attention(
     if position_bias is not None:
         keywords["bias"] = position_bias + keywords["bias"] if "bias" in keywords else position_bias
     wanted = _weights_wanted(output_attentions)
-    bare = wanted and s_aux is not None and _is_one_of(module, _WEIGHTS_WITHOUT_SINKS)
+    bare = wanted and s_aux is not None and any(x.__name__ in _WEIGHTS_WITHOUT_SINKS for x in type(module).__mro__)
     if bare and s_aux is not None and sinks is None:
         sinks = s_aux.view(1, -1, 1, 1).expand(*query.shape[:3], 1)
         s_aux = None
     out, lse, *weights = mha(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        *(x.transpose(1, 2) for x in (query, key, value)),
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
-        seed=torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout > 0.0 else 0,
         return_lse=True,
         return_weights=wanted,
         **keywords,
@@ -281,10 +264,6 @@ def _weights_wanted(output_attentions: bool | None) -> bool:
         return False  # a layer compiled by itself cannot read a context variable
     recorded = _active_collector.get()
     return recorded is not None and any("attentions" in key for key in recorded)
-
-
-def _is_one_of(module: torch.nn.Module, names: frozenset[str]) -> bool:
-    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def _name(module: torch.nn.Module) -> str:
@@ -327,12 +306,7 @@ def _mask_of_indices(module: torch.nn.Module, query: Tensor, key: Tensor, indice
 
 
 def _mask_of_blocks(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    blocks: Tensor,
-    others: dict[str, Any],
+    module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, blocks: Tensor, others: dict[str, Any]
 ) -> Tensor:
     """As the model makes it for "eager" (MiniMax M3)."""
     make = getattr(getattr(module, "indexer", None), "build_block_mask", None)
@@ -345,9 +319,7 @@ def _mask_of_blocks(
     if positions is None:
         positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
     positions = positions if positions.dim() > 1 else positions.unsqueeze(0)
-    made: Tensor = make(
-        blocks, attention_mask, n_keys, query.dtype, query.device, positions.expand(query.shape[0], -1)
-    )
+    made: Tensor = make(blocks, attention_mask, n_keys, query.dtype, query.device, positions.expand(query.shape[0], -1))
     return made == 0
 
 
@@ -364,16 +336,13 @@ def mask(*, dtype: torch.dtype = torch.float32, **keywords: Any) -> Tensor:
     keywords |= {"allow_is_bidirectional_skip": False}
     # A trace must not depend on values.
     traced = torch.compiler.is_compiling() or _jit.is_tracing()
-    structure = (
-        None if traced or "q_offset" not in keywords else _structure(**keywords)
-    )  # older: cache_position
+    structure = None if traced or "q_offset" not in keywords else _structure(**keywords)  # older: cache_position
     keywords["allow_is_causal_skip"] = False
+    make: Any = sdpa_mask  # in part without types
     if traced:
-        allowed: Any = sdpa_mask(**keywords)
-        return _added(allowed.to(torch.bool), dtype)
+        return _added(make(**keywords).to(torch.bool), dtype)
     with torch.inference_mode(False):  # a tensor made in inference mode does not count its changes
-        allowed = sdpa_mask(**keywords)
-        allowed = allowed.to(torch.bool)
+        allowed = make(**keywords).to(torch.bool)
         made = _added(allowed, dtype)
     if type(made) is Tensor and not made.is_inference():  # no fake tensor
         setattr(made, _ATTRIBUTE, (made._version, {"mask": allowed} if structure is None else structure))
