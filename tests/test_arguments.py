@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import subproc
 
 import fastattn
 from fastattn import _arguments, reference
@@ -126,6 +128,49 @@ def test_pytorch():
 def test_jax():
     jax = pytest.importorskip("fastattn.jax")
     assert list(signature(jax.mha).items()) == list(without(FORWARD, "out", "device").items())
+
+
+NEW_NUMBER = """
+from fastattn import _core
+rows, seen = _core.argument_rows(), []
+honest = {name: getattr(_core, name) for name in ("mha", "mha_backward")}
+_core.argument_rows = lambda: (*rows, ("sharpness", "number", "None", "name", "name"))
+
+def recorded(name):
+    def function(*args, sharpness, **keywords):
+        seen.append((name, sharpness))
+        return honest[name](*args, **keywords)
+    return function
+
+for name in honest:
+    setattr(_core, name, recorded(name))
+"""
+
+
+def test_a_new_number_reaches_the_core_through_pytorch():
+    pytest.importorskip("torch")
+    code = """
+    import torch
+    from fastattn.torch import _mha, _ops
+    q = torch.ones(1, 2, 1, 8, requires_grad=True)
+    given = {x.name: x.default for x in _ops.OPTIONS} | {"sharpness": 1}
+    made = _mha._options(given, q) | {"q": q, "k": q, "v": q}
+    _ops.call(made)[0].sum().backward()
+    print(seen)
+    """
+    out, _ = subproc.run(NEW_NUMBER + textwrap.dedent(code), prelude=False)
+    assert out.strip() == "[('mha', 1.0), ('mha_backward', 1.0)]"
+
+
+def test_a_new_number_is_an_attribute_for_xla():
+    pytest.importorskip("jax")
+    code = """
+    from fastattn import jax
+    given = dict.fromkeys(jax._STATIC) | {"layout": "bshd", "sharpness": 1}
+    print(*((name, type(value).__name__, str(value)) for name, value in jax._attributes(given)))
+    """
+    out, _ = subproc.run(NEW_NUMBER + textwrap.dedent(code), prelude=False)
+    assert out.strip() == "('layout', 'str', 'bshd') ('sharpness', 'float64', '1.0')"
 
 
 def test_stubs():
