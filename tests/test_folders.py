@@ -30,6 +30,8 @@ def test_no_circle_of_folders():
     graph = folder_graph(CSRC)
     assert {"core", "cpu/flash", "cuda/fused/sm90", "bindings"} <= graph.keys()
     order = list(graphlib.TopologicalSorter(graph).static_order())
+    # What every CUDA kernel stands on, and the fused ones, know nothing of cuBLAS.
+    assert not {"cuda/blas", "cuda/cublas"} & (graph["cuda/simt"] | graph["cuda/host"] | graph["cuda/fused"])
     assert order.index("threads") < order.index("core") < order.index("cpu") < order.index("bindings")
 
 

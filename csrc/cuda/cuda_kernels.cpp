@@ -7,7 +7,6 @@
 #include "core/environment.h"
 #include "core/kernel.h"
 #include "core/scalar_access.h"
-#include "cuda/blas/errors.h"
 #include "cuda/cublas/backward.h"
 #include "cuda/cublas/backward_staging.h"
 #include "cuda/cublas/forward.h"
@@ -15,6 +14,7 @@
 #include "cuda/fused/sm80/host.h"
 #include "cuda/fused/sm90/host.h"
 #include "cuda/host/build_info.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/staging.h"
 
 namespace fastattn {
@@ -170,8 +170,6 @@ void cublas_run(const AttentionProblem& p, const Target& target, const Workspace
 constexpr const char* kUnproven =
     "no GPU has run it yet (docs/gpu_status.md), so it is taken only when asked for by name";
 
-const char* why_unavailable() { return unavailable(); }
-
 template <class Fused>
 KernelPlan fused_plan(const AttentionProblem& p, Device device, int threads, bool describe) {
     return plan_with(Fused(context(device.index)), p, threads, describe);
@@ -205,7 +203,7 @@ constexpr Kernel row(const char* name, std::span<const DType> dtypes) {
     return {.name = name,
             .device = DeviceType::cuda,
             .dtypes = dtypes,
-            .unavailable = &why_unavailable,
+            .unavailable = &cuda_unavailable,
             .forward = {.refuses = &Fused::refuses, .plan = &fused_plan<Fused>, .run = &fused_run<Fused>},
             .refuses_device = &fused_refuses_device<Fused>,
             .unproven = kUnproven};
@@ -217,7 +215,7 @@ constexpr Kernel row<CublasAttention>(const char* name, std::span<const DType> d
         .name = name,
         .device = DeviceType::cuda,
         .dtypes = dtypes,
-        .unavailable = &why_unavailable,
+        .unavailable = &cuda_unavailable,
         .forward = {.refuses = &refuses, .plan = &cublas_plan, .run = &cublas_run},
         .backward = {
             .refuses = &CublasBackward::refuses, .plan = &cublas_backward_plan, .run = &cublas_backward_run}};

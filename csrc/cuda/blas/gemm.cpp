@@ -7,7 +7,7 @@
 
 #include <fastattn/attention.h>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/simt/launch.h"
 
 namespace fastattn::cuda {
@@ -40,6 +40,11 @@ void* advance(const GemmOperand& x, Index elements) noexcept {
 }
 
 }  // namespace
+
+void throw_on_status(const cublas::Table& table, cublas::Status status, const char* attempted) {
+    if (status == cublas::kSuccess) return;
+    throw CudaError(std::string("cuBLAS: ") + attempted + " failed: " + table.GetStatusName(status), false);
+}
 
 Gemm merge_axes(const Gemm& gemm) noexcept {
     GemmOperand Gemm::* const operands[] = {&Gemm::a, &Gemm::b, &Gemm::c};

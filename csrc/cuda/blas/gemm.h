@@ -13,6 +13,12 @@
 
 namespace fastattn::cuda {
 
+// Scratch for cuBLAS: what its documentation asks for on Hopper, and enough elsewhere.
+inline constexpr std::size_t kGemmWorkspaceBytes = std::size_t{32} << 20;
+
+// Throws CudaError unless all is well.
+void throw_on_status(const cublas::Table& table, cublas::Status status, const char* attempted);
+
 // A batch of column-major matrices: axes of the batch with strides in elements.
 inline constexpr int kBatchAxes = 3;
 struct GemmOperand {

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "core/broadcast.h"
-#include "cuda/blas/errors.h"
 #include "cuda/cublas/products.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
 #include "cuda/simt/launch_backward.h"
 
@@ -269,10 +269,9 @@ void CublasBackward::queue(const BackwardProblem& host, const BackwardProblem& d
         const ScoreMatrix scores{args.scores, args.ld}, gradients{args.gradients, args.ld};
         const bool has_keys = chunk.keys > 0;
         if (has_keys) {
-            context_.gemm->run(scores_from(p, chunk, fold, memory.q, memory.k, p.head_dim, scores, tf32_),
-                               place);
-            context_.gemm->run(
-                scores_from(p, chunk, fold, memory.dout, memory.v, p.value_dim, gradients, tf32_), place);
+            gemm_.run(scores_from(p, chunk, fold, memory.q, memory.k, p.head_dim, scores, tf32_), place);
+            gemm_.run(scores_from(p, chunk, fold, memory.dout, memory.v, p.value_dim, gradients, tf32_),
+                      place);
         }
         launch_score_gradients(args, stream);
         check_launch("launching score_gradients");
@@ -285,17 +284,17 @@ void CublasBackward::queue(const BackwardProblem& host, const BackwardProblem& d
         if (!has_keys) continue;
         // Heads of a group that are no rows of one matrix follow each other.
         for (Index member = 0; member < (fold == Fold::none ? p.group : 1); ++member) {
-            context_.gemm->run(keys_from(p, chunk, fold, member, scores, dout, p.value_dim,
-                                         weight_unit(p.dtype, p.dropout), args.dv, tf32_),
-                               place);
+            gemm_.run(keys_from(p, chunk, fold, member, scores, dout, p.value_dim,
+                                weight_unit(p.dtype, p.dropout), args.dv, tf32_),
+                      place);
             Gemm dk = keys_from(p, chunk, fold, member, gradients, q, p.head_dim, 1.0,
                                 scaled ? args.dk_part : args.dk, tf32_);
             if (scaled) dk.accumulate = member > 0;
-            context_.gemm->run(dk, place);
+            gemm_.run(dk, place);
         }
-        context_.gemm->run(rows_from(p, chunk, fold, gradients, memory.clean_k.array, p.head_dim, 1.0,
-                                     args.dq, p.lse_dtype, tf32_),
-                           place);
+        gemm_.run(rows_from(p, chunk, fold, gradients, memory.clean_k.array, p.head_dim, 1.0, args.dq,
+                            p.lse_dtype, tf32_),
+                  place);
         if (scaled) {
             launch_add_keys(args, stream);
             check_launch("launching add_keys");

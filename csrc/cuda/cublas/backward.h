@@ -11,6 +11,7 @@
 
 #include <string>
 
+#include "cuda/blas/library.h"
 #include "cuda/host/chunking.h"
 #include "cuda/host/context.h"
 
@@ -18,7 +19,8 @@ namespace fastattn::cuda {
 
 class CublasBackward {
 public:
-    CublasBackward(const DeviceContext& context, bool tf32) : context_(context), tf32_(tf32) {}
+    CublasBackward(const DeviceContext& context, bool tf32)
+        : context_(context), gemm_(cublas::plans_of(context)), tf32_(tf32) {}
     // nullptr, or why not this problem.
     static const char* refuses(const BackwardProblem& b);
 
@@ -38,6 +40,7 @@ private:
     std::size_t limit(const BackwardProblem& b) const noexcept;
 
     const DeviceContext& context_;
+    GemmPlans& gemm_;
     const bool tf32_;
 };
 

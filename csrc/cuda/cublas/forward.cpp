@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cuda/blas/errors.h"
 #include "cuda/cublas/products.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
 #include "cuda/simt/launch.h"
 
@@ -55,12 +55,10 @@ void CublasAttention::queue(const AttentionProblem& host, const AttentionProblem
         args.group_inner = fold == Fold::inner;
         args.scores = scratch.scores;
         args.ld = score_stride(chunk.keys);
-        if (chunk.keys > 0)
-            context_.gemm->run(scores_product(p, chunk, fold, scratch.scores, args.ld, tf32_), place);
+        if (chunk.keys > 0) gemm_.run(scores_product(p, chunk, fold, scratch.scores, args.ld, tf32_), place);
         launch_softmax(args, stream);
         throw_on_error(runtime::last_error(), "launching softmax_rows");
-        if (chunk.keys > 0)
-            context_.gemm->run(values_product(p, chunk, fold, scratch.scores, args.ld, tf32_), place);
+        if (chunk.keys > 0) gemm_.run(values_product(p, chunk, fold, scratch.scores, args.ld, tf32_), place);
         if (chunk.keys == 0 || is_restricted(p)) {
             launch_restore(args, stream);
             throw_on_error(runtime::last_error(), "launching restore_rows");

@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "cuda/blas/library.h"
 #include "cuda/host/chunking.h"
 #include "cuda/host/context.h"
 #include "cuda/host/staging.h"
@@ -17,7 +18,8 @@ namespace fastattn::cuda {
 
 class CublasAttention final : public DeviceKernel {
 public:
-    CublasAttention(const DeviceContext& context, bool tf32) : context_(context), tf32_(tf32) {}
+    CublasAttention(const DeviceContext& context, bool tf32)
+        : context_(context), gemm_(cublas::plans_of(context)), tf32_(tf32) {}
     std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
                                 const Chunk& region) const override;
     void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
@@ -28,6 +30,7 @@ private:
     std::size_t limit() const noexcept { return score_limit(context_.properties.l2_bytes); }
 
     const DeviceContext& context_;
+    GemmPlans& gemm_;
     const bool tf32_;
 };
 

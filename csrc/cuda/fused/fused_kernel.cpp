@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/fused/launch.h"
 #include "cuda/host/operands.h"
 

@@ -1,8 +1,6 @@
 #include "cuda/host/context.h"
 
-#include <algorithm>
 #include <atomic>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,10 +12,7 @@
 
 #include <fastattn/attention.h>
 
-#include "core/cuda_room.h"
-#include "core/kernel.h"
-#include "cuda/blas/errors.h"
-#include "cuda/host/build_info.h"
+#include "cuda/host/errors.h"
 
 namespace fastattn::cuda {
 namespace {
@@ -36,11 +31,8 @@ struct Devices {
     std::mutex mutex;
     bool probed = false;
     std::string reason;  // empty: usable
-    std::list<std::string> library_reasons;
-    const cublas::Table* blas = nullptr;
     int count = 0;
     std::vector<std::unique_ptr<DeviceContext>> contexts;
-    std::vector<std::unique_ptr<GemmPlans>> plans;
 };
 
 // Never destroyed: the driver may be gone before static destructors run.
@@ -93,55 +85,25 @@ std::string find_devices(Devices& all) {
     return {};
 }
 
-std::string open_library(Devices& all) {
-    const char* why = nullptr;
-    all.blas = cublas::open(&why);
-    return all.blas == nullptr ? why : "";
-}
-
-void probe_devices(Devices& all) {
-    if (!all.probed) all.reason = find_devices(all);
-    all.probed = true;
-}
-
-// Under the mutex. What it returns lives on, though another thread may ask again.
-const std::string& probe(Devices& all) {
-    probe_devices(all);
-    if (all.reason.empty() && all.blas == nullptr) {
-        const std::string reason = open_library(all);
-        if (reason.empty()) return all.reason;
-        const auto known = std::find(all.library_reasons.begin(), all.library_reasons.end(), reason);
-        return known != all.library_reasons.end() ? *known : all.library_reasons.emplace_back(reason);
-    }
-    return all.reason;
-}
-
 }  // namespace
 
 const char* unavailable() noexcept {
     if (is_forked()) return kForked;
     Devices& all = devices();
     const std::lock_guard lock(all.mutex);
-    const std::string& reason = probe(all);
-    return reason.empty() ? nullptr : reason.c_str();
+    if (!all.probed) all.reason = find_devices(all);
+    all.probed = true;
+    return all.reason.empty() ? nullptr : all.reason.c_str();
 }
 
-bool needs_library() noexcept {
-    if (is_forked()) return false;
-    Devices& all = devices();
-    const std::lock_guard lock(all.mutex);
-    probe_devices(all);
-    return all.reason.empty() && all.blas == nullptr;
+void throw_unavailable(const char* why) {
+    throw UnsupportedError(std::string("device: CUDA cannot be used: ") + why);
 }
 
-int usable_devices() noexcept {
-    if (unavailable() != nullptr) return 0;
-    return devices().count;
-}
+int device_count() noexcept { return unavailable() != nullptr ? 0 : devices().count; }
 
 const DeviceContext& context(int device) {
-    if (const char* reason = unavailable())
-        throw UnsupportedError(std::string("device: CUDA cannot be used: ") + reason);
+    if (const char* why = unavailable()) throw_unavailable(why);
     Devices& all = devices();
     const std::lock_guard lock(all.mutex);
     for (const auto& known : all.contexts)
@@ -153,11 +115,7 @@ const DeviceContext& context(int device) {
     if (const std::string reason = too_old(device, fresh->properties); !reason.empty())
         throw UnsupportedError("device: " + reason);
     throw_on_error(runtime::create_pool(device, kPoolBytes, &fresh->pool), "making a memory pool");
-    cublas::Handle handle = nullptr;
-    throw_on_status(*all.blas, all.blas->Create(&handle), "starting the library");
     throw_on_error(runtime::create_stream(&fresh->own_stream), "making a stream");
-    all.plans.push_back(std::make_unique<GemmPlans>(*all.blas, handle, kGemmWorkspaceBytes));
-    fresh->gemm = all.plans.back().get();
     all.contexts.push_back(std::move(fresh));
     return *all.contexts.back();
 }
@@ -187,28 +145,3 @@ DeviceMemory::~DeviceMemory() {
 }
 
 }  // namespace fastattn::cuda
-
-namespace fastattn {
-
-const char* cuda_unavailable() { return cuda::unavailable(); }
-int cuda_device_count() { return cuda::usable_devices(); }
-const char* cuda_build() { return cuda::build_info(); }
-bool cuda_needs_library() { return cuda::needs_library(); }
-void cuda_offer_library(const char* path) { cuda::cublas::offer(path); }
-void* cuda_own_stream(int device) { return cuda::context(device).own_stream; }
-
-void cuda_wait(int device, void* stream) {
-    const cuda::CurrentDevice current(device);
-    cuda::throw_on_error(cuda::runtime::synchronize(stream), "computing on the device");
-}
-
-std::shared_ptr<std::byte> cuda_allocate(int device, std::size_t bytes, const char* what_for) {
-    cuda::context(device);
-    const cuda::CurrentDevice current(device);
-    void* data = nullptr;
-    cuda::throw_on_error(cuda::runtime::allocate_plain(&data, bytes > 0 ? bytes : 1), what_for, bytes);
-    // Whoever took the array may have queued work with it: hence not memory of a stream.
-    return {static_cast<std::byte*>(data), [](std::byte* p) { cuda::runtime::release_plain(p); }};
-}
-
-}  // namespace fastattn

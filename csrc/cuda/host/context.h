@@ -3,13 +3,10 @@
 
 #include <cstddef>
 
-#include "cuda/blas/gemm.h"
 #include "cuda/simt/runtime.h"
 
 namespace fastattn::cuda {
 
-// Scratch for cuBLAS: what its documentation asks for on Hopper, and enough elsewhere.
-inline constexpr std::size_t kGemmWorkspaceBytes = std::size_t{32} << 20;
 // Freed memory that a device's pool keeps for the next call.
 inline constexpr std::size_t kPoolBytes = std::size_t{256} << 20;
 
@@ -18,16 +15,13 @@ struct DeviceContext {
     DeviceProperties properties;
     Pool pool = nullptr;
     Stream own_stream = nullptr;  // for callers without one
-    GemmPlans* gemm = nullptr;
 };
 
-// Why no CUDA device can be used, or nullptr. Thread-safe; the answer is kept, except that a library which was offered
-// later (cublas::offer) is tried again.
+// Why no CUDA device can be used, or nullptr. Thread-safe; the answer is kept.
 const char* unavailable() noexcept;
-// Devices are there and no library was opened yet.
-bool needs_library() noexcept;
-int usable_devices() noexcept;
-// The context of a device below usable_devices(), made at the first call; throws CudaError.
+[[noreturn]] void throw_unavailable(const char* why);
+int device_count() noexcept;  // 0 when unavailable
+// The context of a device below device_count(), made at the first call; throws UnsupportedError or CudaError.
 const DeviceContext& context(int device);
 
 // Makes a device the thread's current one, and puts back what was.

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <memory>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/unit_arrays.h"
 #include "cuda/simt/runtime.h"
 #include "threads/executor.h"

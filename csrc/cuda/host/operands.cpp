@@ -1,6 +1,6 @@
 #include "cuda/host/operands.h"
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/simt/launch.h"
 
 namespace fastattn::cuda {

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/lane.h"
 #include "cuda/host/unit_arrays.h"
 

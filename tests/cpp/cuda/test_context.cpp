@@ -13,9 +13,11 @@
 
 #include "arrays.h"
 #include "child_process.h"
+#include "core/cuda_room.h"
 #include "core/device_choice.h"
 #include "core/environment.h"
 #include "core/kernel.h"
+#include "cuda/blas/library.h"
 #include "emulator.h"
 
 namespace fastattn {
@@ -60,7 +62,7 @@ void expect_unavailable(const std::string& reason) {
               "device: cuda:1 cannot be used: " + reason);
     EXPECT_EQ(message_of<UnsupportedError>([&] { attention_forward(problem, on({}, "cuda-cublas")); }),
               "kernel: \"cuda-cublas\" cannot compute this call: " + reason);
-    EXPECT_EQ(message_of<UnsupportedError>([&] { cuda::context(0); }),
+    EXPECT_EQ(message_of<UnsupportedError>([&] { cuda_own_stream(0); }),
               "device: CUDA cannot be used: " + reason);
     const Explanation e = explain(problem);  // nobody asked for a GPU
     EXPECT_EQ(e.device, "cpu");
@@ -362,7 +364,8 @@ TEST_F(Dispatch, ContextIsMadeOnceForEachDevice) {
     EXPECT_EQ(first.index, 0);
     EXPECT_EQ(second.index, 1);
     EXPECT_NE(first.pool, second.pool);
-    EXPECT_NE(first.gemm, second.gemm);
+    EXPECT_NE(&cuda::cublas::plans_of(first), &cuda::cublas::plans_of(second));
+    EXPECT_EQ(&cuda::cublas::plans_of(first), &cuda::cublas::plans_of(first));
     EXPECT_STREQ(second.properties.name, "emulated GPU (tests only)");
     const std::size_t pools = emulator::calls("create_pool");
     std::vector<std::thread> threads;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/fused/decode/launch.h"
 
 namespace fastattn::cuda {

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <iterator>
 
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 #include "cuda/fused/sm90/launch.h"
 #include "cuda/host/operands.h"
 

@@ -1,4 +1,4 @@
-#include "cuda/blas/errors.h"
+#include "cuda/host/errors.h"
 
 #include <algorithm>
 #include <iterator>
@@ -11,7 +11,7 @@
 namespace fastattn::cuda {
 namespace {
 
-// After these the context answers every call with the same error; those of which driver_types.h says that the process must be
+// After these the context answers every call with the same error. Of them driver_types.h says that the process must be
 // terminated: uncorrectable ECC and NVLink errors, contained errors, faults of kernels, launches that time out or fail.
 bool is_sticky(int code) noexcept {
     constexpr int codes[] = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721};
@@ -28,11 +28,6 @@ void throw_on_error(int code, const char* attempted, std::size_t bytes) {
     const bool sticky = is_sticky(code);
     if (sticky) text += "; CUDA cannot be used any more in this process, which must restart";
     throw CudaError(text, sticky);
-}
-
-void throw_on_status(const cublas::Table& table, cublas::Status status, const char* attempted) {
-    if (status == cublas::kSuccess) return;
-    throw CudaError(std::string("cuBLAS: ") + attempted + " failed: " + table.GetStatusName(status), false);
 }
 
 }  // namespace fastattn::cuda
