@@ -1,11 +1,12 @@
-// What the fused kernels share: which rows and keys a block of threads works on, and the online softmax of the rows of a warp
-// (Milakov and Gimelshein 2018; as in FlashAttention-2, Dao, ICLR 2024):
+// What the fused kernels share: which rows and keys a block of threads works on, and the online softmax of
+// the rows of a warp (Milakov and Gimelshein 2018; as in FlashAttention-2, Dao, ICLR 2024):
 //
 //   S = q k^T (rows, keys), x = log2(e) * score(S), m' = max(m, rows' max of x), a = 2^(m - m')
 //   P = 2^(x - m') in 16 bits, l = l a + sum P, O = O a + P v;   at the end out = O / l, lse = ln 2 (m + log2 l)
 //
-// S, P and O lie in registers as the accumulators of mma.m16n8 and of wgmma do. In a tile of 16 rows, with g = lane / 4 and
-// t = lane % 4, element e of the j-th eight columns is row g + 8 * (e / 2), column 8 j + 2 t + e % 2.
+// S, P and O lie in registers as the accumulators of mma.m16n8 and of wgmma do. In a tile of 16 rows, with g
+// = lane / 4 and t = lane % 4, element e of the j-th eight columns is row g + 8 * (e / 2), column 8 j + 2 t +
+// e % 2.
 #pragma once
 
 #include "cuda/fused/arguments.h"
@@ -15,8 +16,8 @@
 namespace fastattn::cuda {
 namespace {
 
-// Consecutive rows of one kv head. Row r of a kv head is query r / G of its head r % G, so that K and V are read once for
-// the whole group.
+// Consecutive rows of one kv head. Row r of a kv head is query r / G of its head r % G, so that K and V are
+// read once for the whole group.
 struct RowBlock {
     // Rows first_row .. first_row + most of kv head `pair` (batch entry outside) of the region.
     __device__ RowBlock(const FlashArgs& a, Index pair, Index first_row_, int most)
@@ -51,17 +52,18 @@ private:
         const Index q_len = length_of(p.q_lens, p.has_q_lens, b, p.q_size);
         const Index existing = clamped((q_len - region_row) * p.group - first_row, 0, rows);
         key_begin = key_end = 0;
-        if (existing > 0) {
-            key_begin = Row(p, place(0)).range.begin;
-            key_begin -= key_begin % 8;
-            key_end = Row(p, place(static_cast<int>(existing) - 1)).range.end;
-            if (key_end < key_begin) key_end = key_begin;
-        }
+        if (existing == 0) return;
+        const Index begin = Row(p, place(0)).range.begin;
+        const Index end = Row(p, place(static_cast<int>(existing) - 1)).range.end;
+        if (begin >= end) return;  // else begin, rounded, could be before an end that nobody reaches
+        key_begin = begin - begin % 8;
+        key_end = end;
     }
 };
 
-// ---- the end of a row -------------------------------------------------------------------------------------------
-// What its sum of weighted values has to be multiplied by, where m = max x and l = sum 2^(x - m); the lse is stored on the way.
+// ---- the end of a row -------------------------------------------------------------------------------------
+// What its sum of weighted values has to be multiplied by, where m = max x and l = sum 2^(x - m); the lse is
+// stored on the way.
 __device__ __forceinline__ float finish_row(const AttentionProblem& p, const Row& row, float m, float l,
                                             bool stores_lse) {
     const Denominator<float> denominator(p, row, m, l);
@@ -85,16 +87,17 @@ struct ExactSoftmax {
     static constexpr float slack = 0;
     static constexpr int polynomial = 0;
 };
-// m stays while the maximum is above it by at most 8, so weights are up to 2^8, which float16 can bear: the output is rescaled
-// rarely, and most warps skip it (FlashAttention-4). One in `polynomial` exponentials is a polynomial's: at head dimension 64 the
-// unit takes as long as the tensor cores do.
+// m stays while the maximum is above it by at most 8, so weights are up to 2^8, which float16 can bear: the
+// output is rescaled rarely, and most warps skip it (FlashAttention-4). One in `polynomial` exponentials is a
+// polynomial's: at head dimension 64 the unit takes as long as the tensor cores do.
 template <int polynomial_>
 struct LazySoftmax {
     static constexpr float slack = 8;
     static constexpr int polynomial = polynomial_;  // every so many-th eight columns; 0: none
 };
 
-// Two neighbouring tiles of eight keys of the weights, in 16 bits, as the left operand of a product with values.
+// Two neighbouring tiles of eight keys of the weights, in 16 bits, as the left operand of a product with
+// values.
 template <class T>
 __device__ __forceinline__ void pack_weights(const float (&low)[4], const float (&high)[4],
                                              std::uint32_t (&to)[4]) {
@@ -107,8 +110,8 @@ __device__ __forceinline__ void pack_weights(const float (&low)[4], const float 
 // A thread's share of 16 * mt rows of a block: their maxima, sums and outputs of 8 * dt features.
 //   plain: scale, lengths, causal and window only, and a scale above 0 (is_plain_flash)
 //   Softmax: how, of the above
-// The block is a variable beside this object, not in one object with it: an object that holds its own address stays in local
-// memory as a whole, the outputs too.
+// The block is a variable beside this object, not in one object with it: an object that holds its own address
+// stays in local memory as a whole, the outputs too.
 template <class T, int mt, int nt, int dt, bool plain, class Softmax = ExactSoftmax>
 class FlashRows {
 public:
@@ -141,8 +144,8 @@ public:
 
     __device__ __forceinline__ int local_row(int r) const { return first + r / 2 * 16 + g + 8 * (r % 2); }
 
-    // Products with the keys from `offset` on become weights; `factor` is what the output so far has to be multiplied by. The offset
-    // counts from key_begin, may be negative, and is a multiple of 8.
+    // Products with the keys from `offset` on become weights; `factor` is what the output so far has to be
+    // multiplied by. The offset counts from key_begin, may be negative, and is a multiple of 8.
     __device__ __forceinline__ void to_weights(int offset, float (&s)[mt][nt][4], float (&factor)[kRows]) {
         FASTATTN_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -190,8 +193,8 @@ public:
                     }
                 }
             };
-            // One FMA scales and shifts; but m is rounded and the product in an FMA is not, and of large scores their difference is no
-            // longer small.
+            // One FMA scales and shifts; but m is rounded and the product in an FMA is not, and of large
+            // scores their difference is no longer small.
             if (plain && fabsf(shift) < 1048576.0f) {
                 to_powers([&](float x) { return fused(x, scale, -shift); });
             } else {
@@ -255,8 +258,8 @@ public:
     float o[mt][dt][4];
 
 private:
-    // Row r of the products becomes x. What Scorer does element by element is done operation by operation: each is asked for once, and
-    // its loop unrolled, so that s stays in registers.
+    // Row r of the products becomes x. What Scorer does element by element is done operation by operation:
+    // each is asked for once, and its loop unrolled, so that s stays in registers.
     __device__ __forceinline__ void to_scores(int offset, int r, float (&s)[mt][nt][4]) {
         const Row row(p, block.place(local_row(r)));
         Chunk keys;
@@ -312,8 +315,8 @@ private:
         return false;
     }
 
-    // A block of the generator has the words of four keys, which two neighbouring threads share: of two blocks of theirs each computes
-    // one.
+    // A block of the generator has the words of four keys, which two neighbouring threads share: of two
+    // blocks of theirs each computes one.
     __device__ __forceinline__ void drop(int offset, int r, float (&s)[mt][nt][4]) {
         const RowPlace at = block.place(local_row(r));
         const std::uint32_t threshold = dropout_threshold(p.dropout);

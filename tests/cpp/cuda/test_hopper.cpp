@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "arrays.h"
+#include "cuda/fused/rows.h"
 #include "cuda/fused/sm90/hopper.h"
 #include "cuda/fused/sm90/order.h"
+#include "cuda/host/chunking.h"
 #include "cuda/simt/runtime.h"
 #include "emulator.h"
 
@@ -286,6 +288,26 @@ TEST_F(HopperDeathTest, BarriersThatAreMisusedAreReported) {
                  "an arrival too many");
 }
 #endif
+
+// ---- the keys of a block of rows ------------------------------------------------------------------------------------
+
+// As keys_of() of the host, which describes no keys to the copy engine where there are none.
+TEST(RowBlock, HasNoKeysWhereNoRowAttendsOne) {
+    FlashArgs args;
+    AttentionProblem& p = args.problem;
+    p.batch = p.q_heads = p.kv_heads = 1, p.q_size = 70, p.kv_size = 33;
+    p.window_left = p.window_right = 0, p.has_q_offset = true;
+    for (const Index offset : {-80, -70, -69, 0, 30, 32, 33, 34, 40, 47}) {
+        SCOPED_TRACE(offset);
+        p.q_offset = offset;
+        args.region = whole(p);
+        const RowBlock block(args, 0, 0, 128);
+        EXPECT_EQ(block.key_end - block.key_begin, args.region.keys);
+        if (args.region.keys > 0) {
+            EXPECT_EQ(block.key_begin, args.region.key);
+        }
+    }
+}
 
 // ---- which devices the fused kernels run on -------------------------------------------------------------------------
 
