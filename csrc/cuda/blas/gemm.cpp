@@ -26,8 +26,8 @@ Index item_bytes(cublas::DataType type) noexcept {
     }
 }
 
-// The largest power of two, up to 16, that divides the address and all steps. More would make the algorithm, and so
-// the bits of a result, depend on where an array happens to lie.
+// The largest power of two, up to 16, that divides the address and all steps. More would make the algorithm,
+// and so the bits of a result, depend on where an array happens to lie.
 std::uint32_t alignment_of(const GemmOperand& x, const std::array<Index, kBatchAxes>& count) noexcept {
     auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(x.data)) | 16u;
     for (int axis = 0; axis < kBatchAxes; ++axis)

@@ -1,5 +1,5 @@
-// Products of batches of matrices by cuBLASLt. What to call is decided by pure functions; GemmPlans asks the library for an
-// algorithm once for each kind of product.
+// Products of batches of matrices by cuBLASLt. What to call is decided by pure functions; GemmPlans asks the
+// library for an algorithm once for each kind of product.
 #pragma once
 
 #include <array>
@@ -28,7 +28,8 @@ struct GemmOperand {
     std::array<std::int64_t, kBatchAxes> stride{};
 };
 
-// c (m, n) = factor * op(a) op(b), or c += that, for every index of the batch axes; op(a) is (m, k), op(b) is (k, n).
+// c (m, n) = factor * op(a) op(b), or c += that, for every index of the batch axes; op(a) is (m, k), op(b) is
+// (k, n).
 struct Gemm {
     bool transpose_a = false, transpose_b = false, accumulate = false;
     cublas::ComputeType compute = cublas::kCompute32F;
@@ -40,8 +41,8 @@ struct Gemm {
     std::int64_t entries() const noexcept { return count[0] * count[1] * count[2]; }
 };
 
-// The same products with fewer axes: neighbours whose strides continue each other in all three operands become one; the axis with
-// the most entries comes last.
+// The same products with fewer axes: neighbours whose strides continue each other in all three operands
+// become one; the axis with the most entries comes last.
 Gemm merge_axes(const Gemm& gemm) noexcept;
 
 // More calls than this and one call with arrays of pointers is faster.

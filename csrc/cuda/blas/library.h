@@ -6,8 +6,8 @@
 
 namespace fastattn::cuda::cublas {
 
-// Why the library cannot be opened, or nullptr. Thread-safe. A library that was opened stays; one that is missing is looked
-// for again at the next question, as another may have been offered.
+// Why the library cannot be opened, or nullptr. Thread-safe. A library that was opened stays; one that is
+// missing is looked for again at the next question, as another may have been offered.
 const char* missing() noexcept;
 // Without looking for it.
 bool is_open() noexcept;

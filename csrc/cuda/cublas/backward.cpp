@@ -6,6 +6,7 @@
 #include "cuda/cublas/products.h"
 #include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
+#include "cuda/host/unit_arrays.h"
 #include "cuda/simt/launch_backward.h"
 
 namespace fastattn::cuda {
@@ -13,7 +14,7 @@ namespace {
 
 void check_launch(const char* kernel) { throw_on_error(runtime::last_error(), kernel); }
 
-// ---- sums over a call -----------------------------------------------------------------------------------------
+// ---- sums over a call -------------------------------------------------------------------------------------
 struct Sums {
     ScoreOperand bias;  // compact, in the accumulator's type; or dbias itself, when it has all axes
     bool bias_whole = false;
@@ -47,7 +48,7 @@ Sums take_sums(const BackwardProblem& b, Carver& carver) noexcept {
     return sums;
 }
 
-// ---- the memory of a region -------------------------------------------------------------------------------------
+// ---- the memory of a region -------------------------------------------------------------------------------
 // A side of the second products, with zeros in place of NaN and Inf, and which rows had some.
 struct Clean {
     Operand array;
@@ -126,7 +127,7 @@ private:
     }
 };
 
-// ---- what is queued around the chunks -----------------------------------------------------------------------------
+// ---- what is queued around the chunks ---------------------------------------------------------------------
 void queue_clean(const Clean& to, const CopyArgs& copy, DType dtype, Stream stream) {
     launch_clean({copy, dtype, to.bad}, stream);
     check_launch("launching clean_rows");
@@ -200,17 +201,6 @@ void queue_bias_store(const ScoreOperand& sums, const ScoreOperand& to, const At
 
 }  // namespace
 
-bool has_all_axes(const ScoreOperand& x, const AttentionProblem& p) noexcept {
-    return (x.batch != 0 || p.batch == 1) && (x.head != 0 || p.q_heads == 1) &&
-           (x.query != 0 || p.q_size == 1) && (x.key != 0 || p.kv_size == 1);
-}
-
-std::size_t sums_bytes(const BackwardProblem& b) noexcept {
-    Carver carver(nullptr);
-    take_sums(b, carver);
-    return carver.used();
-}
-
 const char* CublasBackward::refuses(const BackwardProblem& b) {
     // cuBLAS counts the columns of a matrix in 32 bits, and so do the kernels the keys of a row.
     constexpr Index most = (Index{1} << 31) - 1024;
@@ -228,14 +218,20 @@ std::size_t CublasBackward::workspace_bytes(const BackwardProblem& host, const B
     return carver.used();
 }
 
+std::size_t CublasBackward::sums_bytes(const BackwardProblem& b) const {
+    Carver carver(nullptr);
+    take_sums(b, carver);
+    return carver.used();
+}
+
 void CublasBackward::queue_start(const BackwardProblem& device, std::byte* block, Stream stream) const {
     launch_zero({block, static_cast<Index>(sums_bytes(device))}, stream);
     check_launch("launching zero");
 }
 
 void CublasBackward::queue(const BackwardProblem& host, const BackwardProblem& device, const Chunk& region,
-                           std::byte* workspace, std::byte* sums_block, Stream stream) const {
-    Carver carver(workspace), sums_carver(sums_block);
+                           const KernelMemory& blocks, Stream stream) const {
+    Carver carver(blocks.workspace), sums_carver(blocks.sums);
     const RegionMemory memory(device, region, limit(host), carver);
     const Sums sums = take_sums(device, sums_carver);
     const AttentionProblem& p = device.forward;
@@ -328,7 +324,7 @@ void CublasBackward::queue_finish(const BackwardProblem& device, std::byte* bloc
     check_launch("launching store_heads");
 }
 
-std::string CublasBackward::describe(const BackwardProblem& b) const {
+std::string CublasBackward::describe(const BackwardProblem& b, bool) const {
     const Chunk all = whole(b.forward);
     Index chunks = 0;
     Chunks walk(b.forward, all, limit(b));

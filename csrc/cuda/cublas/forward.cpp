@@ -5,6 +5,7 @@
 #include "cuda/cublas/products.h"
 #include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
+#include "cuda/host/staging.h"
 #include "cuda/simt/launch.h"
 
 namespace fastattn::cuda {
@@ -39,8 +40,8 @@ std::size_t CublasAttention::workspace_bytes(const AttentionProblem& host, const
 }
 
 void CublasAttention::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-                            std::byte* workspace, Stream stream) const {
-    Carver carver(workspace);
+                            const KernelMemory& memory, Stream stream) const {
+    Carver carver(memory.workspace);
     const Scratch scratch = take_scratch(host, region, limit(), carver);
     const RegionOperands operands(host, device, region, carver);
     const AttentionProblem& p = operands.problem();

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cuda/host/errors.h"
 #include "cuda/fused/launch.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
 
 namespace fastattn::cuda {
@@ -25,8 +25,8 @@ std::size_t FusedKernel::workspace_bytes(const AttentionProblem& host, const Att
 }
 
 void FusedKernel::queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-                        std::byte* workspace, Stream stream) const {
-    Carver carver(workspace);
+                        const KernelMemory& memory, Stream stream) const {
+    Carver carver(memory.workspace);
     const RegionOperands operands(host, device, region, carver);
     std::byte* const scratch = carver.take(scratch_bytes(host, region));
     operands.queue_copies_in(stream);

@@ -4,20 +4,22 @@
 #include <string>
 
 #include "cuda/fused/arguments.h"
+#include "cuda/host/chunking.h"
 #include "cuda/host/context.h"
-#include "cuda/host/staging.h"
+#include "cuda/host/device_kernel.h"
 
 namespace fastattn::cuda {
 
-// What the fused kernels have in common: operands as their asynchronous copies can read them, and rows into which a masked NaN
-// leaked computed again. A kernel says how it is launched, what memory it needs beside that, and as kLeast and kMost which
-// compute capabilities it runs on, 80 for 8.0, and as kBuilt whether this build has code for them.
-class FusedKernel : public DeviceKernel {
+// What the fused kernels have in common: operands as their asynchronous copies can read them, and rows into
+// which a masked NaN leaked computed again. A kernel says how it is launched, what memory it needs beside
+// that, and as kLeast and kMost which compute capabilities it runs on, 80 for 8.0, and as kBuilt whether this
+// build has code for them.
+class FusedKernel : public DeviceKernel<AttentionProblem> {
 public:
     std::size_t workspace_bytes(const AttentionProblem& host, const AttentionProblem& device,
                                 const Chunk& region) const final;
     void queue(const AttentionProblem& host, const AttentionProblem& device, const Chunk& region,
-               std::byte* workspace, Stream stream) const final;
+               const KernelMemory& memory, Stream stream) const final;
 
 protected:
     explicit FusedKernel(const DeviceContext& context) : context_(context) {}

@@ -61,7 +61,8 @@ Chunks::Chunks(const AttentionProblem& p, const Chunk& region, std::size_t limit
     set_tile();
 }
 
-// A tile of r rows computes up to r keys in vain for each of them: an eighth of all, or as many as the window has.
+// A tile of r rows computes up to r keys in vain for each of them: an eighth of all, or as many as the window
+// has.
 Index Chunks::restricted_rows() const noexcept {
     Index rows = region_.rows / kTilesAtMost;
     const Index right = p_.causal ? 0 : p_.window_right;
@@ -143,13 +144,9 @@ bool is_gemm_operand(const Operand& x, DType dtype, Index rows, Index dims) noex
     return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && fits(x.batch) && fits(x.seq) && fits(x.head);
 }
 
-namespace {
-
 Index row_stride(DType dtype, Index dims) noexcept {
     return round_up(dims, 16 / static_cast<Index>(item_size(dtype)));
 }
-
-}  // namespace
 
 Operand compact_operand(void* data, DType dtype, const Chunk& region, Index first_head, Index heads,
                         Index first_row, Index rows, Index dims) noexcept {

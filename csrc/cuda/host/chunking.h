@@ -1,5 +1,5 @@
-// How a problem becomes chunks whose scores fit the second-level cache: pure functions of the problem and of the
-// device's sizes, tested without a GPU.
+// How a problem becomes chunks whose scores fit the second-level cache: pure functions of the problem and of
+// the device's sizes, tested without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -32,9 +32,10 @@ Chunk whole(const AttentionProblem& p) noexcept;
 bool is_restricted(const AttentionProblem& p) noexcept;
 std::size_t score_bytes(const AttentionProblem& p, const Chunk& chunk) noexcept;
 
-// Walks `region` of the problem in chunks: each is a range of heads of one batch entry, or all heads of the region of several
-// entries; together they cover every row of every head once. A chunk's scores stay within `limit` bytes, but one row
-// of one kv head is never divided. Keys: those that some row of the chunk may attend, begun at a multiple of 8.
+// Walks `region` of the problem in chunks: each is a range of heads of one batch entry, or all heads of the
+// region of several entries; together they cover every row of every head once. A chunk's scores stay within
+// `limit` bytes, but one row of one kv head is never divided. Keys: those that some row of the chunk may
+// attend, begun at a multiple of 8.
 class Chunks {
 public:
     Chunks(const AttentionProblem& p, const Chunk& region, std::size_t limit) noexcept;
@@ -79,13 +80,15 @@ inline bool is_empty(const AttentionProblem& p) noexcept {
     return p.batch == 0 || p.q_heads == 0 || p.kv_heads == 0 || p.q_size == 0;
 }
 
-// Whether cuBLAS can read (or write) an array of `rows` rows of `dims` elements where it lies: neighbours in the last axis, rows
-// apart, and for 16-bit types 16-byte steps, without which it has no fast kernels.
+// Whether cuBLAS can read (or write) an array of `rows` rows of `dims` elements where it lies: neighbours in
+// the last axis, rows apart, and for 16-bit types 16-byte steps, without which it has no fast kernels.
 bool is_gemm_operand(const Operand& x, DType dtype, Index rows, Index dims) noexcept;
-// The same sizes as a compact array that is one: [batches][heads][rows][dims, rounded up to 16 bytes], whose element
-// (batch, head, row) of the region is the first.
+// The same sizes as a compact array that is one: [batches][heads][rows][dims, rounded up to 16 bytes], whose
+// element (batch, head, row) of the region is the first.
 Operand compact_operand(void* data, DType dtype, const Chunk& region, Index first_head, Index heads,
                         Index first_row, Index rows, Index dims) noexcept;
+// Elements from one of its rows to the next.
+Index row_stride(DType dtype, Index dims) noexcept;
 std::size_t compact_bytes(DType dtype, Index batches, Index heads, Index rows, Index dims) noexcept;
 
 }  // namespace fastattn::cuda

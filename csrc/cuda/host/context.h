@@ -1,4 +1,5 @@
-// What is known of the CUDA devices of this process: probed once, at the first question; never while importing.
+// What is known of the CUDA devices of this process: probed once, at the first question; never while
+// importing.
 #pragma once
 
 #include <cstddef>
@@ -53,13 +54,15 @@ private:
     Stream stream_;
 };
 
+// What a piece of a block takes, so that the next one is aligned.
+constexpr std::size_t carved(std::size_t bytes) noexcept { return (bytes + 255) / 256 * 256; }
 // Consecutive 256-byte aligned pieces of a block; with a null block it only counts.
 class Carver {
 public:
     explicit Carver(std::byte* block) noexcept : block_(block) {}
     std::byte* take(std::size_t bytes) noexcept {
         std::byte* piece = block_ == nullptr ? nullptr : block_ + used_;
-        used_ += (bytes + 255) / 256 * 256;
+        used_ += carved(bytes);
         return piece;
     }
     std::size_t used() const noexcept { return used_; }

@@ -45,7 +45,8 @@ private:
     std::size_t bytes_ = 0;
 };
 
-// Streams, events and page-locked memory of one staged call; making them costs more than many a call, so they are kept.
+// Streams, events and page-locked memory of one staged call; making them costs more than many a call, so they
+// are kept.
 class Lane {
 public:
     Lane() {

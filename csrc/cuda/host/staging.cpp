@@ -2,75 +2,57 @@
 
 #include <cstdlib>
 #include <memory>
-#include <utility>
-#include <vector>
 
 #include "cuda/host/errors.h"
 #include "cuda/host/lane.h"
-#include "cuda/host/unit_arrays.h"
 
 namespace fastattn::cuda {
-namespace {
 
-Index item_of(DType dtype) noexcept { return static_cast<Index>(item_size(dtype)); }
-
-void copy_in(const AttentionProblem& p, const Chunk& unit, const AttentionProblem& pinned,
-             Executor& executor) {
-    copy_queries(p, unit, p.q, pinned.q, p.head_dim, executor);
-    for (const auto side : {&AttentionProblem::mask, &AttentionProblem::bias}) {
-        const ScoreOperand& from = p.*side;
-        if (from.data != nullptr && !is_shared(p, from))
-            copy_scores(p, unit, from, pinned.*side, stored_size(p, from, unit), executor);
-    }
-}
-
-void copy_out(const AttentionProblem& p, const Chunk& unit, const AttentionProblem& pinned,
-              Executor& executor) {
-    copy_queries(p, unit, pinned.out, p.out, p.value_dim, executor);
-    const Index heads = unit.kv_heads * p.group;
-    if (p.lse.data != nullptr)
-        copy_scores(p, with_keys(unit, 1), pinned.lse, p.lse, {unit.batches, heads, unit.rows, 1}, executor);
-    if (p.weights.data != nullptr)
-        copy_scores(p, with_keys(unit, p.kv_size), pinned.weights, p.weights,
-                    {unit.batches, heads, unit.rows, p.kv_size}, executor);
-}
-
-}  // namespace
-
-// ---- units --------------------------------------------------------------------------------------------------
-Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept : p_(p), all_(whole(p)) {
-    if (is_empty(p)) {
-        batch_ = p.batch;
-        return;
-    }
+// ---- units ------------------------------------------------------------------------------------------------
+Units::Units(const AttentionProblem& p, std::size_t unit_bytes) noexcept
+    : p_(p), all_(whole(p)), rows_(p.q_size) {
+    if (is_empty(p)) return;
+    const auto item_of = [](DType dtype) { return static_cast<Index>(item_size(dtype)); };
     const auto limit = static_cast<Index>(unit_bytes);
-    const auto stored = static_cast<Index>(compact_bytes(p.dtype, 1, 1, 1, p.head_dim) +
-                                           compact_bytes(p.dtype, 1, 1, 1, p.value_dim));
-    const Index keys = all_.keys * stored;
+    const Index stored =
+        (row_stride(p.dtype, p.head_dim) + row_stride(p.dtype, p.value_dim)) * item_of(p.dtype);
     Index row = stored + item_of(p.lse_dtype);
     if (p.weights.data != nullptr) row += p.kv_size * item_of(p.lse_dtype);
     if (p.mask.data != nullptr && p.mask.query != 0 && !is_shared(p, p.mask)) row += all_.keys;
     if (p.bias.data != nullptr && p.bias.query != 0 && !is_shared(p, p.bias))
         row += all_.keys * item_of(p.bias.dtype);
     row *= p.group;  // of one kv head
-    rows_ = p.q_size;
     if (row * rows_ > 2 * limit) {
+        batches_ = kv_heads_ = 1;
         rows_ = std::clamp<Index>(limit / row, 1, p.q_size);
-        return;
+    } else {
+        set_heads(all_.keys * stored + row * rows_, unit_bytes);
     }
-    const Index head = std::max<Index>(1, keys + row * rows_);
-    kv_heads_ = std::clamp<Index>(limit / head, 1, p.kv_heads);
-    if (kv_heads_ == p.kv_heads) batches_ = std::clamp<Index>(limit / (head * kv_heads_), 1, p.batch);
+}
+
+Units::Units(const BackwardProblem& b, std::size_t unit_bytes) noexcept
+    : p_(b.forward), all_(whole(b.forward)), rows_(p_.q_size) {
+    if (p_.batch == 0 || p_.kv_heads == 0) return;
+    const BlockLayout head = lay_out(b, {0, 1, 0, 1, 0, rows_, all_.key, all_.keys});
+    set_heads(static_cast<Index>(head.bytes(Travel::keys) + head.bytes(Travel::in) + head.bytes(Travel::out)),
+              unit_bytes);
+}
+
+void Units::set_heads(Index head, std::size_t unit_bytes) noexcept {
+    const auto limit = static_cast<Index>(unit_bytes);
+    head = std::max<Index>(1, head);
+    kv_heads_ = std::clamp<Index>(limit / head, 1, p_.kv_heads);
+    batches_ = kv_heads_ < p_.kv_heads ? 1 : std::clamp<Index>(limit / (head * kv_heads_), 1, p_.batch);
 }
 
 Index Units::count() const noexcept {
-    if (is_empty(p_)) return 0;
-    const auto pieces = [](Index n, Index of) { return (n + of - 1) / of; };
+    if (batches_ == 0) return 0;
+    const auto pieces = [](Index n, Index of) { return of == 0 ? 1 : (n + of - 1) / of; };
     return pieces(p_.batch, batches_) * pieces(p_.kv_heads, kv_heads_) * pieces(p_.q_size, rows_);
 }
 
 bool Units::next(Chunk& unit, bool& same_keys) noexcept {
-    if (batch_ >= p_.batch) return false;
+    if (batches_ == 0 || batch_ >= p_.batch) return false;
     unit = {
         batch_, std::min(batches_, p_.batch - batch_), kv_head_, std::min(kv_heads_, p_.kv_heads - kv_head_),
         row_,   std::min(rows_, p_.q_size - row_),     all_.key, all_.keys};
@@ -85,174 +67,106 @@ bool Units::next(Chunk& unit, bool& same_keys) noexcept {
     return true;
 }
 
-UnitLayout lay_out_unit(const AttentionProblem& p, const Chunk& unit) noexcept {
-    UnitLayout layout;
-    const Index heads = unit.kv_heads * p.group;
-    const auto compact = [&](Index n, Index rows, Index dims) {
-        return compact_bytes(p.dtype, unit.batches, n, rows, dims);
-    };
-    const auto at = [](Carver& carver, std::size_t bytes) {
-        const std::size_t offset = carver.used();
-        carver.take(bytes);
-        return offset;
-    };
-    Carver keys(nullptr), in(nullptr), out(nullptr);
-    keys.take(compact(unit.kv_heads, unit.keys, p.head_dim));
-    layout.v = at(keys, compact(unit.kv_heads, unit.keys, p.value_dim));
-    layout.keys_bytes = keys.used();
-    in.take(compact(heads, unit.rows, p.head_dim));
-    layout.mask = at(in, is_shared(p, p.mask) ? 0 : stored_bytes(p, p.mask, unit));
-    layout.bias = at(in, is_shared(p, p.bias) ? 0 : stored_bytes(p, p.bias, unit));
-    layout.in_bytes = in.used();
-    out.take(compact(heads, unit.rows, p.value_dim));
-    layout.lse = at(out, stored_bytes(p, full(p.lse, 1), with_keys(unit, 1)));
-    layout.weights = at(out, stored_bytes(p, full(p.weights, p.kv_size), with_keys(unit, p.kv_size)));
-    layout.out_bytes = out.used();
-    return layout;
-}
-
-AttentionProblem place_unit(const AttentionProblem& p, const Chunk& unit, const UnitLayout& layout,
-                            std::byte* keys, std::byte* in, std::byte* out) noexcept {
-    AttentionProblem to = p;
-    const Index q_head = unit.kv_head * p.group, q_heads = unit.kv_heads * p.group;
-    const auto query = [&](std::byte* data, Index dims) {
-        return compact_operand(data, p.dtype, unit, q_head, q_heads, unit.row, unit.rows, dims);
-    };
-    const auto key = [&](std::byte* data, Index dims) {
-        return compact_operand(data, p.dtype, unit, unit.kv_head, unit.kv_heads, unit.key, unit.keys, dims);
-    };
-    to.k = key(keys, p.head_dim);
-    to.v = key(keys + layout.v, p.value_dim);
-    to.q = query(in, p.head_dim);
-    to.out = query(out, p.value_dim);
-    if (!is_shared(p, p.mask)) to.mask = placed(p, p.mask, unit, in + layout.mask);
-    if (!is_shared(p, p.bias)) to.bias = placed(p, p.bias, unit, in + layout.bias);
-    to.lse = placed(p, full(p.lse, 1), with_keys(unit, 1), out + layout.lse);
-    to.weights = placed(p, full(p.weights, p.kv_size), with_keys(unit, p.kv_size), out + layout.weights);
-    return to;
-}
-
-// ---- side arrays ----------------------------------------------------------------------------------------------
-namespace {
-
-bool on_host(const void* data, DeviceType place) noexcept {
-    return data != nullptr && place == DeviceType::cpu;
-}
-
-constexpr HeadOperand AttentionProblem::* kHeadSides[] = {
-    &AttentionProblem::alibi_slopes, &AttentionProblem::sinks, &AttentionProblem::q_lens,
-    &AttentionProblem::kv_lens, &AttentionProblem::q_offsets};
-constexpr ScoreOperand AttentionProblem::* kScoreSides[] = {&AttentionProblem::mask, &AttentionProblem::bias};
-
-// A side array over (batch, head) as one over all four axes.
-ScoreOperand widened(const HeadOperand& x) noexcept {
-    return {const_cast<void*>(x.data), x.dtype, x.batch, x.head, 0, 0, x.place};
-}
-
-}  // namespace
-
-std::size_t side_bytes(const AttentionProblem& p, bool with_scores) noexcept {
-    Carver carver(nullptr);
-    const Chunk all = whole(p);
-    for (const auto side : kHeadSides)
-        if (on_host((p.*side).data, (p.*side).place))
-            carver.take(stored_bytes(p, widened(p.*side), with_keys(all, 1)));
-    for (const auto side : kScoreSides)
-        if ((with_scores || is_shared(p, p.*side)) && on_host((p.*side).data, (p.*side).place))
-            carver.take(stored_bytes(p, p.*side, all));
-    return carver.used();
-}
-
-void upload_sides(const AttentionProblem& p, bool with_scores, std::byte* block, AttentionProblem& device,
-                  Stream stream, Executor& executor) {
-    Carver carver(block);
-    const Chunk all = whole(p);
-    const auto upload = [&](const ScoreOperand& from, const Chunk& region) {
-        const std::size_t bytes = stored_bytes(p, from, region);
-        std::byte* to = carver.take(bytes);
-        if (bytes > 0) {
-            std::unique_ptr<void, decltype(&std::free)> compact(std::malloc(bytes), &std::free);
-            if (compact == nullptr) throw OutOfMemory("a copy of a side array", bytes);
-            const ScoreOperand local = placed(p, from, region, compact.get());
-            copy_scores(p, region, from, local, stored_size(p, from, region), executor);
-            throw_on_error(runtime::copy(to, compact.get(), bytes, Copy::to_device, stream),
-                           "copying to the device");
-            // A copy from pageable memory may be read from after the call returns.
-            if (const int status = runtime::free_host_after(compact.get(), stream)) {
-                if (runtime::synchronize(stream) != 0) compact.release();  // nobody knows who still reads it
-                throw_on_error(status, "freeing after a copy");
-            }
-            compact.release();
-        }
-        return placed(p, from, region, to);
-    };
-    for (const auto side : kHeadSides) {
-        const HeadOperand& from = p.*side;
-        if (!on_host(from.data, from.place)) continue;
-        const ScoreOperand to = upload(widened(from), with_keys(all, 1));
-        device.*side = {to.data, to.dtype, to.batch, to.head, DeviceType::cuda};
+// ---- side arrays ------------------------------------------------------------------------------------------
+template <class Problem>
+void upload_sides(const Problem& p, std::byte* block, Problem& device, Stream stream, Executor& executor) {
+    const Chunk all = whole(forward_of(p));
+    const BlockLayout layout = lay_out(p, all);
+    const std::size_t bytes = layout.bytes(Travel::side);
+    if (bytes == 0) return;
+    std::unique_ptr<void, decltype(&std::free)> compact(std::malloc(bytes), &std::free);
+    if (compact == nullptr) throw OutOfMemory("a copy of the side arrays", bytes);
+    const Block local{Travel::side, static_cast<std::byte*>(compact.get())};
+    copy_arrays(p, placed(p, p, all, layout, {local}, DeviceType::cpu), all, Travel::side, executor);
+    throw_on_error(runtime::copy(block, compact.get(), bytes, Copy::to_device, stream),
+                   "copying to the device");
+    // A copy from pageable memory may be read from after the call returns.
+    if (const int status = runtime::free_host_after(compact.get(), stream)) {
+        if (runtime::synchronize(stream) != 0) compact.release();  // nobody knows who still reads it
+        throw_on_error(status, "freeing after a copy");
     }
-    for (const auto side : kScoreSides)
-        if ((with_scores || is_shared(p, p.*side)) && on_host((p.*side).data, (p.*side).place)) {
-            device.*side = upload(p.*side, all);
-            (device.*side).place = DeviceType::cuda;
-        }
+    compact.release();
+    device = placed(p, device, all, layout, {{Travel::side, block}}, DeviceType::cuda);
 }
 
-// ---- the pipeline -----------------------------------------------------------------------------------------------
+// ---- the pipeline -----------------------------------------------------------------------------------------
 namespace {
 
-// One slot's blocks on the device.
-struct DeviceSlot {
-    std::byte *keys = nullptr, *in = nullptr, *out = nullptr;
-};
+// Slots of a unit's arrays on the device; with one, all is queued in one stream. The backward pass has twice
+// as many arrays, and sums of their size beside them, so it takes one.
+template <class Problem>
+constexpr int kDeviceSlots = std::is_same_v<Problem, BackwardProblem> ? 1 : kSlots;
 
 struct DeviceBlocks {
-    DeviceSlot slots[kSlots];
-    std::byte *sides = nullptr, *workspace = nullptr;
+    struct Slot {
+        std::byte *keys = nullptr, *in = nullptr, *out = nullptr;
+    };
+    Slot slots[kSlots];
+    std::byte *sides = nullptr, *summed = nullptr;
+    KernelMemory kernel;
+    BlockLayout largest, whole;  // of a unit, and of what travels once
     std::size_t bytes = 0;
 };
 
-DeviceBlocks lay_out_blocks(const AttentionProblem& p, std::size_t workspace_bytes,
-                            std::byte* block) noexcept {
-    const UnitLayout layout = lay_out_unit(p, Units(p).largest());
+// Of a unit only sizes are known before it is there.
+template <class Problem>
+std::size_t workspace_bytes(const Problem& p, const DeviceKernel<Problem>& kernel, const Chunk& unit,
+                            const BlockLayout& layout) {
+    const Problem device =
+        placed(p, p, unit, layout, {{Travel::keys, nullptr}, {Travel::in, nullptr}, {Travel::out, nullptr}},
+               DeviceType::cuda);
+    return kernel.workspace_bytes(p, device, unit);
+}
+
+template <class Problem>
+DeviceBlocks lay_out_blocks(const Problem& p, const DeviceKernel<Problem>& kernel, std::byte* block) {
+    const Chunk unit = Units(p).largest();
     DeviceBlocks blocks;
+    blocks.largest = lay_out(p, unit);
+    blocks.whole = lay_out(p, whole(forward_of(p)));
     Carver carver(block);
-    for (DeviceSlot& slot : blocks.slots) {
-        slot.keys = carver.take(layout.keys_bytes);
-        slot.in = carver.take(layout.in_bytes);
-        slot.out = carver.take(layout.out_bytes);
+    for (int slot = 0; slot < kSlots; ++slot) {
+        blocks.slots[slot] = blocks.slots[0];
+        if (slot >= kDeviceSlots<Problem>) continue;
+        blocks.slots[slot].keys = carver.take(blocks.largest.bytes(Travel::keys));
+        blocks.slots[slot].in = carver.take(blocks.largest.bytes(Travel::in));
+        blocks.slots[slot].out = carver.take(blocks.largest.bytes(Travel::out));
     }
-    blocks.sides = carver.take(side_bytes(p, false));
-    blocks.workspace = carver.take(workspace_bytes);
+    blocks.sides = carver.take(blocks.whole.bytes(Travel::side));
+    blocks.summed = carver.take(blocks.whole.bytes(Travel::summed));
+    blocks.kernel.sums = carver.take(kernel.sums_bytes(p));
+    blocks.kernel.workspace = carver.take(workspace_bytes(p, kernel, unit, blocks.largest));
     blocks.bytes = carver.used();
     return blocks;
 }
 
+template <class Problem>
 class StagedCall {
 public:
-    StagedCall(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
-               const DeviceKernel& kernel, Executor& executor)
+    StagedCall(const Problem& p, const DeviceContext& context, const DeviceKernel<Problem>& kernel,
+               Executor& executor)
         : p_(p),
           kernel_(kernel),
           executor_(executor),
           borrowed_(context.index),
           lane_(*borrowed_),
-          memory_(context, lay_out_blocks(p, workspace_bytes, nullptr).bytes, lane_.compute,
-                  "the device's workspace"),
-          blocks_(lay_out_blocks(p, workspace_bytes, memory_.data())) {
-        const UnitLayout layout = lay_out_unit(p, Units(p).largest());
+          up_(kDeviceSlots<Problem> == 1 ? lane_.compute : lane_.up),
+          down_(kDeviceSlots<Problem> == 1 ? lane_.compute : lane_.down),
+          memory_(context, lay_out_blocks(p, kernel, nullptr).bytes, lane_.compute, "the device's workspace"),
+          blocks_(lay_out_blocks(p, kernel, memory_.data())),
+          device_(p) {
         for (int slot = 0; slot < kSlots; ++slot) {
-            lane_.keys[slot].reserve(layout.keys_bytes);
-            lane_.in[slot].reserve(layout.in_bytes);
-            lane_.out[slot].reserve(layout.out_bytes);
+            lane_.keys[slot].reserve(blocks_.largest.bytes(Travel::keys));
+            lane_.in[slot].reserve(blocks_.largest.bytes(Travel::in));
+            lane_.out[slot].reserve(blocks_.largest.bytes(Travel::out));
         }
-        device_ = p;
-        upload_sides(p, false, blocks_.sides, device_, lane_.compute, executor);
+        lane_.keys[0].reserve(blocks_.whole.bytes(Travel::summed));
+        upload_sides(p, blocks_.sides, device_, lane_.compute, executor);
+        device_ = placed(p, device_, whole(forward_of(p)), blocks_.whole, {{Travel::summed, blocks_.summed}},
+                         DeviceType::cuda);
         // The memory is there, and the side arrays in it, for the other streams too.
-        throw_on_error(runtime::record(lane_.ready, lane_.compute), "recording an event");
-        for (const Stream stream : {lane_.up, lane_.down})
-            throw_on_error(runtime::wait(stream, lane_.ready), "waiting for an event");
+        record(lane_.ready, lane_.compute);
+        for (const Stream stream : {up_, down_}) wait(stream, lane_.ready);
     }
 
     ~StagedCall() { lane_.drain(); }  // before the memory goes
@@ -260,6 +174,7 @@ public:
     StagedCall& operator=(const StagedCall&) = delete;
 
     void run() {
+        kernel_.queue_start(device_, blocks_.kernel.sums, lane_.compute);
         Units units(p_);
         Chunk unit;
         bool same_keys = false;
@@ -269,48 +184,55 @@ public:
             finish(n - kSlots);
             stage(n, unit, same_keys);
         }
+        const std::size_t summed = blocks_.whole.bytes(Travel::summed);
+        if (summed > 0) {
+            kernel_.queue_finish(device_, blocks_.kernel.sums, lane_.compute);
+            copy(lane_.keys[0].data(), blocks_.summed, summed, Copy::to_host, lane_.compute);
+        }
+        record(lane_.ready, lane_.compute);
         for (Index left = n - kSlots; left < n; ++left) finish(left);
+        await(lane_.ready, executor_);
+        const Chunk all = whole(forward_of(p_));
+        copy_arrays(
+            p_, placed(p_, p_, all, blocks_.whole, {{Travel::summed, lane_.keys[0].data()}}, DeviceType::cpu),
+            all, Travel::summed, executor_);
     }
 
 private:
     // Copies unit n to its slot and queues upload, computation and download.
     void stage(Index n, const Chunk& unit, bool same_keys) {
         const auto slot = static_cast<int>(n % kSlots);
-        units_[slot] = unit;
         if (!same_keys) ++key_sets_;
         const auto key_slot = static_cast<int>(key_sets_ % kSlots);
-        const UnitLayout layout = lay_out_unit(p_, unit);
-        pinned_[slot] = place_unit(p_, unit, layout, lane_.keys[key_slot].data(), lane_.in[slot].data(),
-                                   lane_.out[slot].data());
-        const DeviceSlot& to = blocks_.slots[slot];
+        const BlockLayout layout = lay_out(p_, unit);
+        const DeviceBlocks::Slot& to = blocks_.slots[slot];
         std::byte* const device_keys = blocks_.slots[key_slot].keys;
-        AttentionProblem device = place_unit(device_, unit, layout, device_keys, to.in, to.out);
-        device.mask.place = device.bias.place = DeviceType::cuda;
+        units_[slot] = unit;
+        pinned_[slot] = placed(p_, p_, unit, layout,
+                               {{Travel::keys, lane_.keys[key_slot].data()},
+                                {Travel::in, lane_.in[slot].data()},
+                                {Travel::out, lane_.out[slot].data()}},
+                               DeviceType::cpu);
+        const Problem device = placed(
+            p_, device_, unit, layout,
+            {{Travel::keys, device_keys}, {Travel::in, to.in}, {Travel::out, to.out}}, DeviceType::cuda);
 
         if (!same_keys) {
-            // The slot's last set was that before the last, whose units finish() has waited for.
-            copy_keys(p_, unit, p_.k, pinned_[slot].k, p_.head_dim, executor_);
-            copy_keys(p_, unit, p_.v, pinned_[slot].v, p_.value_dim, executor_);
-            upload(device_keys, lane_.keys[key_slot], layout.keys_bytes);
+            // The last keys of this slot were those before the last, whose units finish() has waited for.
+            copy_arrays(p_, pinned_[slot], unit, Travel::keys, executor_);
+            copy(device_keys, lane_.keys[key_slot].data(), layout.bytes(Travel::keys), Copy::to_device, up_);
         }
-        copy_in(p_, unit, pinned_[slot], executor_);
-        // finish(n - kSlots) has waited for the download of this slot's last unit: its blocks are free.
-        upload(to.in, lane_.in[slot], layout.in_bytes);
-        throw_on_error(runtime::record(lane_.uploaded[slot], lane_.up), "recording an event");
-        throw_on_error(runtime::wait(lane_.compute, lane_.uploaded[slot]), "waiting for an event");
-        kernel_.queue(p_, device, unit, blocks_.workspace, lane_.compute);
-        throw_on_error(runtime::record(lane_.computed[slot], lane_.compute), "recording an event");
-        throw_on_error(runtime::wait(lane_.down, lane_.computed[slot]), "waiting for an event");
-        throw_on_error(
-            runtime::copy(lane_.out[slot].data(), to.out, layout.out_bytes, Copy::to_host, lane_.down),
-            "copying from the device");
-        throw_on_error(runtime::record(lane_.downloaded[slot], lane_.down), "recording an event");
-    }
-
-    void upload(std::byte* to, const PinnedBlock& from, std::size_t bytes) {
-        if (bytes == 0) return;
-        throw_on_error(runtime::copy(to, from.data(), bytes, Copy::to_device, lane_.up),
-                       "copying to the device");
+        copy_arrays(p_, pinned_[slot], unit, Travel::in, executor_);
+        // The blocks of this slot are free: finish(n - kSlots) has waited for its last download. Where the
+        // device has one slot, it is free when its one stream gets there.
+        copy(to.in, lane_.in[slot].data(), layout.bytes(Travel::in), Copy::to_device, up_);
+        record(lane_.uploaded[slot], up_);
+        wait(lane_.compute, lane_.uploaded[slot]);
+        kernel_.queue(p_, device, unit, blocks_.kernel, lane_.compute);
+        record(lane_.computed[slot], lane_.compute);
+        wait(down_, lane_.computed[slot]);
+        copy(lane_.out[slot].data(), to.out, layout.bytes(Travel::out), Copy::to_host, down_);
+        record(lane_.downloaded[slot], down_);
     }
 
     // Waits for unit n and hands its results to the caller's arrays.
@@ -318,30 +240,54 @@ private:
         if (n < 0) return;
         const auto slot = static_cast<int>(n % kSlots);
         await(lane_.downloaded[slot], executor_);
-        copy_out(p_, units_[slot], pinned_[slot], executor_);
+        copy_arrays(p_, pinned_[slot], units_[slot], Travel::out, executor_);
     }
 
-    const AttentionProblem& p_;
-    const DeviceKernel& kernel_;
+    static void copy(void* to, const void* from, std::size_t bytes, Copy kind, Stream stream) {
+        if (bytes == 0) return;
+        throw_on_error(runtime::copy(to, from, bytes, kind, stream),
+                       kind == Copy::to_device ? "copying to the device" : "copying from the device");
+    }
+    static void record(Event event, Stream stream) {
+        throw_on_error(runtime::record(event, stream), "recording an event");
+    }
+    static void wait(Stream stream, Event event) {
+        throw_on_error(runtime::wait(stream, event), "waiting for an event");
+    }
+
+    const Problem& p_;
+    const DeviceKernel<Problem>& kernel_;
     Executor& executor_;
     BorrowedLane borrowed_;
     Lane& lane_;
+    const Stream up_, down_;
     DeviceMemory memory_;
-    DeviceBlocks blocks_;
-    AttentionProblem device_;  // with the side arrays on the device
+    const DeviceBlocks blocks_;
+    Problem device_;  // with the side arrays and the sums on the device
     Chunk units_[kSlots];
-    AttentionProblem pinned_[kSlots];
+    Problem pinned_[kSlots];
     Index key_sets_ = 0;
 };
 
 }  // namespace
 
-std::size_t staged_bytes(const AttentionProblem& p) noexcept { return lay_out_blocks(p, 0, nullptr).bytes; }
-
-void run_staged(const AttentionProblem& p, const DeviceContext& context, std::size_t workspace_bytes,
-                const DeviceKernel& kernel, Executor& executor) {
-    if (is_empty(p)) return;
-    StagedCall(p, context, workspace_bytes, kernel, executor).run();
+template <class Problem>
+std::size_t staged_bytes(const Problem& p, const DeviceKernel<Problem>& kernel) {
+    return lay_out_blocks(p, kernel, nullptr).bytes;
 }
+
+template <class Problem>
+void run_staged(const Problem& p, const DeviceContext& context, const DeviceKernel<Problem>& kernel,
+                Executor& executor) {
+    StagedCall<Problem>(p, context, kernel, executor).run();
+}
+
+#define FASTATTN_FOR(Problem)                                                            \
+    template void upload_sides(const Problem&, std::byte*, Problem&, Stream, Executor&); \
+    template std::size_t staged_bytes(const Problem&, const DeviceKernel<Problem>&);     \
+    template void run_staged(const Problem&, const DeviceContext&, const DeviceKernel<Problem>&, Executor&)
+FASTATTN_FOR(AttentionProblem);
+FASTATTN_FOR(BackwardProblem);
+#undef FASTATTN_FOR
 
 }  // namespace fastattn::cuda

@@ -1,33 +1,147 @@
 #include "cuda/host/unit_arrays.h"
 
+#include "cuda/host/context.h"
 #include "cuda/host/host_copy.h"
 
 namespace fastattn::cuda {
 namespace {
 
-Index item_of(DType dtype) noexcept { return static_cast<Index>(item_size(dtype)); }
+// What of an array belongs to a region; the axes are those of StagedArray::strides.
+struct Box {
+    std::array<Index, 4> first, size;
+};
 
-void* shifted(void* data, Index bytes) noexcept {
-    return reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(data) -
-                                   static_cast<std::uintptr_t>(bytes));
+Box box_of(const StagedArray& x, const AttentionProblem& p, const Chunk& region) noexcept {
+    const bool is_result = x.travel == Travel::out || x.travel == Travel::summed;
+    const Index key = is_result ? 0 : region.key, keys = is_result ? p.kv_size : region.keys;
+    const Index head = region.kv_head * p.group, heads = region.kv_heads * p.group;
+    Box box{{region.batch, head, region.row, key}, {region.batches, heads, region.rows, keys}};
+    switch (x.axes) {
+        case Axes::queries: box.first[3] = 0, box.size[3] = x.features; break;
+        case Axes::keys:
+            box = {{region.batch, region.kv_head, key, 0},
+                   {region.batches, region.kv_heads, keys, x.features}};
+            break;
+        case Axes::scores:
+            for (std::size_t axis = 0; axis < 4; ++axis)
+                if (x.strides[axis] == nullptr || *x.strides[axis] == 0) box.size[axis] = 1;
+            break;
+        case Axes::weights: break;
+        case Axes::rows: box.first[3] = 0, box.size[3] = 1; break;
+    }
+    return box;
 }
 
-HostArray host_array(const ScoreOperand& x, const AttentionProblem& p, const Chunk& unit) noexcept {
-    const Index item = item_of(x.dtype);
-    const Index first =
-        unit.batch * x.batch + unit.kv_head * p.group * x.head + unit.row * x.query + unit.key * x.key;
-    return {static_cast<char*>(x.data) + first * item,
-            {x.batch * item, x.head * item, x.query * item, x.key * item}};
+// Elements from one row of a compact array to the next.
+Index pitch_of(const StagedArray& x, const Box& box) noexcept {
+    const bool has_features = x.axes == Axes::queries || x.axes == Axes::keys;
+    return has_features ? row_stride(x.dtype, x.features) : box.size[3];
 }
 
-HostArray host_array(const Operand& x, DType dtype, Index batch, Index head, Index row) noexcept {
-    const Index item = item_of(dtype);
-    const Index first = batch * x.batch + head * x.head + row * x.seq;
-    return {static_cast<char*>(x.data) + first * item,
-            {x.batch * item, x.head * item, x.seq * item, x.dim * item}};
+std::size_t bytes_of(const StagedArray& x, const Box& box) noexcept {
+    return static_cast<std::size_t>(box.size[0] * box.size[1] * box.size[2] * pitch_of(x, box)) *
+           item_size(x.dtype);
+}
+
+void place_array(const StagedArray& x, const StagedArray& to, const Box& box, std::uintptr_t at,
+                 DeviceType place) noexcept {
+    const Index pitch = pitch_of(x, box);
+    const std::array<Index, 4> compact{box.size[1] * box.size[2] * pitch, box.size[2] * pitch, pitch, 1};
+    Index skipped = 0;
+    for (std::size_t axis = 0; axis < 4; ++axis) {
+        if (to.strides[axis] == nullptr) continue;
+        Index& stride = *to.strides[axis];
+        const bool is_absent = (x.axes == Axes::scores && stride == 0) || (x.axes == Axes::rows && axis == 3);
+        stride = is_absent ? 0 : compact[axis];
+        skipped += box.first[axis] * stride;
+    }
+    *to.data = reinterpret_cast<void*>(at - static_cast<std::uintptr_t>(skipped) * item_size(x.dtype));
+    if (to.place != nullptr) *to.place = place;
+}
+
+HostArray host_array(const StagedArray& x, const Box& box) noexcept {
+    const auto item = static_cast<Index>(item_size(x.dtype));
+    HostArray array{static_cast<char*>(*x.data)};
+    for (std::size_t axis = 0; axis < 4; ++axis) {
+        if (x.strides[axis] == nullptr) continue;
+        array.stride[axis] = *x.strides[axis] * item;
+        array.data += box.first[axis] * array.stride[axis];
+    }
+    return array;
+}
+
+Travel travel_of(const AttentionProblem& p, const ScoreOperand& x) noexcept {
+    if (x.place != DeviceType::cpu) return Travel::never;
+    return p.device.type != DeviceType::cpu || is_shared(p, x) ? Travel::side : Travel::in;
 }
 
 }  // namespace
+
+// ---- the table --------------------------------------------------------------------------------------------
+StagedArray::StagedArray(Operand& x, DType type, Index n, Axes has, Travel how) noexcept
+    : data(&x.data),
+      strides{&x.batch, &x.head, &x.seq, &x.dim},
+      dtype(type),
+      axes(has),
+      travel(how),
+      features(n) {}
+
+StagedArray::StagedArray(ScoreOperand& x, Axes has, Travel how) noexcept
+    : data(&x.data),
+      strides{&x.batch, &x.head, &x.query, &x.key},
+      place(&x.place),
+      dtype(x.dtype),
+      axes(has),
+      travel(x.data == nullptr ? Travel::never : how) {}
+
+StagedArray::StagedArray(HeadOperand& x) noexcept
+    : data(const_cast<void**>(&x.data)),
+      strides{&x.batch, &x.head, nullptr, nullptr},
+      place(&x.place),
+      dtype(x.dtype),
+      axes(Axes::scores),
+      travel(x.data == nullptr || x.place != DeviceType::cpu ? Travel::never : Travel::side) {}
+
+std::array<StagedArray, 13> arrays_of(AttentionProblem& p) noexcept {
+    return {{{p.k, p.dtype, p.head_dim, Axes::keys, Travel::keys},
+             {p.v, p.dtype, p.value_dim, Axes::keys, Travel::keys},
+             {p.q, p.dtype, p.head_dim, Axes::queries, Travel::in},
+             {p.mask, Axes::scores, travel_of(p, p.mask)},
+             {p.bias, Axes::scores, travel_of(p, p.bias)},
+             {p.out, p.dtype, p.value_dim, Axes::queries, Travel::out},
+             {p.lse, Axes::rows, Travel::out},
+             {p.weights, Axes::weights, Travel::out},
+             StagedArray(p.alibi_slopes),
+             StagedArray(p.sinks),
+             StagedArray(p.q_lens),
+             StagedArray(p.kv_lens),
+             StagedArray(p.q_offsets)}};
+}
+
+std::array<StagedArray, 20> arrays_of(BackwardProblem& b) noexcept {
+    AttentionProblem& p = b.forward;
+    const Travel dbias = has_all_axes(b.dbias, p) ? Travel::out : Travel::summed;
+    return {{{p.k, p.dtype, p.head_dim, Axes::keys, Travel::keys},
+             {p.v, p.dtype, p.value_dim, Axes::keys, Travel::keys},
+             {p.q, p.dtype, p.head_dim, Axes::queries, Travel::in},
+             {b.dout, p.dtype, p.value_dim, Axes::queries, Travel::in},
+             {p.out, p.dtype, p.value_dim, Axes::queries, Travel::in},
+             {p.lse, Axes::rows, Travel::in},
+             {b.dlse, Axes::rows, Travel::in},
+             {p.mask, Axes::scores, travel_of(p, p.mask)},
+             {p.bias, Axes::scores, travel_of(p, p.bias)},
+             {b.dq, p.dtype, p.head_dim, Axes::queries, Travel::out},
+             {b.dk, p.dtype, p.head_dim, Axes::keys, Travel::out},
+             {b.dv, p.dtype, p.value_dim, Axes::keys, Travel::out},
+             {b.dbias, Axes::scores, dbias},
+             {b.dalibi, Axes::scores, Travel::summed},
+             {b.dsinks, Axes::scores, Travel::summed},
+             StagedArray(p.alibi_slopes),
+             StagedArray(p.sinks),
+             StagedArray(p.q_lens),
+             StagedArray(p.kv_lens),
+             StagedArray(p.q_offsets)}};
+}
 
 bool is_shared(const AttentionProblem& p, const ScoreOperand& x) noexcept {
     constexpr double most = 8.0 * kUnitBytes;
@@ -37,65 +151,60 @@ bool is_shared(const AttentionProblem& p, const ScoreOperand& x) noexcept {
            elements * static_cast<double>(item_size(x.dtype)) <= most;
 }
 
-std::array<Index, 4> stored_size(const AttentionProblem& p, const ScoreOperand& x,
-                                 const Chunk& unit) noexcept {
-    return {x.batch == 0 ? 1 : unit.batches, x.head == 0 ? 1 : unit.kv_heads * p.group,
-            x.query == 0 ? 1 : unit.rows, x.key == 0 ? 1 : unit.keys};
+bool has_all_axes(const ScoreOperand& x, const AttentionProblem& p) noexcept {
+    return (x.batch != 0 || p.batch == 1) && (x.head != 0 || p.q_heads == 1) &&
+           (x.query != 0 || p.q_size == 1) && (x.key != 0 || p.kv_size == 1);
 }
 
-Chunk with_keys(const Chunk& unit, Index keys) noexcept {
-    Chunk changed = unit;
-    changed.key = 0;
-    changed.keys = keys;
-    return changed;
+// ---- arrays of a region in blocks -------------------------------------------------------------------------
+template <class Problem>
+BlockLayout lay_out(Problem p, const Chunk& region) noexcept {
+    BlockLayout layout;
+    std::size_t row = 0;
+    for (const StagedArray& x : arrays_of(p)) {
+        const auto block = static_cast<std::size_t>(x.travel);
+        if (x.travel != Travel::never) {
+            layout.offset[row] = layout.used[block];
+            layout.used[block] += carved(bytes_of(x, box_of(x, forward_of(p), region)));
+        }
+        ++row;
+    }
+    return layout;
 }
 
-std::size_t stored_bytes(const AttentionProblem& p, const ScoreOperand& x, const Chunk& unit) noexcept {
-    if (x.data == nullptr) return 0;
-    const auto n = stored_size(p, x, unit);
-    return static_cast<std::size_t>(n[0] * n[1] * n[2] * n[3]) * item_size(x.dtype);
-}
-
-ScoreOperand placed(const AttentionProblem& p, const ScoreOperand& x, const Chunk& unit,
-                    void* data) noexcept {
-    if (x.data == nullptr) return x;
-    const auto n = stored_size(p, x, unit);
-    ScoreOperand to = x;
-    to.key = x.key == 0 ? 0 : 1;
-    to.query = x.query == 0 ? 0 : n[3];
-    to.head = x.head == 0 ? 0 : n[2] * n[3];
-    to.batch = x.batch == 0 ? 0 : n[1] * n[2] * n[3];
-    const Index skipped =
-        unit.batch * to.batch + unit.kv_head * p.group * to.head + unit.row * to.query + unit.key * to.key;
-    to.data = shifted(data, skipped * item_of(x.dtype));
+template <class Problem>
+Problem placed(Problem p, Problem to, const Chunk& region, const BlockLayout& layout,
+               std::initializer_list<Block> blocks, DeviceType place) noexcept {
+    const auto from = arrays_of(p), target = arrays_of(to);
+    for (const Block& block : blocks)
+        for (std::size_t row = 0; row < from.size(); ++row)
+            if (from[row].travel == block.travel)
+                place_array(from[row], target[row], box_of(from[row], forward_of(p), region),
+                            reinterpret_cast<std::uintptr_t>(block.data) + layout.offset[row], place);
     return to;
 }
 
-ScoreOperand full(const ScoreOperand& x, Index keys) noexcept {
-    ScoreOperand all = x;
-    all.batch = all.head = all.query = 1;
-    all.key = keys > 1 ? 1 : 0;
-    return all;
+template <class Problem>
+void copy_arrays(Problem p, Problem there, const Chunk& region, Travel travel, Executor& executor) {
+    const auto ours = arrays_of(p), theirs = arrays_of(there);
+    const bool is_result = travel == Travel::out || travel == Travel::summed;
+    for (std::size_t row = 0; row < ours.size(); ++row) {
+        const StagedArray& x = ours[row];
+        if (x.travel != travel) continue;
+        const Box box = box_of(x, forward_of(p), region);
+        const HostArray here = host_array(x, box), away = host_array(theirs[row], box);
+        copy_host(is_result ? away : here, is_result ? here : away, box.size,
+                  static_cast<Index>(item_size(x.dtype)), executor);
+    }
 }
 
-void copy_queries(const AttentionProblem& p, const Chunk& unit, const Operand& from, const Operand& to,
-                  Index dims, Executor& executor) {
-    const Index head = unit.kv_head * p.group;
-    copy_host(host_array(from, p.dtype, unit.batch, head, unit.row),
-              host_array(to, p.dtype, unit.batch, head, unit.row),
-              {unit.batches, unit.kv_heads * p.group, unit.rows, dims}, item_of(p.dtype), executor);
-}
-
-void copy_keys(const AttentionProblem& p, const Chunk& unit, const Operand& from, const Operand& to,
-               Index dims, Executor& executor) {
-    copy_host(host_array(from, p.dtype, unit.batch, unit.kv_head, unit.key),
-              host_array(to, p.dtype, unit.batch, unit.kv_head, unit.key),
-              {unit.batches, unit.kv_heads, unit.keys, dims}, item_of(p.dtype), executor);
-}
-
-void copy_scores(const AttentionProblem& p, const Chunk& unit, const ScoreOperand& from,
-                 const ScoreOperand& to, const std::array<Index, 4>& size, Executor& executor) {
-    copy_host(host_array(from, p, unit), host_array(to, p, unit), size, item_of(from.dtype), executor);
-}
+#define FASTATTN_FOR(Problem)                                                   \
+    template BlockLayout lay_out(Problem, const Chunk&) noexcept;               \
+    template Problem placed(Problem, Problem, const Chunk&, const BlockLayout&, \
+                            std::initializer_list<Block>, DeviceType) noexcept; \
+    template void copy_arrays(Problem, Problem, const Chunk&, Travel, Executor&)
+FASTATTN_FOR(AttentionProblem);
+FASTATTN_FOR(BackwardProblem);
+#undef FASTATTN_FOR
 
 }  // namespace fastattn::cuda

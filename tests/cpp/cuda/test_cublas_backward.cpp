@@ -4,15 +4,16 @@
 
 #include "core/kernel.h"
 #include "cuda/cublas/backward.h"
-#include "cuda/cublas/backward_staging.h"
+#include "cuda/host/staging.h"
 #include "emulator.h"
 #include "training.h"
 
 namespace fastattn {
 namespace {
 
-using cuda::BackwardUnits;
 using cuda::Chunk;
+using cuda::Travel;
+using cuda::Units;
 using testing::AnyArray;
 using testing::expect_close;
 using testing::kFeatures;
@@ -393,7 +394,7 @@ TEST_F(Backward, MemoryGrowsWithRowsAndKeysNotTheirProduct) {
         p.head_dim = p.value_dim = 64, p.causal = true;
         p.bias = b.dbias = {&something, DType::f32, 0, 0, 0, 1};  // of the keys alone
         const cuda::CublasBackward kernel(cuda::context(0), false);
-        return kernel.workspace_bytes(b, b, cuda::whole(p)) + cuda::sums_bytes(b);
+        return kernel.workspace_bytes(b, b, cuda::whole(p)) + kernel.sums_bytes(b);
     };
     const std::size_t small = bytes(1 << 13), large = bytes(1 << 15), row = 8 * 64 * 4;
     // Copies of q, k, v and dout, three of them a second time, sums of dq, dk and dv; what is left is small beside a row.
@@ -415,16 +416,18 @@ TEST_F(Backward, Tf32OnlyWhenAskedFor) {
 }
 
 // ---- host arrays ------------------------------------------------------------------------------------------------------
-TEST(BackwardUnitsOf, CoverEveryHeadOnce) {
+TEST(BackwardUnits, CoverEveryHeadOnce) {
     for (const std::size_t aim : {std::size_t{1}, std::size_t{4} << 10, std::size_t{32} << 20}) {
         Training t(DType::f32, {3, 5, 9, 8, 4, 16, 8});
         t.add_bias();
         const BackwardProblem b = t.problem();
-        BackwardUnits units(b, aim);
+        Units units(b, aim);
         const Chunk largest = units.largest();
         std::vector<int> seen(12);
         Index n = 0;
-        for (Chunk unit; units.next(unit); ++n) {
+        bool same_keys = true;
+        for (Chunk unit; units.next(unit, same_keys); ++n) {
+            EXPECT_FALSE(same_keys);
             EXPECT_LE(unit.batches, largest.batches);
             EXPECT_LE(unit.kv_heads, largest.kv_heads);
             EXPECT_EQ(unit.rows, 5);
@@ -432,9 +435,10 @@ TEST(BackwardUnitsOf, CoverEveryHeadOnce) {
             if (unit.batches > 1) {
                 EXPECT_EQ(unit.kv_heads, 4);
             }
-            const cuda::BackwardLayout layout = lay_out_unit(b, unit);
+            const cuda::BlockLayout layout = cuda::lay_out(b, unit);
             if (unit.batches * unit.kv_heads > 1) {
-                EXPECT_LE(layout.in_bytes + layout.out_bytes, aim);
+                EXPECT_LE(layout.bytes(Travel::keys) + layout.bytes(Travel::in) + layout.bytes(Travel::out),
+                          aim);
             }
             for (Index e = unit.batch; e < unit.batch + unit.batches; ++e)
                 for (Index h = unit.kv_head; h < unit.kv_head + unit.kv_heads; ++h)
@@ -463,7 +467,7 @@ TEST_F(Backward, SeveralUnits) {
                     t.dbias = AnyArray(DType::f32, {1, 6, 3, 5}, 0, false);
                 }
                 several_units(t);
-                EXPECT_EQ(BackwardUnits(t.problem()).count(), 3);
+                EXPECT_EQ(Units(t.problem()).count(), 3);
             },
             "units", {Where::host}, 10);  // sums of half a million terms
     }
@@ -515,7 +519,8 @@ TEST_F(Backward, FailuresEverywhere) {
         Training t(DType::f16, kSmall), want(DType::f16, kSmall);
         for (Training* x : {&t, &want}) kFeatures.back().set(*x), forward(*x);
         backward(want, Where::host, on_cpu());
-        for (const char* function : {"allocate", "copy", "launch", "record", "Matmul", "free_host_after"}) {
+        for (const char* function :
+             {"allocate", "copy", "launch", "record", "wait", "query", "Matmul", "free_host_after"}) {
             emulator::reset();
             backward(t, where, on_gpu());
             const std::size_t calls = emulator::calls(function);

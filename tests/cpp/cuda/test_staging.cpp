@@ -23,6 +23,7 @@ namespace fastattn {
 namespace {
 
 using cuda::Chunk;
+using cuda::Travel;
 using cuda::Units;
 using testing::message_of;
 using Index = std::int64_t;
@@ -99,10 +100,11 @@ TEST(Units, CoverEverythingOnceAndRespectTheAim) {
                     ASSERT_EQ(u.rows, p.q_size);
                 }
                 // A head's keys are never divided, nor a row; up to twice the aim is not worth dividing rows for.
-                const cuda::UnitLayout layout = cuda::lay_out_unit(p, u);
-                const std::size_t rows = layout.in_bytes + layout.out_bytes, slack = 8 * 256;
+                const cuda::BlockLayout layout = cuda::lay_out(p, u);
+                const std::size_t rows = layout.bytes(Travel::in) + layout.bytes(Travel::out),
+                                  slack = 8 * 256;
                 if (u.batches * u.kv_heads > 1) {
-                    ASSERT_LE(layout.keys_bytes + rows, aim + slack);
+                    ASSERT_LE(layout.bytes(Travel::keys) + rows, aim + slack);
                 } else if (u.rows > 1) {
                     ASSERT_LE(rows, 2 * aim + slack);
                 }
@@ -132,7 +134,7 @@ TEST(Units, KeysThatNobodyMayAttendStayBehind) {
     ASSERT_EQ(all.size(), 1u);
     EXPECT_EQ(all[0].unit.key, 984);  // of 986, by which rows of 16 bytes stay where they were
     EXPECT_EQ(all[0].unit.keys, 16);
-    EXPECT_EQ(cuda::lay_out_unit(p, all[0].unit).keys_bytes, 2u * 16 * 64 * 4);
+    EXPECT_EQ(cuda::lay_out(p, all[0].unit).bytes(Travel::keys), 2u * 16 * 64 * 4);
 }
 
 TEST(Units, WhatIsBroadcastTravelsOnce) {
@@ -142,8 +144,10 @@ TEST(Units, WhatIsBroadcastTravelsOnce) {
     p.head_dim = p.value_dim = 64;
     const auto bytes = [&](const testing::Shape& strides) {
         p.bias = {&something, DType::f32, strides[0], strides[1], strides[2], strides[3]};
-        const cuda::UnitLayout layout = cuda::lay_out_unit(p, {1, 2, 1, 1, 16, 32, 0, 256});
-        return (layout.in_bytes - layout.bias) / 4;
+        const Chunk unit{1, 2, 1, 1, 16, 32, 0, 256};
+        const std::size_t with_bias = cuda::lay_out(p, unit).bytes(Travel::in);
+        p.bias.data = nullptr;
+        return (with_bias - cuda::lay_out(p, unit).bytes(Travel::in)) / 4;
     };
     EXPECT_EQ(bytes({5, 5, 5, 5}), 2u * 3 * 32 * 256);
     EXPECT_EQ(bytes({0, 5, 5, 5}), 3u * 32 * 256);
@@ -193,10 +197,13 @@ TEST(Units, PlacedArraysLieApartInTheirBlocks) {
         SCOPED_TRACE(round);
         const AttentionProblem p = random_problem(rng);
         for (const auto& [u, same_keys] : cut(p, 8 << 10)) {
-            const cuda::UnitLayout layout = cuda::lay_out_unit(p, u);
-            Claims keys(layout.keys_bytes), in(layout.in_bytes), out(layout.out_bytes);
-            const AttentionProblem placed =
-                cuda::place_unit(p, u, layout, keys.data(), in.data(), out.data());
+            const cuda::BlockLayout layout = cuda::lay_out(p, u);
+            Claims keys(layout.bytes(Travel::keys)), in(layout.bytes(Travel::in)),
+                out(layout.bytes(Travel::out));
+            const AttentionProblem placed = cuda::placed(
+                p, p, u, layout,
+                {{Travel::keys, keys.data()}, {Travel::in, in.data()}, {Travel::out, out.data()}},
+                DeviceType::cuda);
             const auto operand = [&](Claims& block, const Operand& x, Index heads_per, Index row, Index rows,
                                      Index dims) {
                 EXPECT_TRUE(cuda::is_gemm_operand(x, p.dtype, rows, dims));

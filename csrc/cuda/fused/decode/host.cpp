@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cuda/host/errors.h"
 #include "cuda/fused/decode/launch.h"
+#include "cuda/host/errors.h"
 
 namespace fastattn::cuda {
 namespace {
@@ -13,7 +13,8 @@ struct TileSizes {
     int width = 0, mt = 0;
 };
 
-// The narrowest that holds both head dimensions, and of these the first that holds all rows of a kv head, or the last.
+// The narrowest that holds both head dimensions, and of these the first that holds all rows of a kv head, or
+// the last.
 TileSizes tile_for(const AttentionProblem& p) noexcept {
     const Index dims = std::max(p.head_dim, p.value_dim), rows = p.q_size * p.group;
     TileSizes found;

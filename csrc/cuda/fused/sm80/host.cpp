@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cuda/host/errors.h"
 #include "cuda/fused/sm80/launch.h"
+#include "cuda/host/errors.h"
 
 namespace fastattn::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <iterator>
 
-#include "cuda/host/errors.h"
 #include "cuda/fused/sm90/launch.h"
+#include "cuda/host/errors.h"
 #include "cuda/host/operands.h"
 
 namespace fastattn::cuda {
