@@ -32,9 +32,7 @@ public:
     std::int64_t number_stride() const { return number_; }
 
     // As many of the keys [j, j + n) as lie one stride apart.
-    KeyRun<T> run(std::int64_t j, std::int64_t n) const {
-        return {(*this)[j], n, key_, head_, number_};
-    }
+    KeyRun<T> run(std::int64_t j, std::int64_t n) const { return {(*this)[j], n, key_, head_, number_}; }
 
 private:
     const T* first_;

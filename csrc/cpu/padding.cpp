@@ -67,7 +67,8 @@ void clear_padding(const AttentionProblem& p, const EntryTable<FlashEntry>& entr
     });
 }
 
-void clear_padding(const BackwardProblem& problem, const EntryTable<BackwardEntry>& entries, Executor& executor) {
+void clear_padding(const BackwardProblem& problem, const EntryTable<BackwardEntry>& entries,
+                   Executor& executor) {
     const AttentionProblem& p = problem.forward;
     if (!p.has_q_lens && !p.has_kv_lens) return;
     for_padded(p, entries, true, p.q_heads, executor, [&](Index b, Index h, const Entry& entry) {

@@ -70,8 +70,7 @@ public:
         const double s = row.capped(j);
         const double weight = state.share * std::exp(row.placed(s, j, bias) - state.top);
         const double keep = row.dropped(j) ? 0.0 : 1.0 / (1.0 - p_.dropout);
-        const T *dout = features<T>(b_.dout, row.b, row.i, row.h),
-                *v = row.values[j];
+        const T *dout = features<T>(b_.dout, row.b, row.i, row.h), *v = row.values[j];
         double dp = 0.0;
         for (Index d = 0; d < p_.value_dim; ++d)
             dp += to_double(dout[d * b_.dout.dim]) * to_double(v[d * row.values.number_stride()]);

@@ -45,8 +45,9 @@ void pack_key_block(BackwardBlock<E>& block) {
     V check = V::zero();
     for (std::int64_t c = 0; c < keys.size; ++c) {
         for (std::int64_t d = 0; d < p.value_dim; d += w)
-            check = V::fma(load_strided<V>(block_v[c] + d * v.number_stride(), v.number_stride(), p.value_dim - d),
-                           V::zero(), check);
+            check = V::fma(
+                load_strided<V>(block_v[c] + d * v.number_stride(), v.number_stride(), p.value_dim - d),
+                V::zero(), check);
     }
     keys.bad_value = !(V::reduce_add(check) == 0);
     keys.packed = true;
@@ -56,7 +57,8 @@ void pack_key_block(BackwardBlock<E>& block) {
 inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t i, std::int64_t n,
                         std::int64_t first, std::int64_t keys) {
     // Both ends of the ranges rise with the row.
-    return n > 0 && entry_keys(p, entry, i).begin < first + keys && entry_keys(p, entry, i + n - 1).end > first;
+    return n > 0 && entry_keys(p, entry, i).begin < first + keys &&
+           entry_keys(p, entry, i + n - 1).end > first;
 }
 
 // The first block of rows from i on, of one head, that has weights in the keys; q_len if there is none.
@@ -181,8 +183,8 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     }
     if (!block.into_bias) {
         rows.bad_query = pack_values<E>(at.q_panels, at.bad_q, q, live, padded, plan.row_block, p.head_dim);
-        rows.bad_gradient = pack_values<E>(at.dout_panels, at.bad_dout, dout, live, padded, plan.row_block,
-                                           p.value_dim);
+        rows.bad_gradient =
+            pack_values<E>(at.dout_panels, at.bad_dout, dout, live, padded, plan.row_block, p.value_dim);
     }
     plan_ahead<E, S>(block);
     block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;

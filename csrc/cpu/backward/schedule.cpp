@@ -20,15 +20,16 @@ constexpr std::int64_t kMostPartialBytes = std::int64_t{512} << 20;
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile, int threads) {
+BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile,
+                           int threads) {
     const AttentionProblem& p = problem.forward;
     BackwardPlan plan;
     const std::int64_t key_unit = std::lcm(tile.mr, tile.nr), row_unit = std::lcm(tile.mr, tile.scalars);
     // Blocks of about the same size: they are what threads share.
     const std::int64_t keys = std::max<std::int64_t>(entry.kv_len, 1);
     plan.key_block = round_up(ceil_div(keys, ceil_div(keys, round_up(kBackwardKeys, key_unit))), key_unit);
-    plan.row_block =
-        std::min(round_up(kBackwardRows, row_unit), round_up(std::max<std::int64_t>(entry.q_len, 1), row_unit));
+    plan.row_block = std::min(round_up(kBackwardRows, row_unit),
+                              round_up(std::max<std::int64_t>(entry.q_len, 1), row_unit));
     plan.key_blocks = ceil_div(entry.kv_len, plan.key_block);
     plan.row_blocks = ceil_div(entry.q_len, plan.row_block);
     plan.sections = tile.unit_bytes == 4 && p.group * plan.row_blocks > kSectionBlocks;
@@ -45,7 +46,8 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, c
 
     const std::int64_t heads = p.batch * p.kv_heads;
     const std::int64_t partial_bytes = p.kv_heads * plan.chunks * plan.dq_size * tile.unit_bytes;
-    plan.split = plan.chunks > 1 && heads < std::int64_t{4} * threads && p.batch * partial_bytes <= kMostPartialBytes;
+    plan.split =
+        plan.chunks > 1 && heads < std::int64_t{4} * threads && p.batch * partial_bytes <= kMostPartialBytes;
     plan.items = plan.split ? p.kv_heads * plan.chunks : p.kv_heads;
     plan.merge_items = plan.split ? p.q_heads * plan.row_blocks : 0;
     plan.partial_bytes = plan.split ? partial_bytes : 0;
@@ -102,8 +104,8 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
 
 std::string GradientSchedule::describe(const TileShape& tile) const {
     const BackwardPlan& plan = backward_.whole;
-    std::string text = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) + ", block " +
-                       std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
+    std::string text = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) +
+                       ", block " + std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
     if (plan.split) text += ", key chunks " + std::to_string(plan.chunks);
     return text;
 }

@@ -35,7 +35,8 @@ struct BackwardPlan {
     std::int64_t partial_bytes = 0;  // dq of the chunks
 };
 
-BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile, int threads);
+BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile,
+                           int threads);
 
 struct BackwardEntry {
     Entry lengths;

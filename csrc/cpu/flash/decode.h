@@ -30,15 +30,15 @@ public:
           item_(item),
           plan_(item_.entry->plan),
           x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
+          rows_(item_.rows * item_.heads),
+          keys_(start_item<E>(call, item_, rows_, workspace, x_, at_)),
           k_(p_.k, p_.head_dim, item_, reinterpret_cast<K*>(gathered(workspace))),
           v_(p_.v, p_.value_dim, item_,
              reinterpret_cast<W*>(gathered(workspace) + gathered_key_bytes(p_, plan_))),
           scores_(p_, item_, at_, k_),
           values_(x_, item_, at_, v_),
-          rows_(item_.rows * item_.heads),
           one_row_(item_.rows == 1),
           pairs_(values_.pairs()) {
-        keys_ = start_item<E>(call, item_, rows_, workspace, x_, at_);
         clear_output(x_, 0, rows_);
         for (std::int64_t r = 0; r < rows_; ++r) {
             const RowInfo& row = x_.info[r];
@@ -80,7 +80,7 @@ private:
         k_.go_to(j, n, item_.heads);
         if (!one_row_)
             next_ = keys_ahead(KeyRows<W>(p_.v, item_.batch, item_.kv_head), j, p_.value_dim, n, item_.heads);
-        scores_.of_block(n, next_);
+        scores_.of_block(k_.first, n, next_);
         for (std::int64_t r = 0; r < rows_; ++r) {
             Acc* s = at_.scores + r * block;
             const V top = transform_row<E, 1>(x_, x_.info[r], s, j, vectors);
@@ -90,9 +90,9 @@ private:
         if (!one_row_) next_ = keys_after(j);
         v_.go_to(j, n, item_.heads);
         if (careful) {
-            values_.add_block_carefully(j, n);
+            values_.add_block_carefully(v_.first, j, n);
         } else {
-            values_.add_block(n, next_);
+            values_.add_block(v_.first, n, next_);
         }
     }
 
@@ -195,13 +195,13 @@ private:
     ItemRange item_;
     const FlashPlan& plan_;
     FlashBlock<E> x_;
+    ItemBuffers<E> at_{};
+    const std::int64_t rows_;  // of all heads
+    const KeyRange keys_;
     DecodeKeys<K> k_;
     DecodeKeys<W> v_;
-    ItemBuffers<E> at_{};
     const DecodeScores<E, K> scores_;
     const DecodeValues<E, F, W> values_;
-    KeyRange keys_{};
-    const std::int64_t rows_;  // of all heads
     const bool one_row_;  // of each head
     const bool pairs_;  // keys two at a time in the product with v
     RowPrefetch<false> next_;

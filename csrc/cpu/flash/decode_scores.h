@@ -32,31 +32,34 @@ class DecodeScores {
 public:
     DecodeScores(const AttentionProblem& p, const ItemRange& item, const ItemBuffers<E>& buffers,
                  const DecodeKeys<K>& k)
-        : item_(item),
-          at_(buffers),
-          k_(k),
+        : q_(buffers.q),
+          scores_(buffers.scores),
+          rows_(item.rows),
+          heads_(item.heads),
+          seq_(k.seq),
+          head_(k.head),
           q_stride_(item.entry->plan.q_stride),
           head_dim_(p.head_dim),
           k_ahead_(decode_ahead(k.seq, p.head_dim * static_cast<std::int64_t>(sizeof(K)), item.heads)) {}
 
     // scores[r][0..n) = q_r . k_j for all rows and the n keys of the present block; next: what to prefetch meanwhile.
-    void of_block(std::int64_t n, RowPrefetch<false>& next) const {
+    void of_block(const K* keys, std::int64_t n, RowPrefetch<false>& next) const {
         // has_tail: D is not a multiple of the width; code of its own, so that the sums stay in registers without.
         // The sums are the same to the last bit either way.
         if (head_dim_ % (w * E::scalars) == 0) {
-            score<false>(n, next);
+            score<false>(keys, n, next);
         } else {
-            score<true>(n, next);
+            score<true>(keys, n, next);
         }
     }
 
 private:
     template <bool has_tail>
-    void score(std::int64_t n, RowPrefetch<false>& next) const {
-        if (item_.rows == 1) {
-            score_rows<has_tail>(k_.first, n);
+    void score(const K* keys, std::int64_t n, RowPrefetch<false>& next) const {
+        if (rows_ == 1) {
+            score_rows<has_tail>(keys, n);
         } else {
-            score_block<has_tail>(k_.first, n, next);
+            score_block<has_tail>(keys, n, next);
         }
     }
 
@@ -64,22 +67,20 @@ private:
     void score_block(const K* block_begin, std::int64_t n, RowPrefetch<false>& next) const {
         for (std::int64_t begin = 0; begin < n; begin += kScoreKeys) {
             const std::int64_t end = n - begin < kScoreKeys ? n : begin + kScoreKeys;
-            for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const K* keys_begin = block_begin + h * k_.head;
-                const std::int64_t first = h * item_.rows;
-                for_row_tiles<V>(first, item_.rows, [&](std::int64_t r, auto rows) {
+            for (std::int64_t h = 0; h < heads_; ++h) {
+                const K* keys_begin = block_begin + h * head_;
+                const std::int64_t first = h * rows_;
+                for_row_tiles<V>(first, rows_, [&](std::int64_t r, auto rows) {
                     constexpr int heads = decltype(rows)::value, keys = w / heads;
                     for (std::int64_t c = begin; c < end; c += keys) {
                         if (r == first) next.advance(keys);
                         const K* k[keys];
 #pragma GCC unroll 16
-                        for (int i = 0; i < keys; ++i)
-                            k[i] = keys_begin + (c + i < n ? c + i : n - 1) * k_.seq;
+                        for (int i = 0; i < keys; ++i) k[i] = keys_begin + (c + i < n ? c + i : n - 1) * seq_;
                         alignas(64) Acc sums[w];
-                        dot_tile<heads, keys, has_tail>(at_.q + r * q_stride_, k).store(sums);
+                        dot_tile<heads, keys, has_tail>(q_ + r * q_stride_, k).store(sums);
                         for (int m = 0; m < heads; ++m)
-                            std::memcpy(at_.scores + (r + m) * block + c, sums + m * keys,
-                                        keys * sizeof(Acc));
+                            std::memcpy(scores_ + (r + m) * block + c, sums + m * keys, keys * sizeof(Acc));
                     }
                 });
             }
@@ -94,32 +95,32 @@ private:
     template <bool has_tail>
     void score_rows(const K* block_begin, std::int64_t n) const {
         constexpr int groups = w / kSideBySide;
-        const std::int64_t q_stride = q_stride_, tiled = item_.heads / groups * groups;
-        const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * k_.seq; };
+        const std::int64_t q_stride = q_stride_, tiled = heads_ / groups * groups;
+        const auto key = [&](std::int64_t c) { return block_begin + (c < n ? c : n - 1) * seq_; };
         for (std::int64_t c = 0; c < n; c += kSideBySide) {
             const K* k[kSideBySide];
             for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
             for (std::int64_t h = 0; h < tiled; h += groups) {
                 alignas(64) Acc sums[w];
-                dot_groups<has_tail>(at_.q + h * q_stride, q_stride, k, h * k_.head, k_.head).store(sums);
+                dot_groups<has_tail>(q_ + h * q_stride, q_stride, k, h * head_, head_).store(sums);
                 for (int g = 0; g < groups; ++g)
-                    std::memcpy(at_.scores + (h + g) * block + c, sums + g * kSideBySide,
+                    std::memcpy(scores_ + (h + g) * block + c, sums + g * kSideBySide,
                                 kSideBySide * sizeof(Acc));
             }
         }
         // The heads that are left over: more keys of one head instead.
-        for (std::int64_t h = tiled; h < item_.heads; ++h) {
-            const Acc* q = at_.q + h * q_stride;
-            Acc* scores = at_.scores + h * block;
+        for (std::int64_t h = tiled; h < heads_; ++h) {
+            const Acc* q = q_ + h * q_stride;
+            Acc* scores = scores_ + h * block;
             std::int64_t c = 0;
             for (; c + w <= n; c += w) {
                 const K* k[kSideBySide];
                 for (int i = 0; i < kSideBySide; ++i) k[i] = key(c + i);
-                dot_groups<has_tail>(q, 0, k, h * k_.head, kSideBySide * k_.seq).store(scores + c);
+                dot_groups<has_tail>(q, 0, k, h * head_, kSideBySide * seq_).store(scores + c);
             }
             if (c == n) continue;
             const K* k[w];
-            for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * k_.head;
+            for (int i = 0; i < w; ++i) k[i] = key(c + i) + h * head_;
             dot_tile<1, w, has_tail>(q, k).store(scores + c);
         }
     }
@@ -184,10 +185,9 @@ private:
         return reduce_each(acc);
     }
 
-    const ItemRange& item_;
-    const ItemBuffers<E>& at_;
-    const DecodeKeys<K>& k_;
-    const std::int64_t q_stride_, head_dim_, k_ahead_;
+    const typename E::Unit* const q_;
+    Acc* const scores_;
+    const std::int64_t rows_, heads_, seq_, head_, q_stride_, head_dim_, k_ahead_;
 };
 
 }  // namespace

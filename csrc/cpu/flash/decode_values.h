@@ -22,9 +22,12 @@ public:
     DecodeValues(const FlashBlock<E>& x, const ItemRange& item, const ItemBuffers<E>& buffers,
                  const DecodeKeys<W>& v)
         : x_(x),
-          item_(item),
-          at_(buffers),
-          v_(v),
+          p_(buffers.p),
+          tail_(buffers.v),
+          rows_(item.rows),
+          heads_(item.heads),
+          seq_(v.seq),
+          head_(v.head),
           value_dim_(x.problem.value_dim),
           v_ahead_(decode_ahead(v.seq, value_dim_ * static_cast<std::int64_t>(sizeof(W)), item.heads)),
           one_row_(item.rows == 1),
@@ -36,19 +39,19 @@ public:
 
     // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its columns as the
     // engine pairs them, until restore_columns().
-    void add_block(std::int64_t n, RowPrefetch<false>& next) const {
-        const W* const v = v_.first;
+    void add_block(const W* v, std::int64_t n, RowPrefetch<false>& next) const {
         const std::int64_t whole = whole_columns();
-        const std::int64_t row_tiles = item_.rows / kDecodeTileRows<V> + item_.rows % kDecodeTileRows<V> / 2 + item_.rows % 2,
+        const std::int64_t row_tiles =
+                               rows_ / kDecodeTileRows<V> + rows_ % kDecodeTileRows<V> / 2 + rows_ % 2,
                            tiles = row_tiles * ((whole + F::nr - 1) / F::nr),
                            steps = tiles * FetchAhead::steps;
         FetchAhead ahead{next, steps == 0 ? 0 : (kValueKeys + steps - 1) / steps};
         const std::int64_t at_once = keys_at_once();
         for (std::int64_t k = 0; k < n; k += at_once) {
             const std::int64_t depth = n - k < at_once ? n - k : at_once;
-            for (std::int64_t h = 0; h < item_.heads; ++h) {
-                const W* rows_begin = v + k * v_.seq + h * v_.head;
-                for_row_tiles<V>(h * item_.rows, item_.rows, [&](std::int64_t r, auto rows) {
+            for (std::int64_t h = 0; h < heads_; ++h) {
+                const W* rows_begin = v + k * seq_ + h * head_;
+                for_row_tiles<V>(h * rows_, rows_, [&](std::int64_t r, auto rows) {
                     constexpr int m = decltype(rows)::value;
                     for (std::int64_t c = 0; c < whole; c += F::nr) {
                         const int vectors = whole - c < F::nr ? static_cast<int>((whole - c) / w) : F::nv;
@@ -60,25 +63,25 @@ public:
             }
         }
         if (whole == value_dim_) return;
-        for (std::int64_t h = 0; h < item_.heads; ++h) {
-            pack_tail(v + h * v_.head + whole, n, value_dim_ - whole);
-            for_row_tiles<V>(h * item_.rows, item_.rows, [&](std::int64_t r, auto rows) {
+        for (std::int64_t h = 0; h < heads_; ++h) {
+            pack_tail(v + h * head_ + whole, n, value_dim_ - whole);
+            for_row_tiles<V>(h * rows_, rows_, [&](std::int64_t r, auto rows) {
                 gemm_accumulate<F, decltype(rows)::value, 1>(x_.o + r * x_.o_stride + whole, x_.o_stride,
-                                                             at_.p + r * block, block, at_.v, w, n);
+                                                             p_ + r * block, block, tail_, w, n);
             });
         }
     }
 
     // The same for keys from j on, leaving out the values that a row may not attend.
-    void add_block_carefully(std::int64_t j, std::int64_t n) const {
-        for (std::int64_t h = 0; h < item_.heads; ++h) add_carefully(h * item_.rows, v_.first + h * v_.head, j, n);
+    void add_block_carefully(const W* v, std::int64_t j, std::int64_t n) const {
+        for (std::int64_t h = 0; h < heads_; ++h) add_carefully(h * rows_, v + h * head_, j, n);
     }
 
     // After the last block, with pairs.
     void restore_columns() const {
         if constexpr (E::scalars == 2) {
             if (!pairs_) return;
-            for (std::int64_t r = 0; r < item_.rows * item_.heads; ++r) {
+            for (std::int64_t r = 0; r < rows_ * heads_; ++r) {
                 Acc* const o = x_.o + r * x_.o_stride;
                 for (std::int64_t c = 0; c < value_dim_; c += 2 * w) {
                     V first = V::load(o + c), second = V::load(o + c + w);
@@ -112,26 +115,24 @@ private:
         if constexpr (E::scalars == 2 && NV % 2 == 0) {
             if (pairs_) {
                 const std::int64_t pairs = (depth + 1) / 2;
-                gemm_accumulate_with<E, MR, NV>(o, x_.o_stride, at_.p + r * block + k / 2, block,
-                                                PairedRows<W>{v, depth}, v_.seq, pairs, pairs, ahead, 1,
-                                                false);
+                gemm_accumulate_with<E, MR, NV>(o, x_.o_stride, p_ + r * block + k / 2, block,
+                                                PairedRows<W>{v, depth}, seq_, pairs, pairs, ahead, 1, false);
                 return;
             }
         }
-        const Acc* p = at_.p + r * block + k;
+        const Acc* p = p_ + r * block + k;
         if constexpr (MR == 1) {
             if (one_row_) {
-                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<W>{v, v_ahead_}, v_.seq,
-                                          depth);
+                gemm_accumulate<F, 1, NV>(o, x_.o_stride, p, block, RowsAhead<W>{v, v_ahead_}, seq_, depth);
                 return;
             }
         }
-        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, p, block, v, v_.seq, depth, depth, ahead, 1, false);
+        gemm_accumulate_with<F, MR, NV>(o, x_.o_stride, p, block, v, seq_, depth, depth, ahead, 1, false);
     }
 
     // The columns of v beyond whole vectors, zero-filled: (n, width).
     void pack_tail(const W* v, std::int64_t n, std::int64_t columns) const {
-        for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * v_.seq, columns).store(at_.v + k * w);
+        for (std::int64_t k = 0; k < n; ++k) load_n<V>(v + k * seq_, columns).store(tail_ + k * w);
     }
 
     void add_carefully(std::int64_t first, const W* values, std::int64_t j, std::int64_t n) const {
@@ -144,12 +145,12 @@ private:
             const std::int64_t at_once = c < whole ? keys_at_once() : n;
             for (std::int64_t begin = 0; begin < n; begin += at_once) {
                 const std::int64_t end = n - begin < at_once ? n : begin + at_once;
-                for (std::int64_t r = first; r < first + item_.rows; ++r) {
+                for (std::int64_t r = first; r < first + rows_; ++r) {
                     V sum = V::zero();
                     for (std::int64_t k = begin; k < end; ++k) {
-                        const Acc weight = at_.p[r * block + k];
+                        const Acc weight = p_[r * block + k];
                         if (weight == 0 && !attends(x_, x_.info[r], j + k)) continue;
-                        const V x = load_n<V>(values + k * v_.seq + c, value_dim_ - c);
+                        const V x = load_n<V>(values + k * seq_ + c, value_dim_ - c);
                         sum = V::fma(V::set1(weight), x, sum);
                     }
                     Acc* const o = x_.o + r * x_.o_stride + c;
@@ -162,28 +163,28 @@ private:
     // The sums of add_values to the last bit, with zeros for NaN and Inf; then these, for the rows that attend them.
     void add_pairs_carefully(std::int64_t first, const W* values, std::int64_t j, std::int64_t n) const {
         constexpr std::int64_t columns = 2 * w;
-        W* const strip = reinterpret_cast<W*>(at_.v);
+        W* const strip = reinterpret_cast<W*>(tail_);
         for (std::int64_t c = 0; c < value_dim_; c += columns) {
             for (std::int64_t i = 0; i < n * columns; ++i) {
-                const W x = values[i / columns * v_.seq + c + i % columns];
+                const W x = values[i / columns * seq_ + c + i % columns];
                 strip[i] = is_finite(x) ? x : W{};
             }
-            for_row_tiles<V>(first, item_.rows, [&](std::int64_t r, auto rows) {
+            for_row_tiles<V>(first, rows_, [&](std::int64_t r, auto rows) {
                 for (std::int64_t k = 0; k < n; k += kValueKeys) {
                     const std::int64_t depth = n - k < kValueKeys ? n - k : kValueKeys;
                     gemm_accumulate<E, decltype(rows)::value, 2>(
-                        x_.o + r * x_.o_stride + c, x_.o_stride, at_.p + r * block + k / 2, block,
+                        x_.o + r * x_.o_stride + c, x_.o_stride, p_ + r * block + k / 2, block,
                         PairedRows<W>{strip + k * columns, depth}, columns, (depth + 1) / 2);
                 }
             });
             for (std::int64_t i = 0; i < n * columns; ++i) {
                 const std::int64_t k = i / columns;
-                const W x = values[k * v_.seq + c + i % columns];
+                const W x = values[k * seq_ + c + i % columns];
                 if (is_finite(x)) continue;
-                for (std::int64_t r = first; r < first + item_.rows; ++r) {
+                for (std::int64_t r = first; r < first + rows_; ++r) {
                     if (!attends(x_, x_.info[r], j + k)) continue;
                     x_.o[r * x_.o_stride + c + E::paired_column(i % columns)] +=
-                        E::weight(at_.p + r * block, k) * to_scalar(x);
+                        E::weight(p_ + r * block, k) * to_scalar(x);
                 }
             }
         }
@@ -191,11 +192,9 @@ private:
 
     static bool is_finite(W x) { return to_scalar(x) - to_scalar(x) == 0; }
 
-    const FlashBlock<E>& x_;
-    const ItemRange& item_;
-    const ItemBuffers<E>& at_;
-    const DecodeKeys<W>& v_;
-    const std::int64_t value_dim_, v_ahead_;
+    const FlashBlock<E> x_;  // a copy, as what it points to is written
+    typename E::Unit *const p_, *const tail_;
+    const std::int64_t rows_, heads_, seq_, head_, value_dim_, v_ahead_;
     const bool one_row_, pairs_;
 };
 

@@ -193,8 +193,8 @@ void clear_output(const FlashBlock<E>& x, std::int64_t first, std::int64_t rows)
 }
 
 template <class E>
-typename E::Acc* partial_of(const FlashPlan& plan, std::byte* partials, std::int64_t kv_head, std::int64_t row,
-                            std::int64_t split) {
+typename E::Acc* partial_of(const FlashPlan& plan, std::byte* partials, std::int64_t kv_head,
+                            std::int64_t row, std::int64_t split) {
     return reinterpret_cast<typename E::Acc*>(partials) +
            ((kv_head * plan.rows + row) * plan.key_splits + split) * plan.partial_stride;
 }
@@ -235,7 +235,8 @@ void flash_merge(const FlashCall& call, std::int64_t item) {
     const Place<FlashEntry> place = place_of(call.schedule.entries, &FlashEntry::merges, item);
     const FlashPlan& plan = place.entry->plan;
     const Entry& entry = place.entry->lengths;
-    const std::int64_t kv_head = place.item / plan.rows, row = place.item % plan.rows, group = call.problem.group;
+    const std::int64_t kv_head = place.item / plan.rows, row = place.item % plan.rows,
+                       group = call.problem.group;
     FlashBlock<E> x = make_block<E>(call.problem, place.batch, entry);
     x.o_stride = plan.o_stride;
     merge_row<E, S>(x, row_info(call.problem, entry, row / group, kv_head * group + row % group),

@@ -46,8 +46,7 @@ FASTATTN_INLINE RowFactors finish_sums(const FlashBlock<E>& x, const RowInfo& ro
     const AttentionProblem& p = x.problem;
     constexpr double inf = kInf<double>;
     double sink = -inf;
-    if (p.sinks.data != nullptr && row.query < x.entry.q_len)
-        sink = read_head(p.sinks, 0, row.head) * kLog2E;
+    if (p.sinks.data != nullptr && row.query < x.entry.q_len) sink = read_head(p.sinks, 0, row.head) * kLog2E;
 
     RowFactors factors;
     double lse;

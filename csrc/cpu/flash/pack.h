@@ -58,8 +58,7 @@ void pack_keys(typename E::Unit* dst, const Rows& rows, std::int64_t keys, std::
                 for (int i = 0; i < w; ++i) r[i] = E::load_whole(rows[j + i], u);
             } else {
                 for (int i = 0; i < w; ++i) {
-                    r[i] = j + i < keys ? E::load_units(rows[j + i], dim_stride, u, d)
-                                        : V::zero();
+                    r[i] = j + i < keys ? E::load_units(rows[j + i], dim_stride, u, d) : V::zero();
                 }
             }
             transpose(r);
@@ -124,8 +123,7 @@ template <class E, class Rows>
 bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const Rows& from, std::int64_t keys,
                  std::int64_t rows, std::int64_t key_block, std::int64_t dv) {
     const std::int64_t panel_units = key_block / E::scalars * E::nr;
-    if (pack_value_rows<E, false>(dst, from, 0, rows, keys, panel_units, dv))
-        return false;
+    if (pack_value_rows<E, false>(dst, from, 0, rows, keys, panel_units, dv)) return false;
     for (std::int64_t j = 0; j < rows; j += E::scalars) {
         const bool finite = pack_value_rows<E, true>(dst, from, j, j + E::scalars, keys, panel_units, dv);
         for (int s = 0; s < E::scalars; ++s) bad[j + s] = !finite;

@@ -32,8 +32,8 @@ public:
           k_(p_.k, item_.batch, item_.kv_head),
           v_(p_.v, item_.batch, item_.kv_head),
           padded_((item_.rows + kRowStep - 1) / kRowStep * kRowStep),
+          keys_(start_item<E>(call, item_, padded_, workspace, x_, at_)),
           tile_(plan_, x_, at_, padded_) {
-        keys_ = start_item<E>(call, item_, padded_, workspace, x_, at_);
         d_units_ = (p_.head_dim + E::scalars - 1) / E::scalars;
         const std::int64_t key_bytes = p_.head_dim * static_cast<std::int64_t>(sizeof(K)) +
                                        p_.value_dim * static_cast<std::int64_t>(sizeof(W));
@@ -146,9 +146,8 @@ private:
         pack_keys<E>(at_.k + skip * d_units_, RowsFrom{k_, j + skip}, left, p_.head_dim);
         const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
         tile_.set_value_units(padded / E::scalars);
-        has_bad_ =
-            pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, RowsFrom{v_, j + skip}, left,
-                           (left + w - 1) / w * w, padded, p_.value_dim);
+        has_bad_ = pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, RowsFrom{v_, j + skip},
+                                  left, (left + w - 1) / w * w, padded, p_.value_dim);
     }
 
     void pack_queries() {
@@ -202,8 +201,8 @@ private:
     const KeyRows<K> k_;
     const KeyRows<W> v_;
     ItemBuffers<E> at_{};
-    KeyRange keys_{};
     const std::int64_t padded_;
+    const KeyRange keys_;
     PrefillTile<E> tile_;
     std::int64_t d_units_ = 0;
     bool has_bad_ = false, large_ = false;

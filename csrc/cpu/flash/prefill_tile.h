@@ -16,7 +16,8 @@ class PrefillTile {
     static constexpr int w = V::width;
 
 public:
-    PrefillTile(const FlashPlan& plan, const FlashBlock<E>& x, const ItemBuffers<E>& buffers, std::int64_t padded)
+    PrefillTile(const FlashPlan& plan, const FlashBlock<E>& x, const ItemBuffers<E>& buffers,
+                std::int64_t padded)
         : p_(x.problem),
           x_(x),
           at_(buffers),
@@ -74,7 +75,6 @@ public:
     }
 
     Unit* weights_row(int m) const { return at_.p + m * p_stride_; }
-
 
     // A panel that is not full is filled up to `filled` vectors: with -inf for keys that no row may attend, or with any
     // number where the key ranges are applied afterwards.
@@ -257,8 +257,8 @@ private:
     }
 
     const AttentionProblem& p_;
-    const FlashBlock<E>& x_;
-    const ItemBuffers<E>& at_;
+    const FlashBlock<E> x_;  // a copy, as what it points to is written: its pointers then stay in registers
+    const ItemBuffers<E> at_;
     const std::int64_t q_stride_, p_stride_, d_units_, padded_;
     std::int64_t v_units_ = 0;
     const bool drops_;

@@ -46,8 +46,8 @@ public:
 private:
     void weights_tile(std::int64_t r, std::int64_t j, std::int64_t c, std::int64_t n) {
         V acc[E::mr][E::nv] = {};
-        gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * plan_.q_stride, plan_.q_stride,
-                                   at_.k + c * d_units_, E::nr, 0, d_units_);
+        gemm_tile<E, E::mr, E::nv>(acc, at_.q + r * plan_.q_stride, plan_.q_stride, at_.k + c * d_units_,
+                                   E::nr, 0, d_units_);
         tile_.template store_scores<E::nv>(acc, V::zero());
         for (int m = 0; m < E::mr && r + m < rows_; ++m) {
             Acc* s = at_.scores + m * E::nr;
@@ -68,7 +68,8 @@ private:
 
     void set_weight(std::int64_t r, std::int64_t j, Acc value) {
         const RowInfo& row = x_.info[r];
-        static_cast<Acc*>(x_.problem.weights.data)[score_offset(x_.problem.weights, x_.batch, row.head, row.query, j)] =
+        static_cast<Acc*>(
+            x_.problem.weights.data)[score_offset(x_.problem.weights, x_.batch, row.head, row.query, j)] =
             value;
     }
 

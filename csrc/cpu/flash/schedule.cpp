@@ -164,7 +164,8 @@ std::string ForwardSchedule::describe(const AttentionProblem& p, const TileShape
     if (kinds.size() == 1) return kinds[0].first;
     std::string all;
     for (const auto& [text, entries] : kinds)
-        all += (all.empty() ? "" : "; ") + std::to_string(entries) + (entries == 1 ? " entry: " : " entries: ") + text;
+        all += (all.empty() ? "" : "; ") + std::to_string(entries) +
+               (entries == 1 ? " entry: " : " entries: ") + text;
     return all;
 }
 

@@ -15,20 +15,20 @@ namespace fastattn::cpu {
 
 // The register tile of a kernel for one dtype (see engine.h).
 struct TileShape {
-    int mr = 1;           // query rows
-    int nr = 1;           // keys or value columns
-    int width = 1;        // lanes of a vector
-    int scalars = 1;      // scalars in a unit
-    int sums = 1;         // sums of a row's weights
-    int unit_bytes = 4;   // bytes of a unit, and of an accumulator
+    int mr = 1;  // query rows
+    int nr = 1;  // keys or value columns
+    int width = 1;  // lanes of a vector
+    int scalars = 1;  // scalars in a unit
+    int sums = 1;  // sums of a row's weights
+    int unit_bytes = 4;  // bytes of a unit, and of an accumulator
 };
 
-inline constexpr std::int64_t kKeyBlock = 256;        // most keys packed at once (prefill)
-inline constexpr std::int64_t kDecodeBlock = 64;      // keys scored at once (decode)
+inline constexpr std::int64_t kKeyBlock = 256;  // most keys packed at once (prefill)
+inline constexpr std::int64_t kDecodeBlock = 64;  // keys scored at once (decode)
 inline constexpr std::int64_t kDecodeItemRows = 256;  // most rows of all heads of an item of decode
-inline constexpr std::int64_t kSplitKeys = 2048;      // keys of one split (prefill of few rows)
-inline constexpr std::int64_t kDecodeSplitKeys = 512; // the same for decode
-inline constexpr std::int64_t kSplitRows = 256;       // at most so many rows have their keys split
+inline constexpr std::int64_t kSplitKeys = 2048;  // keys of one split (prefill of few rows)
+inline constexpr std::int64_t kDecodeSplitKeys = 512;  // the same for decode
+inline constexpr std::int64_t kSplitRows = 256;  // at most so many rows have their keys split
 inline constexpr std::int64_t kMostSplits = 256;  // of 16 rows: bounds the partial results of long caches
 
 // A running sum of float32 loses what is far below it, and sums of equal terms lose it in the same direction: after so many

@@ -110,7 +110,8 @@ template <class E>
 bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (row.begin >= row.end) return false;
-    if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, row.begin, row.end - row.begin)) return false;
+    if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, row.begin, row.end - row.begin))
+        return false;
     if (bias.data == nullptr) return true;
     for (std::int64_t j = row.begin; j < row.end; ++j) {
         if (attends(x, row, j)) return true;
