@@ -75,7 +75,7 @@ public:
         for (Index d = 0; d < p_.value_dim; ++d)
             dp += to_double(dout[d * b_.dout.dim]) * to_double(v[d * row.values.number_stride()]);
         const double ds = weight * (keep * dp - state.delta);
-        const double slope = p_.softcap > 0 ? 1.0 - (s / p_.softcap) * (s / p_.softcap) : 1.0;
+        const double slope = score_slope(p_, s);
         return {keep * weight, ds, ds * slope};
     }
 

@@ -11,6 +11,7 @@
 #include "core/keys.h"
 #include "core/philox.h"
 #include "core/scalar_access.h"
+#include "core/score_math.h"
 #include "threads/executor.h"
 
 namespace fastattn {
@@ -97,7 +98,7 @@ public:
         double s = 0.0;
         for (Index d = 0; d < p.head_dim; ++d) s += query[d] * to_double(k[d * keys.number_stride()]);
         s *= p.scale;
-        return p.softcap > 0 ? p.softcap * std::tanh(s / p.softcap) : s;
+        return modified_score(p, s);
     }
     double distance(Index j) const { return std::abs(position - static_cast<double>(j)); }
     // alibi and bias on top of it

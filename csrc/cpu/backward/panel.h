@@ -109,7 +109,7 @@ FASTATTN_INLINE void finish_vector(const BackwardBlock<E>& block, std::int64_t r
             const V first = V::set1(Acc(position - double(block.keys.first + c + n * w))) - V::iota();
             distance = V::fma(ds, V::max(first, zero - first), distance);
         }
-        if (block.x.softcap > 0) {  // NaN where a masked key is
+        if (block.x.has_slope) {  // NaN where a masked key is
             const auto none = V::eq(ds, zero);
             ds = V::select(none, zero, ds * V::load(block.at.cap + at));
         }
@@ -213,7 +213,7 @@ void find_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c, b
         store_tile<E, NV>(at.dp, acc, V::zero());
     }
     const bool checked = ranged || x.elementwise || block.careful || NV < E::nv;
-    if (x.softcap > 0 || block.alibi || block.forward.dropout > 0 || block.into_bias) {
+    if (x.has_slope || block.alibi || block.forward.dropout > 0 || block.into_bias) {
         finish_panel<true, true>(block, r, c);
     } else if (checked) {
         finish_panel<true, false>(block, r, c);

@@ -14,6 +14,7 @@
 
 #include "core/philox.h"
 #include "core/scalar_access.h"
+#include "core/score_math.h"
 #include "cpu/flash/engine.h"
 #include "cpu/flash/workspace.h"
 
@@ -58,6 +59,7 @@ struct FlashBlock {
     Acc cap_factor;          // 2 log2(e) scale / softcap
     bool alibi, bias, mask;
     bool elementwise;        // softcap, alibi, bias or mask: not just scale and ranges
+    bool has_slope;          // the scores' derivative by scale * q.k is not 1
     std::int64_t o_stride;
     RowInfo* info;           // (rows)
     Acc* row_max;            // m (rows)
@@ -71,8 +73,7 @@ struct FlashBlock {
 template <class E>
 FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry& entry) {
     using Acc = typename E::Acc;
-    // Beyond these a cap is nothing, or all; its reciprocal stays a number.
-    const double cap = p.softcap > 1e30 ? 0.0 : (p.softcap > 0 && p.softcap < 1e-30 ? 1e-30 : p.softcap);
+    const double cap = computed_cap(p.softcap);
     return {p,
             b,
             entry,
@@ -84,7 +85,8 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry&
             p.alibi_slopes.data != nullptr,
             p.bias.data != nullptr,
             p.mask.data != nullptr,
-            cap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr || p.mask.data != nullptr,
+            is_elementwise(p),
+            cap > 0,
             0,
             nullptr,
             nullptr,

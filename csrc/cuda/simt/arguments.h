@@ -6,6 +6,7 @@
 #include <fastattn/attention.h>
 
 #include "core/host_device.h"
+#include "core/score_math.h"
 #include "cuda/simt/chunk.h"
 
 namespace fastattn::cuda {
@@ -21,8 +22,7 @@ FASTATTN_HOST_DEVICE constexpr double weight_unit(DType dtype, double dropout) n
 
 // Scale, lengths, causal and window only, and no weights asked for.
 inline bool is_plain(const AttentionProblem& p) {
-    return p.softcap == 0.0 && p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
-           p.mask.data == nullptr && p.dropout == 0.0 && p.weights.data == nullptr;
+    return !is_elementwise(p) && p.dropout == 0.0 && p.weights.data == nullptr;
 }
 
 // The same, and a scale that grows with the products: the fused kernels take maxima before they scale.

@@ -4,6 +4,7 @@
 
 #include "core/philox.h"
 #include "core/scalar_access.h"
+#include "core/score_math.h"
 #include "core/visible.h"
 #include "cuda/simt/arguments.h"
 #include "cuda/simt/device.h"
@@ -124,13 +125,10 @@ struct Scorer {
           first(chunk.key),
           begin(static_cast<int>(clamped(r.range.begin - chunk.key, 0, chunk.keys))),
           end(static_cast<int>(clamped(r.range.end - chunk.key, 0, chunk.keys))) {
-        elementwise = !plain && (p.softcap > 0 || p.alibi_slopes.data != nullptr || p.bias.data != nullptr ||
-                                 p.mask.data != nullptr);
+        elementwise = !plain && is_elementwise(p);
         scale = to_finite<Acc>(elementwise ? p.scale : p.scale * kLog2E);
         if constexpr (!plain) {
-            // Beyond these a cap is nothing, or all; its reciprocal stays a number.
-            const double c =
-                p.softcap > 1e30 ? 0.0 : (p.softcap > 0 && p.softcap < 1e-30 ? 1e-30 : p.softcap);
+            const double c = computed_cap(p.softcap);
             cap = static_cast<Acc>(c);
             inverse_cap = static_cast<Acc>(c > 0 ? 1.0 / c : 0.0);
             slope = p.alibi_slopes.data == nullptr
