@@ -75,8 +75,8 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
         all.shared_bytes += (bytes + 63) / 64 * 64;
         return start;
     };
-    // Rows of chunks are as long as the longest entry's may be.
-    all.most_chunks = entries_alike(p) ? whole.chunks : kMostChunks;
+    // A shorter entry may have more chunks than the whole.
+    all.most_chunks = p.has_kv_lens ? kMostChunks : whole.chunks;
     all.states = take(rows * 3 * static_cast<std::size_t>(tile.unit_bytes));
     all.slopes = take(problem.dalibi.data == nullptr
                           ? 0
