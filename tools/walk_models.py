@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Every model class of the installed Transformers with attn_implementation="fastattn", beside "eager".
 
-    python tools/walk_models.py [--out FILE] [--jobs N] [--all-heads] [MODEL_TYPE ...]
+    python tools/walk_models.py [--out FILE] [--merge FILE] [--jobs N] [--all-heads] [MODEL_TYPE ...]
 
 Each class is built tiny, with the same random weights in both, and runs forward without padding and with it
 on either side, with output_attentions, as a decoder and as an encoder where the config says which, and
 generates where it can. A class is "equal", "refused" by name, "skipped" with the reason (what "eager" cannot
 run, or what cannot be built tiny from its config alone), or "wrong". Any "wrong" is exit status 1.
+
+Where float32 is over the tolerance, both run once more in float64. They must agree there, and fastattn's
+float32 must be about as near to that as eager's. Then it is rounding; such a class is "equal" with a reason.
 """
 
 from __future__ import annotations
@@ -14,20 +17,25 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import functools
 import inspect
 import json
 import multiprocessing
 import os
+import platform
 import re
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from gpu_check import checkout_commit, cpu_model, utc_now
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastattn.torch
@@ -35,6 +43,12 @@ from fastattn.torch import _transformers
 
 # Of the largest number of eager's: sums of float32 in another order, through whole models.
 TOLERANCE = 5e-4
+# In float64. Rounding that grows as much as in Sam2 leaves 1e-8; anything of float32 would be above 1e-6.
+TOLERANCE_FLOAT64 = 1e-7
+# How much farther than eager's float32 ours may be from float64, where float32 is over the tolerance.
+AS_NEAR = 4.0
+# Models that put tokens of their own behind those of the text, and how many.
+TOKENS_BEHIND = {"VideoPrismTextModel": 1}
 BATCH, LENGTH = 2, 12
 MOST_PARAMETERS = 60_000_000
 IMAGE = 32
@@ -241,8 +255,36 @@ def tensors(x: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(value, f"{path}.{i}")
 
 
-def difference(want: Any, got: Any, real: torch.Tensor | None) -> str:
-    """What differs, or nothing. Rows of padding are anything."""
+class Rows:
+    """Which rows of the outputs to compare: those of padding are anything."""
+
+    def __init__(self, real: torch.Tensor | None = None, behind: int = 0) -> None:
+        """`real` (B,S) are the tokens that are no padding; `behind` them are more, of the model's own."""
+        if real is not None and behind:
+            real = torch.cat([real, real.new_ones(len(real), behind)], 1)
+        self.real = real
+        self.behind = behind
+
+    def of(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        """In float64."""
+        real = self.real
+        x = x.double()
+        if real is None:
+            return x
+        if path.endswith("pooler_output") and not real[:, -1 if self.behind else 0].all():
+            return x[:0]  # of a row of padding
+        length = real.shape[1]
+        if x.dim() == 4 and x.shape[-2:] == (length, length):
+            return x * real[:, None, :, None] if x.shape[0] == len(real) else x
+        dropped = [] if self.behind else [length - 1]  # some drop the first one
+        if x.dim() >= 2 and x.shape[0] == len(real) and x.shape[1] in (length, *dropped):
+            return x[real[:, length - x.shape[1] :]]
+        return x
+
+
+def difference(want: Any, got: Any, rows: Rows, tolerance: float | None = None, least: float = 1e-6) -> str:
+    """What differs, or nothing. Where eager has NaN, for -inf in a whole row of scores, fastattn has 0."""
+    tolerance = TOLERANCE if tolerance is None else tolerance
     wants, gots = dict(tensors(want)), dict(tensors(got))
     if wants.keys() != gots.keys():
         return f"not the same outputs: {sorted(wants.keys() ^ gots.keys())[:4]}"
@@ -252,30 +294,87 @@ def difference(want: Any, got: Any, real: torch.Tensor | None) -> str:
             return f"{path}: shape {tuple(y.shape)} for {tuple(x.shape)}"
         if not x.is_floating_point():
             continue
-        if path.endswith("pooler_output") and real is not None and not real[:, 0].all():
-            continue  # of a row of padding
-        x, y = x.double(), y.double()
-        if real is not None and x.dim() == 4 and x.shape[-2:] == (LENGTH, LENGTH):
-            if x.shape[0] == len(real):
-                x, y = (z * real[:, None, :, None] for z in (x, y))
-        elif real is not None and x.shape[:2] in (real.shape, real[:, 1:].shape):
-            rows = real[:, real.shape[1] - x.shape[1] :]  # some drop the first one
-            x, y = x[rows], y[rows]
-        if x.isnan().any():
-            continue  # -inf in a whole row of scores, where fastattn has 0
-        finite = x.isfinite()
-        if not torch.equal(finite, y.isfinite()):
+        x, y = rows.of(path, x), rows.of(path, y)
+        finite, numbers = x.isfinite(), ~x.isnan()
+        if not torch.equal(finite[numbers], y.isfinite()[numbers]):
             return f"{path}: NaN or Inf in other places"
         if finite.any():
             worst = ((x - y)[finite]).abs().max().item()
             size = x[finite].abs().max().item()
-            if worst > TOLERANCE * size + 1e-6:
+            if worst > tolerance * size + least:
                 return f"{path}: off by {worst:.2g} of {size:.2g}"
     return ""
 
 
-class Refused(Exception):
-    pass
+def has_numbers(outputs: Any) -> bool:
+    """Whether there is anything to compare."""
+    found = [x for _, x in tensors(outputs) if x.is_floating_point() and x.numel()]
+    return not found or not all(x.isnan().all() for x in found)
+
+
+# ---- float64 ------------------------------------------------------------------------------------------
+
+
+class InFloat64(TorchFunctionMode):
+    """The float32 that a model asks for is float64: most of eager's softmax is float32 for any dtype."""
+
+    paused = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.paused:
+            function = torch.Tensor.double if function is torch.Tensor.float else function
+            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+            kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        torch.set_default_dtype(self.default)
+
+
+def no_rounding(
+    run: Callable[[Any, dict[str, Any]], Any], models: tuple[Any, Any], given: dict[str, Any], rows: Rows,
+    want: Any, got: Any, mode: InFloat64,
+) -> str:  # fmt: skip
+    """Why a difference of `want` and `got` is not float32's rounding, or nothing: it is."""
+    exact: list[Any] = []
+    try:
+        for model in models:
+            double = copy.deepcopy(model).double()
+            wide = {key: x.double() if is_float(x) else x for key, x in given.items()}
+            with mode:
+                exact.append(run(double, wide))
+            del double
+    except Exception as error:
+        return f"cannot run in float64: {type(error).__name__}: {error}".splitlines()[0][:200]
+    if not has_numbers(exact[0]):
+        return "in float64 eager gives NaN"
+    if different := difference(exact[0], exact[1], rows, TOLERANCE_FLOAT64, least=1e-15):
+        return f"in float64 {different}"
+    wants, gots = dict(tensors(want)), dict(tensors(got))
+    for path, x in tensors(exact[0]):
+        if wants[path].shape != x.shape:
+            return f"{path}: shape {tuple(x.shape)} in float64"
+        if not x.is_floating_point():
+            continue
+        x, y, z = (rows.of(path, one) for one in (x, wants[path], gots[path]))
+        finite = x.isfinite() & y.isfinite() & z.isfinite()
+        if finite.any():
+            size = x[finite].abs().max().item()
+            eager, ours = ((one - x)[finite].abs().max().item() for one in (y, z))
+            if ours > max(AS_NEAR * eager, TOLERANCE * size + 1e-6):
+                return f"{path}: {ours:.2g} from float64, eager {eager:.2g}"
+    return ""
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def refusal(error: BaseException, names: set[str]) -> str | None:
@@ -321,6 +420,7 @@ def walk_class(model_class: Any, config_class: Any) -> dict[str, Any]:
     else:
         return {"status": "skipped", "reason": "; ".join(dict.fromkeys(reasons))}
     result: dict[str, Any] = {"status": "equal", "checks": []}
+    rounding: list[str] = []
     for variant, changes in variants(config):
         other = copy.deepcopy(config)
         for key, value in changes.items():
@@ -335,50 +435,52 @@ def walk_class(model_class: Any, config_class: Any) -> dict[str, Any]:
             continue
         one = compare(model_class, other, eager, given)
         result["checks"] += [f"{variant} {x}".strip() for x in one.pop("checks", [])]
+        rounding += [f"{variant} {x}".strip() for x in one.pop("rounding", [])]
         if one["status"] != "equal":
             return {**result, **one, "variant": variant}
         result |= one
+    if rounding:
+        result["reason"] = f"float32 over the tolerance, float64 equal: {'; '.join(rounding)}"
     return result
 
 
 def compare(model_class: Any, config: Any, eager: Any, given: dict[str, Any]) -> dict[str, Any]:
     calls = 0
     names = {type(x).__name__ for x in eager.modules()}
+    behind = max(TOKENS_BEHIND.get(name, 0) for name in names)
+    mode = InFloat64()
 
     def counted(*args: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        return _transformers.attention(*args, **keywords)
+        mode.paused = True  # what fastattn casts by itself stays as it is
+        try:
+            return _transformers.attention(*args, **keywords)
+        finally:
+            mode.paused = False
 
     registered = ALL_ATTENTION_FUNCTIONS["fastattn"]
     transformers.AttentionInterface.register("fastattn", counted)
     checks: list[str] = []
+    rounding: list[str] = []
     check = "construction"
     try:
         ours = build(model_class, config, "fastattn")
         ours.load_state_dict(eager.state_dict())
-        for check, options in forward_checks(eager, given):
-            real = options.pop("_real", None)
+        for check, run, real in runs(eager, given):
             try:
-                torch.manual_seed(3)
-                with torch.no_grad():
-                    want = eager(**{**given, **options})
+                want = run(eager, given)
             except Exception:
                 continue  # a combination that the model does not take
-            torch.manual_seed(3)
-            with torch.no_grad():
-                got = ours(**{**given, **options})
-            if different := difference(want, got, real):
-                return {"status": "wrong", "checks": checks, "reason": f"{check}: {different}"}
-            checks.append(check)
-        for check, options in generation_checks(eager, given):
-            try:
-                want = generate(eager, given, options)
-            except Exception:
-                continue
-            got = generate(ours, given, options)
-            if different := difference(want, got, None):
-                return {"status": "wrong", "checks": checks, "reason": f"{check}: {different}"}
+            if not has_numbers(want):
+                return {"status": "skipped", "checks": checks, "reason": f"{check}: eager gives NaN"}
+            got = run(ours, given)
+            rows = Rows(real, behind)
+            if different := difference(want, got, rows):
+                if why := no_rounding(run, (eager, ours), given, rows, want, got, mode):
+                    reason = f"{check}: {different}; {why}"
+                    return {"status": "wrong", "checks": checks, "reason": reason}
+                rounding.append(f"{check}: {different}")
             checks.append(check)
     except Exception as error:
         if text := refusal(error, names):
@@ -387,7 +489,24 @@ def compare(model_class: Any, config: Any, eager: Any, given: dict[str, Any]) ->
         return {"status": "wrong", "reason": f"{check}: {text}", "checks": checks}
     finally:
         transformers.AttentionInterface.register("fastattn", registered)
-    return {"status": "equal", "checks": checks, "calls": calls}
+    return {"status": "equal", "checks": checks, "calls": calls, "rounding": rounding}
+
+
+def runs(
+    eager: Any, given: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[Any, dict[str, Any]], Any], torch.Tensor | None]]:
+    """Names, what to run with a model and its inputs, and which tokens are no padding."""
+    for check, options in forward_checks(eager, given):
+        real = options.pop("_real", None)
+        yield check, functools.partial(forward, options), real
+    for check, options in generation_checks(eager, given):
+        yield check, functools.partial(generate, options), None
+
+
+def forward(options: dict[str, Any], model: Any, given: dict[str, Any]) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model(**{**given, **options})
 
 
 def forward_checks(model: Any, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -426,7 +545,7 @@ def generation_checks(model: Any, given: dict[str, Any]) -> Iterator[tuple[str, 
         yield "generation, left padding", {"attention_mask": mask}
 
 
-def generate(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Any:
+def generate(options: dict[str, Any], model: Any, given: dict[str, Any]) -> Any:
     keep = {key: x for key, x in given.items() if not key.startswith("decoder_")}
     result = model.generate(
         **keep, **options, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1,
@@ -513,10 +632,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--out", metavar="FILE", help="the results as JSON")
+    parser.add_argument("--merge", metavar="FILE", help="a record in which these results replace older ones")
+    parser.add_argument("--commit", help="of the installed fastattn, where it is not this checkout's")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--all-heads", action="store_true", help="also classifiers and other heads")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one model type")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model type")
     args = parser.parse_args()
+    record = Record(args.merge, args.commit) if args.merge else None
     types = args.types or sorted(CONFIG_MAPPING)
     fork = multiprocessing.get_context("fork")
     waiting, running = collections.deque(types), {}
@@ -547,6 +669,8 @@ def main() -> int:
             results |= found
             if args.out:
                 write(args.out, results)
+            if record is not None:
+                record.replace(model_type, found)
             for name, result in found.items():
                 if result["status"] == "wrong" or args.types:
                     print(name, {k: v for k, v in result.items() if args.types or k != "checks"}, flush=True)
@@ -562,6 +686,51 @@ def write(file: str, results: dict[str, Any]) -> None:
     with open(file, "w") as out:
         json.dump(head | {"models": dict(sorted(results.items()))}, out, indent=1)
         out.write("\n")
+
+
+class Record:
+    """What of each class is known, in a file that is kept: of one Transformers, from one walk or several."""
+
+    def __init__(self, file: str, commit: str | None) -> None:
+        """Raises ValueError for a file of other versions: numbers of two are not to be added."""
+        self.file = Path(file)
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        new = {**versions, "walks": [], "models": {}}
+        old = json.loads(self.file.read_text()) if self.file.exists() else new
+        for name, version in versions.items():
+            if old[name] != version:
+                raise ValueError(f"--merge: {file} is of {name} {old[name]}, this is {version}")
+        self.versions = versions
+        cpus = len(os.sched_getaffinity(0))
+        machine = f"{cpu_model()}, {cpus} CPUs, {platform.system()} {platform.machine()}"
+        walk = {"commit": commit or checkout_commit(), "when": utc_now(), "machine": machine}
+        self.walks = [*old["walks"], walk]
+        self.models: dict[str, Any] = old["models"]
+
+    def replace(self, model_type: str, found: dict[str, Any]) -> None:
+        """All that was known of this type gives way; written at once, as a walk may be stopped."""
+        kept = {name: x for name, x in self.models.items() if x["type"] != model_type}
+        for name, result in found.items():
+            # The first line says it; the rest is in --out.
+            reason = {"reason": " ".join(result["reason"].split())[:160]} if "reason" in result else {}
+            last = len(self.walks) - 1
+            kept[name] = {"status": result["status"], **reason, "type": model_type, "walk": last}
+        self.models = dict(sorted(kept.items()))
+        self.write()
+
+    def write(self) -> None:
+        """A line for each class."""
+        used = sorted({x["walk"] for x in self.models.values()})
+        counts = collections.Counter(x["status"] for x in self.models.values())
+        head: dict[str, Any] = {**self.versions, "counts": dict(sorted(counts.items()))}
+        models = {name: x | {"walk": used.index(x["walk"])} for name, x in self.models.items()}
+        rows = [f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in models.items()]
+        lines = [
+            *(f" {json.dumps(key)}: {json.dumps(x)}," for key, x in head.items()),
+            ' "walks": [', ",\n".join(f"  {json.dumps(self.walks[i])}" for i in used), " ],",
+            ' "models": {', ",\n".join(rows), " }",
+        ]  # fmt: skip
+        self.file.write_text("\n".join(["{", *lines, "}"]) + "\n")
 
 
 if __name__ == "__main__":
