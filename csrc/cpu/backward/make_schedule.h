@@ -3,9 +3,9 @@
 
 #include <string>
 
+#include "core/entry_list.h"
 #include "core/kernel.h"
 #include "cpu/backward/schedule.h"
-#include "cpu/entry_list.h"
 
 namespace fastattn::cpu {
 

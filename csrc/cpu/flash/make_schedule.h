@@ -4,8 +4,8 @@
 #include <memory>
 #include <string>
 
+#include "core/entry_list.h"
 #include "core/kernel.h"
-#include "cpu/entry_list.h"
 #include "cpu/flash/schedule.h"
 
 namespace fastattn::cpu {

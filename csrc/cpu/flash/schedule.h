@@ -9,7 +9,7 @@
 #include <fastattn/attention.h>
 
 #include "core/entry.h"
-#include "cpu/entry_table.h"
+#include "core/entry_table.h"
 
 namespace fastattn::cpu {
 

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "core/entries.h"
-#include "cpu/entry_table.h"
+#include "core/entry_table.h"
 
-namespace fastattn::cpu {
+namespace fastattn {
 
 template <class Planned>
 class EntryList {
@@ -33,4 +33,4 @@ private:
     std::vector<Planned> more_;
 };
 
-}  // namespace fastattn::cpu
+}  // namespace fastattn

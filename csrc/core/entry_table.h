@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace fastattn::cpu {
+namespace fastattn {
 
 // Items of a phase are numbered through all entries, in their order.
 struct Phase {
@@ -54,4 +54,4 @@ Place<Planned> place_of(const EntryTable<Planned>& table, Phase Planned::* phase
 
 }  // namespace
 
-}  // namespace fastattn::cpu
+}  // namespace fastattn
