@@ -55,7 +55,7 @@ def features(dtype: Any = np.float32) -> dict[str, tuple[dict[str, Any], dict[st
         "bias": {"bias": normal((4, 1, 13), dtype, 1), "softcap": 2.5},
         "alibi": {"alibi_slopes": normal((2, 4), np.float32, 2), "causal": True},
         "sinks": {"sinks": normal((4,), dtype, 3), "mask": np.arange(9)[:, None] > np.arange(13)},
-        "lengths": {"q_lens": np.array([9, 4], np.int32), "kv_lens": integer},
+        "lengths": {"q_lens": np.array([9, 8], np.int32), "kv_lens": integer},
         "dropout": {"dropout": 0.4, "seed": 2**63 + 5},
         "heads before the sequence": {"causal": True, "bias": normal((9, 13), dtype, 4)},
         "three axes": {"kv_lens": np.array([7], np.int32), "mask": np.arange(9)[:, None] != np.arange(13)},
