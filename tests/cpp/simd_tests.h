@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "core/keys.h"
 #include "cpu/flash/decode.h"
 #include "cpu/flash/gemm.h"
 #include "cpu/flash/pack.h"
@@ -244,6 +245,16 @@ struct SideSteps {
     void operator()(int step) { EXPECT_EQ(step, done++); }
 };
 
+// The keys of one head that lie in x.
+template <class S>
+KeyRows<S> rows_of(std::vector<S>& x, std::int64_t row_stride, std::int64_t dim_stride) {
+    Operand from;
+    from.data = x.data();
+    from.seq = row_stride;
+    from.dim = dim_stride;
+    return {from, 0, 0};
+}
+
 // q (rows, d) . k (keys, d), packed and multiplied, against plain loops; S has any strides.
 template <class E, class S>
 void check_packed_product(std::int64_t keys, std::int64_t d, std::int64_t dim_stride) {
@@ -263,7 +274,7 @@ void check_packed_product(std::int64_t keys, std::int64_t d, std::int64_t dim_st
     std::vector<Unit> kp(static_cast<std::size_t>(padded * units), Unit(7));
     for (int m = 0; m < E::mr; ++m)
         pack_row<E>(qp.data() + m * q_stride, q.data() + m * row_stride, dim_stride, d);
-    pack_keys<E>(kp.data(), k.data(), row_stride, dim_stride, keys, d);
+    pack_keys<E>(kp.data(), rows_of(k, row_stride, dim_stride), keys, d);
     for (std::int64_t c = 0; c < padded; c += E::nr) {
         V acc[E::mr][E::nv];
         // Work on the side changes nothing, and each step of it is done once, beside the product or before it.
@@ -317,9 +328,8 @@ void check_packed_values(std::int64_t keys, std::int64_t dv, std::int64_t dim_st
     }
     std::vector<Unit> packed(static_cast<std::size_t>(panels * E::nr * units), Unit(7));
     std::vector<std::uint8_t> bad(static_cast<std::size_t>(block));
-    EXPECT_EQ(
-        pack_values<E>(packed.data(), bad.data(), v.data(), row_stride, dim_stride, keys, block, block, dv),
-        with_nan);
+    const auto rows = rows_of(v, row_stride, dim_stride);
+    EXPECT_EQ(pack_values<E>(packed.data(), bad.data(), rows, keys, block, block, dv), with_nan);
     for (std::int64_t j = 0; j < block; ++j) {
         if (with_nan && j / E::scalars != bad_key / E::scalars) {
             EXPECT_FALSE(bad[static_cast<std::size_t>(j)]);
