@@ -53,7 +53,7 @@ def softcap_gradient(
     restricts or moves the scores is its business; only the rows of a block are cut out here.
     """
     layout, cap = keywords["layout"], keywords["softcap"]
-    scale = 1.0 / math.sqrt(q.shape[-1]) if keywords["scale"] is None else keywords["scale"]
+    scale = 1.0 / math.sqrt(q.shape[-1]) if (given := keywords.get("scale")) is None else given
     q, k, v, out, dout = (_heads_first(x, layout) for x in (q, k, v, out, dout))
     (n_batch, heads, n_q, _), (_, kv_heads, n_k, _) = q.shape, k.shape
     if q.numel() == 0 or k.numel() == 0:
@@ -118,7 +118,7 @@ def _of_rows(keywords: dict[str, Any], block: slice, n_q: int, n_k: int) -> dict
     q_len, kv_len = (
         _int64(mine[name]) if mine.get(name) is not None else n for name, n in (("q_lens", n_q), ("kv_lens", n_k))
     )
-    offset = kv_len - q_len if mine["q_offset"] is None else mine["q_offset"]
+    offset = kv_len - q_len if mine.get("q_offset") is None else mine["q_offset"]
     most = 2**63 - 1 - first
     if isinstance(offset, int):
         mine["q_offset"] = min(offset, most) + first

@@ -45,7 +45,9 @@ _BACKWARD = {
 _TAIL = {name: "None" if name in _NUMBERS else "False" for name in list(_BACKWARD)[-2 * len(LEARNED) :]}
 _DEFAULTS: dict[str, Any] = {**dict.fromkeys(_FORWARD), "return_weights": False}
 _DEFAULTS |= {x.name: x.default for x in OPTIONS if x.name in _OPTIONS}
-_PLAIN = names("text", "number", "flag")
+_PLAIN = frozenset((*names("text", "number", "flag"), "return_weights", "need_dbias"))
+_INTEGERS = names("integer")
+_WINDOW = ("window_left", "window_right")
 # The forward's arguments from `_N_TENSORS` to `_N_PLAIN` are no tensors.
 _N_TENSORS, _N_PLAIN = len(_QKV) + len(_SIDES), len(_FORWARD) - len(_NUMBERS)
 _SAVED = (*_QKV, *_SIDES, *_NUMBERS, *list(_FORWARD)[_N_TENSORS:_N_PLAIN])
@@ -71,6 +73,11 @@ def _all(arguments: dict[str, str], args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _named(arguments: dict[str, str], args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(arguments, _all(arguments, args), strict=True))
+
+
+def _given(arguments: dict[str, str], args: tuple[Any, ...]) -> dict[str, Any]:
+    """By name, without those that are None, which are most: a loop over all of them is half the overhead."""
+    return {name: x for name, x in zip(arguments, args, strict=False) if x is not None}
 
 
 # NumPy reads these where they lie, at a fraction of what PyTorch's __dlpack__ costs per call.
@@ -104,54 +111,60 @@ def _limited(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
 
 
 def _keywords(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the operators as those of the core."""
-    keywords = {name: given[name] for name in _PLAIN}
-    for name in LEARNED:
-        if given[f"{name}_tensor"] is not None:
-            keywords[name] = float(given[f"{name}_tensor"].detach())
-    offsets, seed = given["q_offset_tensor"], given["seed_tensor"]
-    keywords["q_offset"] = given["q_offset"] if offsets is None else _lend(offsets)
-    # An int64 carries the seeds from 2**63 on as negative ones.
-    keywords["seed"] = given["seed"] % 2**64 if seed is None else int(seed)
-    keywords["window"] = given["window_left"], given["window_right"]
-    for name in _ARRAYS:
-        if (x := given[name]) is not None:
+    """The arguments of the operators as those of the core; `given` is without q, k, v and what is None."""
+    keywords: dict[str, Any] = {}
+    for name, x in given.items():
+        if name in _PLAIN:
+            keywords[name] = x
+        elif name in _ARRAYS:
             # A mask that is not bool is refused; as a tensor, in words for tensors.
             keywords[name] = x if name == "mask" and x.dtype != torch.bool else _lend(x)
+        elif name in _INTEGERS:  # after its tensor, which counts
+            # An int64 carries the seeds from 2**63 on as negative ones.
+            keywords.setdefault(name, x % 2**64 if name == "seed" else x)
+        elif name == "q_offset_tensor":
+            keywords["q_offset"] = _lend(x)
+        elif name == "seed_tensor":
+            keywords["seed"] = int(x)
+        elif name in _NUMBERS:
+            keywords[name.removesuffix("_tensor")] = float(x.detach())
+        elif name in _WINDOW:
+            keywords["window"] = tuple(given.get(side) for side in _WINDOW)
     return keywords
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given = _named(_FORWARD, args)
-    q, return_weights = given["q"], given["return_weights"]
-    keywords = {"return_lse": True, "return_weights": return_weights, **_keywords(given)}
-    results = _limited(_core.mha, _lend(q), _lend(given["k"]), _lend(given["v"]), **keywords)
-    return _adopt(results[0], q), _adopt(results[1], q), _adopt(results[2] if return_weights else None, q)
+    q, k, v = args[:3]
+    keywords = _keywords(_given(_FORWARD, args))
+    results = _limited(_core.mha, _lend(q), _lend(k), _lend(v), return_lse=True, **keywords)
+    weights = results[2] if keywords["return_weights"] else None
+    return _adopt(results[0], q), _adopt(results[1], q), _adopt(weights, q)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    given = _named(_BACKWARD, args)
-    dout, dlse, q, k, v, out, lse = (given[name] for name in ("dout", "dlse", "q", "k", "v", "out", "lse"))
+    given = _given(_BACKWARD, args)
+    dout, dlse, q, k, v, out, lse = args[:7]
     keywords = _keywords(given)
+    need_dbias = keywords.pop("need_dbias")
     dscale = dsoftcap = None
-    if given["need_dsoftcap"]:
+    if given.get("need_dsoftcap"):
         value = softcap_gradient(
             lambda *args, **kw: _limited(_core.mha, *args, **kw), _lend, dout, dlse, q, k, v, out, keywords
         )
         dsoftcap = given["softcap_tensor"].new_tensor(value)
     folded, factor = q, 1.0
-    if given["need_dscale"]:
+    if given.get("need_dscale"):
         folded, keywords["scale"], factor = fold_scale(q, keywords["scale"])
     grads = _limited(
         _core.mha_backward,
         _lend(dout),
         *(_lend(x) for x in (folded, k, v, out, lse)),
         dlse=None if dlse is None else _lend(dlse),
-        need_dbias=given["need_dbias"],
+        need_dbias=need_dbias,
         **keywords,
     )
     dq, *others = (_adopt(x, q) for x in grads)
-    if given["need_dscale"]:
+    if given.get("need_dscale"):
         dscale = given["scale_tensor"].new_tensor(scale_gradient(q, dq, keywords["scale"]))
         dq = dq if factor == 1.0 else dq * factor
     return dq, *others, _adopt(dscale, q), _adopt(dsoftcap, q)
