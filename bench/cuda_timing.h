@@ -1,4 +1,5 @@
-// What bench_attention needs of CUDA: cuda_timing.cpp has it, no_cuda_timing.cpp says that this build has none.
+// What bench_attention needs of CUDA: cuda_timing.cpp has it, no_cuda_timing.cpp says that this build has
+// none.
 #pragma once
 
 #include <cstddef>

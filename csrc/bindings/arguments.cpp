@@ -14,8 +14,8 @@
 namespace fastattn::bindings {
 namespace {
 
-// By content: interned pointers would have to be kept per interpreter, and some short comparisons that fail at
-// the length or the first letters cost nanoseconds.
+// By content: interned pointers would have to be kept per interpreter, and some short comparisons that fail
+// at the length or the first letters cost nanoseconds.
 int find_slot(std::string_view name) noexcept {
     for (int slot = 0; slot < kSlots; ++slot) {
         if (kArguments[slot].name == name) {

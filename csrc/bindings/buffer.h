@@ -1,5 +1,6 @@
-// Memory of ours, of the host or of a CUDA device, that arrays of other libraries can be made of: 64-byte aligned, row-major, shared by
-// reference count with whoever took it through __dlpack__ or __array_interface__.
+// Memory of ours, of the host or of a CUDA device, that arrays of other libraries can be made of: 64-byte
+// aligned, row-major, shared by reference count with whoever took it through __dlpack__ or
+// __array_interface__.
 #pragma once
 
 #include <cstdint>

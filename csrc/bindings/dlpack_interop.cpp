@@ -77,8 +77,8 @@ Announced announced_device(PyObject* object, const char* name, CudaUse& cuda) {
     return {where};
 }
 
-// PyTorch's views of negated numbers (x.conj().imag) hold the numbers and a bit, which DLPack has no place for: such an
-// input is a copy without the bit. Other libraries have no such views.
+// PyTorch's views of negated numbers (x.conj().imag) hold the numbers and a bit, which DLPack has no place
+// for: such an input is a copy without the bit. Other libraries have no such views.
 PyRef without_negative_bit(PyObject* object, const char* name, bool for_output) {
     const PyRef is_negated = optional_attribute(object, "is_neg");
     if (!is_negated || !PyCallable_Check(is_negated.get()) ||

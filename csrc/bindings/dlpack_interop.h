@@ -43,10 +43,11 @@ bool has_dlpack(PyObject* object);
 // TypeError for a tensor that requires grad: what is computed here has no derivative.
 void check_requires_grad(PyObject* object, const char* name);
 
-// Imports `object`, which has __dlpack__; a tensor whose numbers PyTorch would negate when they are read is copied, or as an
-// output refused. `aligned` as in view_ndarray(): when false, `bytes` describes the
-// array. An array on a CUDA device joins `cuda`. Throws PythonError (TypeError: a tensor that requires grad, lanes, a dtype that DType does not
-// have, a producer that breaks the protocol) or UnsupportedError (a device that this build cannot use).
+// Imports `object`, which has __dlpack__; a tensor whose numbers PyTorch would negate when they are read is
+// copied, or as an output refused. `aligned` as in view_ndarray(): when false, `bytes` describes the array.
+// An array on a CUDA device joins `cuda`. Throws PythonError (TypeError: a tensor that requires grad, lanes,
+// a dtype that DType does not have, a producer that breaks the protocol) or UnsupportedError (a device that
+// this build cannot use).
 ManagedTensor import_dlpack(PyObject* object, const char* name, bool for_output, TensorView& view,
                             bool& aligned, ByteStridedArray& bytes, CudaUse& cuda);
 

@@ -152,7 +152,9 @@ out, lse : array
     What ``mha(..., return_lse=True)`` returned for them.
 dlse : array (B, Hq, Sq), optional
     Gradient of the loss by lse: lse's shape and dtype.
-layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens, kv_lens, dropout, seed
+layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, q_lens, kv_lens
+    As given to `mha`.
+dropout, seed
     As given to `mha`; the same dropout and seed draw the same mask.
 need_dbias : bool
     False: dbias is None, which saves two of seven matrix products where there is a bias.
@@ -162,9 +164,9 @@ device, kernel : str, optional
 Returns
 -------
 Gradients
-    A named tuple (dq, dk, dv, dbias, dalibi_slopes, dsinks) of arrays of q's kind, each in the shape and dtype of its
-    argument, None where that was not given. dk and dv are summed over the query heads of a key head, dbias over the
-    axes that bias broadcasts, dalibi_slopes of shape (Hq,) and dsinks over the batch.
+    A named tuple (dq, dk, dv, dbias, dalibi_slopes, dsinks) of arrays of q's kind, each in the shape and
+    dtype of its argument, None where that was not given. dk and dv are summed over the query heads of a key
+    head, dbias over the axes that bias broadcasts, dalibi_slopes of shape (Hq,) and dsinks over the batch.
 
 Raises
 ------
@@ -179,8 +181,8 @@ algorithm 4)::
     dv = r P^T dout     dP = r (dout v^T)     dS = P (dP - delta + dlse)     delta = sum of dout * out by row
     dq = scale dS' k    dk = scale dS'^T q    dS' = dS (1 - tanh(score/softcap)^2)
 
-Pairs that a row may not attend contribute nothing, whatever their arrays hold. The result has the same bits whatever
-the number of threads and whatever else is in the batch.
+Pairs that a row may not attend contribute nothing, whatever their arrays hold. The result has the same bits
+whatever the number of threads and whatever else is in the batch.
 
 References
 ----------

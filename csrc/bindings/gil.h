@@ -39,9 +39,9 @@ public:
 private:
     enum class Thread { unknown, main, other };
 
-    // A thread that comes back while the interpreter shuts down stays here, whether it finds out before it waits for
-    // the GIL or, by the start of the unwinding, afterwards. (The thread that shuts down never gets here: it keeps the
-    // GIL, see may_release_gil.)
+    // A thread that comes back while the interpreter shuts down stays here, whether it finds out before it
+    // waits for the GIL or, by the start of the unwinding, afterwards. (The thread that shuts down never gets
+    // here: it keeps the GIL, see may_release_gil.)
     void attach() noexcept {
         if (interpreter_is_finalizing()) sleep_forever();
         try {

@@ -1,11 +1,12 @@
 // What becomes of a thread that CPython asks to leave.
 //
-// While the interpreter shuts down, CPython before 3.14 ends every other thread that comes for the GIL, which any call
-// of Python may do, by pthread_exit(). That unwinds the stack through ours: destructors would touch Python objects
-// without the GIL, and the process aborts where the unwinding meets a noexcept function or a catch (...) that keeps it.
-// CPython 3.14 lets such a thread sleep forever instead, and so do we with an older one, in the first place of ours
-// that the unwinding reaches: every destructor that touches Python asks stay_if_leaving(), and so do the functions that
-// Python calls, where they catch everything. Nothing else may call Python in a noexcept function or a catch (...).
+// While the interpreter shuts down, CPython before 3.14 ends every other thread that comes for the GIL, which
+// any call of Python may do, by pthread_exit(). That unwinds the stack through ours: destructors would touch
+// Python objects without the GIL, and the process aborts where the unwinding meets a noexcept function or a
+// catch (...) that keeps it. CPython 3.14 lets such a thread sleep forever instead, and so do we with an
+// older one, in the first place of ours that the unwinding reaches: every destructor that touches Python asks
+// stay_if_leaving(), and so do the functions that Python calls, where they catch everything. Nothing else may
+// call Python in a noexcept function or a catch (...).
 #pragma once
 
 #include <Python.h>
@@ -58,7 +59,8 @@ void in_destructor(const F& f) noexcept {
     }
 }
 
-// Of a function whose frame or whose caller's holds what must not be destroyed without the GIL: pybind11's objects.
+// Of a function whose frame or whose caller's holds what must not be destroyed without the GIL: pybind11's
+// objects.
 class StaysIfLeaving {
 public:
     StaysIfLeaving() = default;

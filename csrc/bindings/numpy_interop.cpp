@@ -12,8 +12,9 @@ namespace {
 
 using py::detail::npy_api;
 
-// What is used of NumPy's C API, a table whose places are its stable ABI. pybind11 has it too, but lets go of the GIL
-// when it is first asked for it, in a way that a thread does not survive while the interpreter ends (leaving.h).
+// What is used of NumPy's C API, a table whose places are its stable ABI. pybind11 has it too, but lets go of
+// the GIL when it is first asked for it, in a way that a thread does not survive while the interpreter ends
+// (leaving.h).
 struct NumpyApi {
     unsigned (*feature_version)();
     PyTypeObject* array_type;
@@ -198,7 +199,8 @@ bool view_ndarray(PyObject* array, const char* name, TensorView& view, ByteStrid
     return false;
 }
 
-// The dtype of q where it is bfloat16; else (a gradient of an argument that another library has) that of ml_dtypes.
+// The dtype of q where it is bfloat16; else (a gradient of an argument that another library has) that of
+// ml_dtypes.
 static PyRef bfloat16_descr(PyObject* q) {
     PyObject* descr = py::detail::array_proxy(q)->descr;
     if (ends_with_bfloat16(

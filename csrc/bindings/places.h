@@ -1,5 +1,5 @@
-// Where arguments lie in AttentionParams, and so of what kind they are: read by mha, by the handlers of fastattn.jax
-// and, as the kinds of core/arguments.inc, by fastattn._arguments.
+// Where arguments lie in AttentionParams, and so of what kind they are: read by mha, by the handlers of
+// fastattn.jax and, as the kinds of core/arguments.inc, by fastattn._arguments.
 #pragma once
 
 #include <optional>

@@ -1,7 +1,9 @@
-// Handlers that XLA calls for fastattn.jax: buffers and attributes in, BackwardParams or AttentionParams, core.
+// Handlers that XLA calls for fastattn.jax: buffers and attributes in, BackwardParams or AttentionParams,
+// core.
 //
-// They run on threads of XLA without the GIL, so nothing of Python may be touched in them. An operand or a result is
-// found by its name: the attributes "operands" and "results" list the names in the order of the buffers.
+// They run on threads of XLA without the GIL, so nothing of Python may be touched in them. An operand or a
+// result is found by its name: the attributes "operands" and "results" list the names in the order of the
+// buffers.
 #include <algorithm>
 #include <cfenv>
 #include <cstdio>
@@ -204,8 +206,8 @@ void read_call(const CallFrame& frame, BackwardParams& params, RunOptions& optio
 }
 
 // ---- handlers ---------------------------------------------------------------------------------------
-// XLA flushes denormals on the threads that call us. Our own threads do not, and the result must not depend on who
-// computes which item.
+// XLA flushes denormals on the threads that call us. Our own threads do not, and the result must not depend
+// on who computes which item.
 class DefaultFloatEnvironment {
 public:
     DefaultFloatEnvironment() noexcept {
@@ -269,8 +271,8 @@ xla_ffi::Error* current_error(const Api& api) noexcept {
     }
 }
 
-// Answers "what are you?". Older runtimes take version 0.1 only and do not say theirs; newer ones take a range that
-// ends with their own.
+// Answers "what are you?". Older runtimes take version 0.1 only and do not say theirs; newer ones take a
+// range that ends with their own.
 void describe(const CallFrame& frame, Metadata& metadata) noexcept {
     int minor = kOldestMinor;
     if (frame.api != nullptr && frame.api->version.major == kMajor)

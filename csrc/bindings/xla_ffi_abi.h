@@ -1,6 +1,7 @@
-// The part of XLA's foreign function interface that our handlers meet, in names of our own, so that no header of JAX
-// is needed to build, and one build serves every jaxlib that speaks it: what stands here is the same in versions
-// 0.1 (jaxlib 0.5) to 0.3 (jaxlib 0.10). tests/cpp/check_xla_ffi_abi.cpp compares it with the header in jaxlib.
+// The part of XLA's foreign function interface that our handlers meet, in names of our own, so that no header
+// of JAX is needed to build, and one build serves every jaxlib that speaks it: what stands here is the same
+// in versions 0.1 (jaxlib 0.5) to 0.3 (jaxlib 0.10). tests/cpp/check_xla_ffi_abi.cpp compares it with the
+// header in jaxlib.
 //
 // A structure begins with its size in bytes, as the runtime knows it: fields past that size do not exist.
 #pragma once

@@ -1,4 +1,5 @@
-// BackwardParams -> BackwardProblem: the checks of make_problem, and the gradients against what they belong to.
+// BackwardParams -> BackwardProblem: the checks of make_problem, and the gradients against what they belong
+// to.
 #include <fastattn/attention.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Where a call on host arrays is faster, by an estimate that counts the transfers. A pure function of the problem and
-// of a few measured speeds; `python -m fastattn tune` measures them.
+// Where a call on host arrays is faster, by an estimate that counts the transfers. A pure function of the
+// problem and of a few measured speeds; `python -m fastattn tune` measures them.
 #pragma once
 
 #include <string>

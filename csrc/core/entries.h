@@ -1,5 +1,5 @@
-// The entries of a call, read once: another thread may write to lengths and offsets meanwhile, and run() goes by
-// what plan() has read.
+// The entries of a call, read once: another thread may write to lengths and offsets meanwhile, and run() goes
+// by what plan() has read.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What is planned for each entry of a call, and the way from an item of work to its entry. Plain structs: ISA files
-// hold no containers.
+// What is planned for each entry of a call, and the way from an item of work to its entry. Plain structs: ISA
+// files hold no containers.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct Place {
     std::int64_t shared;  // where the part of the entry begins
 };
 
-// Planned has phases, and `shared` and `shared_size`: where the entry's part of the shared workspace begins, and its
-// bytes. Alike entries have one row, whose phases and shared part are those of the first of them.
+// Planned has phases, and `shared` and `shared_size`: where the entry's part of the shared workspace begins,
+// and its bytes. Alike entries have one row, whose phases and shared part are those of the first of them.
 template <class Planned>
 struct EntryTable {
     const Planned* rows = nullptr;

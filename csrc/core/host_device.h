@@ -1,4 +1,5 @@
-// FASTATTN_HOST_DEVICE marks small functions that CPU code and CUDA kernels share, so that each rule stands once.
+// FASTATTN_HOST_DEVICE marks small functions that CPU code and CUDA kernels share, so that each rule stands
+// once.
 #pragma once
 
 #if defined(__CUDACC__)

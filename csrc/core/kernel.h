@@ -62,9 +62,11 @@ struct Kernel {
     const char* (*unavailable)();
     Pass<AttentionProblem> forward;
     Pass<BackwardProblem> backward{};  // empty: the kernel has none
-    // Empty when it runs on this device, which is a usable one of `device`'s type, else the reason; nullptr: on all of them.
+    // Empty when it runs on this device, which is a usable one of `device`'s type, else the reason; nullptr:
+    // on all of them.
     std::string (*refuses_device)(Device) = nullptr;
-    // Why it is taken only when it is asked for by name, or nullptr: a kernel that its own hardware has not proven.
+    // Why it is taken only when it is asked for by name, or nullptr: a kernel that its own hardware has not
+    // proven.
     const char* unproven = nullptr;
 };
 

@@ -1,10 +1,12 @@
-// Where keys and values lie: the one place that turns the number of a key into an address. Kernels that pack ask for
-// single keys, those that read keys where they lie ask for runs.
+// Where keys and values lie: the one place that turns the number of a key into an address, on the host and on
+// devices. Kernels that pack ask for single keys, those that read keys where they lie ask for runs.
 #pragma once
 
 #include <cstdint>
 
 #include <fastattn/attention.h>
+
+#include "core/host_device.h"
 
 namespace fastattn {
 namespace {
@@ -21,15 +23,15 @@ struct KeyRun {
 template <class T>
 class KeyRows {
 public:
-    KeyRows(const Operand& x, std::int64_t b, std::int64_t head)
+    FASTATTN_HOST_DEVICE KeyRows(const Operand& x, std::int64_t b, std::int64_t head)
         : first_(static_cast<const T*>(x.data) + b * x.batch + head * x.head),
           key_(x.seq),
           head_(x.head),
           number_(x.dim) {}
 
     // Number 0 of key j.
-    const T* operator[](std::int64_t j) const { return first_ + j * key_; }
-    std::int64_t number_stride() const { return number_; }
+    FASTATTN_HOST_DEVICE const T* operator[](std::int64_t j) const { return first_ + j * key_; }
+    FASTATTN_HOST_DEVICE std::int64_t number_stride() const { return number_; }
 
     // As many of the keys [j, j + n) as lie one stride apart.
     KeyRun<T> run(std::int64_t j, std::int64_t n) const { return {(*this)[j], n, key_, head_, number_}; }

@@ -32,8 +32,8 @@ void check_lengths(const char* name, const HeadOperand& lens, Index batch, Index
     }
 }
 
-// Where a mask or bias with the axes (B, Sk) or (B, Sq, Sk) belongs; empty for others. As it is, it would broadcast
-// over queries and heads, or not at all.
+// Where a mask or bias with the axes (B, Sk) or (B, Sq, Sk) belongs; empty for others. As it is, it would
+// broadcast over queries and heads, or not at all.
 std::string axis_hint(const char* name, const TensorView& view, const AttentionProblem& p) {
     const bool by_entry = (view.rank == 2 || view.rank == 3) && view.shape[0] == p.batch && p.batch > 1 &&
                           view.shape[view.rank - 1] == p.kv_size;

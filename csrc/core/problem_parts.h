@@ -120,7 +120,8 @@ inline void check_byte_count(const char* name, std::initializer_list<std::int64_
 // Everything of a problem but its outputs; `arrays` collects what it read.
 AttentionProblem read_inputs(const AttentionParams& params, Arrays& arrays);
 
-// An array with the axes of q, k or v: checked against the sizes that it must have, because of the array `like`.
+// An array with the axes of q, k or v: checked against the sizes that it must have, because of the array
+// `like`.
 Operand to_matching_operand(const char* name, const TensorView& view, const AttentionParams& params,
                             const SizePattern& sizes, DType dtype, const char* like_name,
                             const TensorView& like);

@@ -1,5 +1,6 @@
-// What is done to scale * q.k before biases: the one place for its definition, its slope and its limits, for CPU, CUDA
-// and reference. Today that is the softcap, c tanh(s / c). Kernels have their vector forms of it beside them.
+// What is done to scale * q.k before biases: the one place for its definition, its slope and its limits, for
+// CPU, CUDA and reference. Today that is the softcap, c tanh(s / c). Kernels have their vector forms of it
+// beside them.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Which pairs of row and key attend, by lengths, causal, window and the bool mask: one rule for every kernel, for single
-// rows and for blocks of them. The ranges of single rows serve devices, too.
+// Which pairs of row and key attend, by lengths, causal, window and the bool mask: one rule for every kernel,
+// for single rows and for blocks of them. What is asked of ranges serves devices, too.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ namespace {
 }
 
 // Row i of a batch entry with `keys` valid keys, whose row 0 stands at `first_position`. Saturating, so any
-// q_offset is safe: i is added last, i >= 0 and sizes are far below 2^63, so a sum that saturated before is still
-// on the right side of [0, keys] after it.
+// q_offset is safe: i is added last, i >= 0 and sizes are far below 2^63, so a sum that saturated before is
+// still on the right side of [0, keys] after it.
 [[maybe_unused]] FASTATTN_HOST_DEVICE static inline KeyRange attended_range(const AttentionProblem& p,
                                                                             std::int64_t keys,
                                                                             std::int64_t first_position,
@@ -42,6 +42,25 @@ namespace {
         const std::int64_t past = saturating_add(saturating_add(first_position, reach), 1);
         range.end = clamped(saturating_add(past, i), range.begin, keys);
     }
+    return range;
+}
+
+// Of a row with the keys [begin, end): one key, all of n keys from j on.
+template <class Int>
+FASTATTN_HOST_DEVICE inline bool sees_key(Int begin, Int end, Int j) noexcept {
+    return j >= begin && j < end;
+}
+template <class Int>
+FASTATTN_HOST_DEVICE inline bool sees_all(Int begin, Int end, Int j, Int n) noexcept {
+    return begin <= j && end >= j + n;
+}
+
+// The keys that any of neighbouring rows may attend: both ends rise with the row.
+[[maybe_unused]] FASTATTN_HOST_DEVICE static inline KeyRange range_of_rows(const KeyRange& first,
+                                                                           const KeyRange& last) noexcept {
+    KeyRange range;
+    range.begin = first.begin;
+    range.end = last.end;
     return range;
 }
 
@@ -67,7 +86,7 @@ inline void add_row(RowsRange& rows, std::int64_t begin, std::int64_t end) noexc
 // n keys from j on.
 inline Seen seen_by(const RowsRange& rows, std::int64_t j, std::int64_t n) noexcept {
     if (rows.begin >= rows.end || rows.begin >= j + n || rows.end <= j) return Seen::none;
-    return rows.all_begin <= j && rows.all_end >= j + n ? Seen::all : Seen::some;
+    return sees_all(rows.all_begin, rows.all_end, j, n) ? Seen::all : Seen::some;
 }
 
 // Whether any of n mask bytes from (b, head, query, j) on is set.

@@ -65,8 +65,13 @@ constexpr TableFn scalar_table = &scalar_kernels;
 [[maybe_unused]] const char* missing_nothing() noexcept { return nullptr; }
 
 template <TableFn table>
+const char* refuses_dtypes(const AttentionProblem& p) {
+    return table().find(p) != nullptr ? nullptr : "it has no row for these dtypes of k and v beside q's";
+}
+
+template <TableFn table>
 KernelPlan flash_plan(const AttentionProblem& p, Device, int threads, bool with_text) {
-    const TileShape& tile = table().of(p.dtype).tile;
+    const TileShape& tile = table().find(p)->tile;
     auto schedule = std::make_unique<const ForwardSchedule>(p, tile, threads);
     KernelPlan result;
     result.shared_bytes = schedule->flash().shared_bytes;
@@ -79,7 +84,7 @@ KernelPlan flash_plan(const AttentionProblem& p, Device, int threads, bool with_
 
 template <TableFn table>
 void flash_run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
-    const DtypeKernel& kernel = table().of(p.dtype);
+    const DtypeKernel& kernel = *table().find(p);
     const FlashSchedule& schedule = static_cast<const ForwardSchedule*>(workspace.schedule)->flash();
     const FlashCall call{p, schedule, workspace.shared, executor};
     auto forward = [&](std::int64_t item, int slot) {
@@ -96,7 +101,7 @@ void flash_run(const AttentionProblem& p, const Target&, const Workspace& worksp
 
 template <TableFn table>
 KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool with_text) {
-    const TileShape& tile = table().of(p.forward.dtype).tile;
+    const TileShape& tile = table().find(p.forward)->tile;
     auto schedule = std::make_unique<const GradientSchedule>(p, tile, threads);
     const BackwardSchedule& backward = schedule->backward();
     KernelPlan result;
@@ -110,7 +115,7 @@ KernelPlan backward_plan(const BackwardProblem& p, Device, int threads, bool wit
 
 template <TableFn table>
 void backward_run(const BackwardProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
-    const DtypeKernel& kernel = table().of(p.forward.dtype);
+    const DtypeKernel& kernel = *table().find(p.forward);
     const BackwardSchedule& schedule = static_cast<const GradientSchedule*>(workspace.schedule)->backward();
     const BackwardCall call{p, schedule, workspace.shared, executor};
     const auto for_each = [&](BackwardPhase phase, std::int64_t items, std::int64_t groups) {
@@ -140,10 +145,9 @@ constexpr Kernel row(const char* name, std::span<const DType> dtypes, const char
                 DeviceType::cpu,
                 dtypes,
                 [] { return missing(); },
-                {[](const AttentionProblem&) -> const char* { return nullptr; }, &flash_plan<table>,
-                 &flash_run<table>},
-                {[](const BackwardProblem&) -> const char* { return nullptr; }, &backward_plan<table>,
-                 &backward_run<table>}};
+                {&refuses_dtypes<table>, &flash_plan<table>, &flash_run<table>},
+                {[](const BackwardProblem& p) { return refuses_dtypes<table>(p.forward); },
+                 &backward_plan<table>, &backward_run<table>}};
     }
 }
 

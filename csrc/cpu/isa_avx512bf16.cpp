@@ -1,5 +1,5 @@
-// cpu-avx512bf16: bf16 products two at a time (vdpbf16ps). Only decode's values are widened to f32, as in cpu-avx512,
-// where one row takes them or Dv is no multiple of 32.
+// cpu-avx512bf16: bf16 products two at a time (vdpbf16ps). Only decode's values are widened to f32, as in
+// cpu-avx512, where one row takes them or Dv is no multiple of 32.
 #include "cpu/flash/engine_bf16.h"
 #include "cpu/isa_table.h"
 
@@ -19,7 +19,7 @@ struct Bf16DotChain {
 
 constexpr IsaKernels make_table() {
     IsaKernels table;
-    table.bf16 = dtype_kernel<Bf16DotEngine, FmaEngine<float, Avx512, 6, 4>, bf16_t>();
+    table.add(dtype_kernel<Bf16DotEngine, FmaEngine<float, Avx512, 6, 4>, bf16_t>());
     table.fma_burst_bf16 = &chain_burst<Bf16DotChain, 24>;
     return table;
 }

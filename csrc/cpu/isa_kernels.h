@@ -1,5 +1,5 @@
-// What an ISA file gives to the baseline: plain function pointers per dtype. Everything else in those
-// files has internal linkage.
+// What an ISA file gives to the baseline: plain function pointers for each combination of dtypes. Everything
+// else in those files has internal linkage.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,8 @@
 namespace fastattn::cpu {
 
 struct DtypeKernel {
-    TileShape tile;
+    DType q = DType::f32, k = DType::f32, v = DType::f32;
+    TileShape tile{};
     // Items [0, plan.items), then [0, plan.merge_items). workspace: plan.per_thread_bytes, 64-byte aligned.
     void (*forward)(const FlashCall& call, std::int64_t item, std::byte* workspace) = nullptr;
     void (*merge)(const FlashCall& call, std::int64_t item) = nullptr;
@@ -24,14 +25,21 @@ struct DtypeKernel {
 };
 
 struct IsaKernels {
-    DtypeKernel f64, f32, f16, bf16;
+    static constexpr int kMost = 4;
+    DtypeKernel rows[kMost]{};
+    int count = 0;
     // FLOPs done by so many iterations of independent multiply-adds: the ceiling of this ISA.
     double (*fma_burst_f64)(std::int64_t iterations) = nullptr;
     double (*fma_burst_f32)(std::int64_t iterations) = nullptr;
     double (*fma_burst_bf16)(std::int64_t iterations) = nullptr;
 
-    const DtypeKernel& of(DType dtype) const {
-        return dtype == DType::f64 ? f64 : dtype == DType::f32 ? f32 : dtype == DType::f16 ? f16 : bf16;
+    constexpr void add(const DtypeKernel& row) { rows[count++] = row; }
+    // nullptr where it has none for these dtypes.
+    const DtypeKernel* find(const AttentionProblem& p) const {
+        for (const DtypeKernel *row = rows, *end = rows + count; row != end; ++row) {
+            if (row->q == p.dtype && row->k == p.k_dtype && row->v == p.v_dtype) return row;
+        }
+        return nullptr;
     }
 };
 

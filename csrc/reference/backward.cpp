@@ -1,12 +1,14 @@
-// The gradients by their definition (attention.h), in double, one sum at a time: each element of dq, dk, dv, dbias,
-// dalibi and dsinks is the work of one item, which recomputes P and dS of all the pairs in its sum. So nothing is added
-// up across items, and a pair that a row may not attend is never read.
+// The gradients by their definition (attention.h), in double, one sum at a time: each element of dq, dk, dv,
+// dbias, dalibi and dsinks is the work of one item, which recomputes P and dS of all the pairs in its sum. So
+// nothing is added up across items, and a pair that a row may not attend is never read.
 #include "reference/backward.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "core/broadcast.h"
 #include "reference/row.h"
+#include "reference/schedule.h"
 
 namespace fastattn {
 namespace {
@@ -21,11 +23,17 @@ struct RowState {
 template <class T>
 class Backward {
 public:
-    Backward(const BackwardProblem& problem, double* query, RowState* rows, Executor& executor)
-        : b_(problem), p_(problem.forward), query_(query), rows_(rows), executor_(executor) {}
+    Backward(const BackwardProblem& problem, const ReferenceSchedule& entries, double* query, RowState* rows,
+             Executor& executor)
+        : b_(problem),
+          p_(problem.forward),
+          entries_(entries),
+          query_(query),
+          rows_(rows),
+          executor_(executor) {}
 
     void prepare(Index b, Index h, Index i) {
-        const ReferenceRow<T> row(p_, query_, b, h, i);
+        const ReferenceRow<T> row = row_of(b, h, i);
         RowState& state = state_of(row);
         state = {};
         if (!row.exists) return;
@@ -41,8 +49,9 @@ public:
             state.delta -= load_real(b_.dlse.data, b_.dlse.dtype, score_index(b_.dlse, b, h, i, 0));
         state.top = load_real(p_.lse.data, p_.lse.dtype, score_index(p_.lse, b, h, i, 0));
         state.share = 1.0;
-        // From some size on lse says too little of the sum of the weights; beside a bias of -1e9 nothing. It is found
-        // anew, and used where it agrees with lse as far as that tells (it may be of more keys than these).
+        // From some size on lse says too little of the sum of the weights; beside a bias of -1e9 nothing. It
+        // is found anew, and used where it agrees with lse as far as that tells (it may be of more keys than
+        // these).
         const bool wide = p_.lse.dtype == DType::f64;
         const double epsilon =
             wide ? std::numeric_limits<double>::epsilon() : double(std::numeric_limits<float>::epsilon());
@@ -81,7 +90,7 @@ public:
 
     void query_row(Index b, Index h, Index i, double* acc) {
         std::fill(acc, acc + p_.head_dim, 0.0);
-        const ReferenceRow<T> row(p_, query_, b, h, i);
+        const ReferenceRow<T> row = row_of(b, h, i);
         if (row.exists) {
             row.for_attended_keys(executor_, [&](Index j, double bias) {
                 const double ds = pair(row, j, bias).ds_product;
@@ -116,10 +125,10 @@ public:
         for (Index bb = b; bb < last(x.batch, b, p_.batch); ++bb)
             for (Index hh = h; hh < last(x.head, h, p_.q_heads); ++hh)
                 for (Index ii = i; ii < last(x.query, i, p_.q_size) && !executor_.stop_requested(); ++ii) {
-                    const ReferenceRow<T> row(p_, query_, bb, hh, ii);
+                    const ReferenceRow<T> row = row_of(bb, hh, ii);
                     for (Index jj = j; jj < last(x.key, j, p_.kv_size); ++jj) {
                         double bias;
-                        if (row.exists && jj >= row.range.begin && jj < row.range.end &&
+                        if (row.exists && sees_key(row.range.begin, row.range.end, jj) &&
                             row.attends(jj, bias))
                             sum += pair(row, jj, bias).ds;
                     }
@@ -149,6 +158,7 @@ public:
     }
 
 private:
+    ReferenceRow<T> row_of(Index b, Index h, Index i) const { return {p_, entries_[b], query_, b, h, i}; }
     RowState& state_of(const ReferenceRow<T>& row) const {
         return rows_[(row.b * p_.q_heads + row.h) * p_.q_size + row.i];
     }
@@ -157,17 +167,16 @@ private:
     template <class F>
     void for_rows(const ScoreOperand& result, Index b, Index h, F f) {
         for (Index bb = b; bb < (result.batch == 0 ? p_.batch : b + 1); ++bb)
-            for (Index i = 0; i < p_.q_len(bb) && !executor_.stop_requested(); ++i)
-                f(ReferenceRow<T>(p_, query_, bb, h, i));
+            for (Index i = 0; i < entries_[bb].q_len && !executor_.stop_requested(); ++i) f(row_of(bb, h, i));
     }
 
     template <class F>
     void for_attending_rows(Index b, Index h, Index j, F f) {
-        for (Index i = 0; i < p_.q_len(b); ++i) {
+        for (Index i = 0; i < entries_[b].q_len; ++i) {
             if (i % 16 == 0 && executor_.stop_requested()) return;
-            const KeyRange range = p_.key_range(b, i);
-            if (j < range.begin || j >= range.end) continue;
-            const ReferenceRow<T> row(p_, query_, b, h, i);
+            const KeyRange range = entry_keys(p_, entries_[b], i);
+            if (!sees_key(range.begin, range.end, j)) continue;
+            const ReferenceRow<T> row = row_of(b, h, i);
             double bias;
             if (row.attends(j, bias)) f(row, bias);
         }
@@ -180,6 +189,7 @@ private:
 
     const BackwardProblem& b_;
     const AttentionProblem& p_;
+    const ReferenceSchedule& entries_;
     double* query_;  // (D,)
     RowState* rows_;  // (B, Hq, Sq)
     Executor& executor_;
@@ -194,6 +204,7 @@ KernelPlan plan_reference_backward(const BackwardProblem& problem, Device, int, 
     plan.shared_bytes = rows * sizeof(RowState);
     plan.per_thread_bytes = static_cast<std::size_t>(2 * p.head_dim + p.value_dim) * sizeof(double);
     plan.work_items = std::max({p.batch * p.q_heads * p.q_size, p.batch * p.kv_heads * p.kv_size, Index{1}});
+    plan.schedule = std::make_unique<const ReferenceSchedule>(p);
     if (describe) plan.algorithm = "element by element in double, every sum by itself";
     return plan;
 }
@@ -209,8 +220,8 @@ void run_reference_backward(const BackwardProblem& problem, const Target&, const
                 auto* scratch = reinterpret_cast<double*>(
                     workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
                 if (executor.stop_requested()) return;
-                Backward<T> backward(problem, scratch, reinterpret_cast<RowState*>(workspace.shared),
-                                     executor);
+                Backward<T> backward(problem, ReferenceSchedule::of(workspace), scratch,
+                                     reinterpret_cast<RowState*>(workspace.shared), executor);
                 f(backward, item, scratch + p.head_dim);
             };
             executor.for_each(items, item_fn);

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "reference/backward.h"
 #include "reference/row.h"
+#include "reference/schedule.h"
 
 namespace fastattn {
 namespace {
@@ -85,12 +87,14 @@ KernelPlan plan(const AttentionProblem& p, Device, int, bool describe) {
     KernelPlan plan;
     plan.per_thread_bytes = static_cast<std::size_t>(p.head_dim + p.value_dim) * sizeof(double);
     plan.work_items = p.batch * p.q_heads * row_blocks(p);
+    plan.schedule = std::make_unique<const ReferenceSchedule>(p);
     if (describe) plan.algorithm = "row by row in double, two passes over the keys";
     return plan;
 }
 
 void run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const Index blocks = row_blocks(p);
+    const ReferenceSchedule& entries = ReferenceSchedule::of(workspace);
     with_element_type(p.dtype, [&](auto element) {
         using T = decltype(element);
         auto item_fn = [&](Index item, int slot) {
@@ -99,7 +103,7 @@ void run(const AttentionProblem& p, const Target&, const Workspace& workspace, E
             const Index block = item % blocks, h = item / blocks % p.q_heads, b = item / blocks / p.q_heads;
             const Index end = std::min(p.q_size, (block + 1) * kRowsPerItem);
             for (Index i = block * kRowsPerItem; i < end && !executor.stop_requested(); ++i) {
-                const ReferenceRow<T> row(p, scratch, b, h, i);
+                const ReferenceRow<T> row(p, entries[b], scratch, b, h, i);
                 Forward<T>(row, executor, scratch + p.head_dim).compute();
             }
         };

@@ -1,4 +1,5 @@
-// The scores of one query row in double, by their definition: what the reference's forward and backward share.
+// The scores of one query row in double, by their definition: what the reference's forward and backward
+// share.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 
 #include <fastattn/attention.h>
 
-#include "core/entries.h"
+#include "core/entry.h"
 #include "core/keys.h"
 #include "core/philox.h"
 #include "core/scalar_access.h"
@@ -59,7 +60,8 @@ public:
     using Index = std::int64_t;
     static constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-    ReferenceRow(const AttentionProblem& problem, double* scratch, Index batch, Index head, Index row)
+    ReferenceRow(const AttentionProblem& problem, const Entry& entry, double* scratch, Index batch,
+                 Index head, Index row)
         : p(problem),
           b(batch),
           h(head),
@@ -68,7 +70,6 @@ public:
           keys(p.k, b, kv_head),
           values(p.v, b, kv_head),
           query(scratch) {
-        const Entry entry = read_entry(p, b);
         exists = i < entry.q_len;
         range = entry_keys(p, entry, i);
         position = static_cast<double>(entry.offset) + static_cast<double>(i);

@@ -1,5 +1,5 @@
-// Keeps a worker off its caller's CPU. A scheduler may leave both there for milliseconds - longer than most calls -
-// because at the moment of the wake-up some thread of another library was still spinning elsewhere.
+// Keeps a worker off its caller's CPU. A scheduler may leave both there for milliseconds - longer than most
+// calls - because at the moment of the wake-up some thread of another library was still spinning elsewhere.
 #pragma once
 
 #if defined(__linux__)
@@ -17,8 +17,8 @@ class CpuPlacement {
 public:
     // On the worker's own thread, before all else.
     void start() noexcept;
-    // From now on the worker stays off this CPU, unless that is the only one it has. An affinity that somebody
-    // else has given it meanwhile is kept. Where the system refuses, nothing changes.
+    // From now on the worker stays off this CPU, unless that is the only one it has. An affinity that
+    // somebody else has given it meanwhile is kept. Where the system refuses, nothing changes.
     void leave(int cpu) noexcept;
 
 private:

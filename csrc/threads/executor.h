@@ -14,8 +14,9 @@ public:
     virtual ~Executor() = default;
     virtual int threads() const noexcept = 0;  // slots are 0 .. threads()-1
     // Runs fn(context, item, slot) for every item in [0, items); returns when all are done. Throws
-    // Cancelled when stopped, and rethrows the first exception of an item. groups > 1: the items are so many equal
-    // groups, and neighbours' data share cache lines or pages; threads begin far apart and each goes on from where it is.
+    // Cancelled when stopped, and rethrows the first exception of an item. groups > 1: the items are so many
+    // equal groups, and neighbours' data share cache lines or pages; threads begin far apart and each goes on
+    // from where it is.
     virtual void parallel_for(std::int64_t items, ItemFn fn, void* context, std::int64_t groups) = 0;
     // Items call this between tiles (microseconds apart) and return early when it says true.
     // On the calling thread it also polls the caller (rate limited).

@@ -70,8 +70,8 @@ private:
 #endif
 };
 
-// The items of a job, in runs of neighbouring groups. A thread takes items from the run of its slot and, when that is
-// at its end, from the one with the most left.
+// The items of a job, in runs of neighbouring groups. A thread takes items from the run of its slot and, when
+// that is at its end, from the one with the most left.
 class ItemRuns {
 public:
     ItemRuns(Index items, Index groups, int threads) noexcept : items_(items), threads_(threads) {
@@ -103,8 +103,8 @@ public:
         }
     }
 
-    // What claim() would give to a thread that goes on in its own run. Set aside for it, unless it is one of the last,
-    // which are for whoever is free first.
+    // What claim() would give to a thread that goes on in its own run. Set aside for it, unless it is one of
+    // the last, which are for whoever is free first.
     Index look_ahead(int slot, Index& claimed) noexcept {
         Run& run = own(slot);
         const Index left = run.left();
@@ -421,8 +421,8 @@ namespace {
 
 std::atomic<int> thread_count{0};  // 0: not asked for yet
 
-// OMP_NUM_THREADS: a list of numbers above 0, one for each level of nested parallelism; the first is ours. 0 where it is
-// not set or, as OpenMP takes it, not such a list.
+// OMP_NUM_THREADS: a list of numbers above 0, one for each level of nested parallelism; the first is ours. 0
+// where it is not set or, as OpenMP takes it, not such a list.
 int openmp_thread_count() noexcept {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) return 0;

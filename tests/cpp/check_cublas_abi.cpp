@@ -72,8 +72,8 @@ static_assert(offsetof(HeuristicResult, waves) == offsetof(cublasLtMatmulHeurist
 static_assert(offsetof(HeuristicResult, reserved) == offsetof(cublasLtMatmulHeuristicResult_t, reserved));
 
 // ---- functions ------------------------------------------------------------------------------------
-// How the calling convention sees a type: opaque structures and enumerations of the two headers are other types,
-// but an integer is passed as an integer of its size and a pointer as a pointer.
+// How the calling convention sees a type: opaque structures and enumerations of the two headers are other
+// types, but an integer is passed as an integer of its size and a pointer as a pointer.
 struct Passed {
     char kind;
     std::size_t bytes;

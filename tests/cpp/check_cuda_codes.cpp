@@ -1,4 +1,5 @@
-// Compiled where CUDA's headers are, run never: the codes that csrc/cuda/simt/runtime.h spells out are NVIDIA's.
+// Compiled where CUDA's headers are, run never: the codes that csrc/cuda/simt/runtime.h spells out are
+// NVIDIA's.
 #include <driver_types.h>
 
 #if __has_include(<cuda.h>)

@@ -1,4 +1,5 @@
-// Compiled where jaxlib's headers are, run never: csrc/bindings/xla_ffi_abi.h says the same as xla/ffi/api/c_api.h.
+// Compiled where jaxlib's headers are, run never: csrc/bindings/xla_ffi_abi.h says the same as
+// xla/ffi/api/c_api.h.
 #include <xla/ffi/api/c_api.h>
 
 #include <cstddef>

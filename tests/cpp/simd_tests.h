@@ -277,7 +277,8 @@ void check_packed_product(std::int64_t keys, std::int64_t d, std::int64_t dim_st
     pack_keys<E>(kp.data(), rows_of(k, row_stride, dim_stride), keys, d);
     for (std::int64_t c = 0; c < padded; c += E::nr) {
         V acc[E::mr][E::nv];
-        // Work on the side changes nothing, and each step of it is done once, beside the product or before it.
+        // Work on the side changes nothing, and each step of it is done once, beside the product or before
+        // it.
         const auto multiply = [&](auto side, bool alone) {
             if (!alone) run_before<E>(side);
             for (auto& row : acc) {

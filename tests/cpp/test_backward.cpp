@@ -1,5 +1,5 @@
-// attention_backward: what make_backward_problem refuses, gradients by hand and by differences, and every kernel of this
-// machine against cpu-reference.
+// attention_backward: what make_backward_problem refuses, gradients by hand and by differences, and every
+// kernel of this machine against cpu-reference.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -138,7 +138,8 @@ TEST(BackwardKernels, AgreeWithTheReference) {
     }
 }
 
-// More keys than one block, so that dq is summed chunk by chunk: as one item with one thread, as several with five.
+// More keys than one block, so that dq is summed chunk by chunk: as one item with one thread, as several with
+// five.
 TEST(BackwardKernels, HaveTheSameBitsForAnyNumberOfThreads) {
     for (const KernelInfo& kernel : kernels()) {
         if (!kernel.usable || kernel.device != "cpu") continue;

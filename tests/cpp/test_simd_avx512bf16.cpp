@@ -6,7 +6,8 @@ namespace {
 
 TEST(Engine, Bf16Pairs) { check_engine<Bf16DotEngine, bf16_t>(); }
 
-// Weights are stored rounded to nearest even; those of a panel are summed as they are and as they were rounded.
+// Weights are stored rounded to nearest even; those of a panel are summed as they are and as they were
+// rounded.
 TEST(Engine, WeightsRoundToNearestEven) {
     using V = Vec<float, Avx512>;
     for (int i = 0; i < 16; ++i) {

@@ -275,7 +275,8 @@ TEST(ThreadPool, ItemsSeeTheCallersRounding) {
 // ---- fork -------------------------------------------------------------------------------------------
 class ThreadPoolFork : public ::testing::Test {
 protected:
-    // Neither ThreadSanitizer nor QEMU's user mode can start any thread in the child of a process with threads.
+    // Neither ThreadSanitizer nor QEMU's user mode can start any thread in the child of a process with
+    // threads.
     void SetUp() override {
         std::atomic<bool> stop{false};
         std::thread other([&] {
@@ -468,7 +469,8 @@ TEST(CpuPlacement, KeepsWhatOthersAllow) {
 }
 #endif
 
-// Far from the end of a run it is exactly what this thread computes next; and asking loses no item and repeats none.
+// Far from the end of a run it is exactly what this thread computes next; and asking loses no item and
+// repeats none.
 TEST(ThreadPool, NextItemIsWhatComesNext) {
     constexpr std::int64_t kItems = 1000;
     for (const std::int64_t groups : {1, 2, 8, 1000}) {

@@ -1,5 +1,6 @@
-// A cuBLASLt of the emulated GPU behind csrc/cuda/blas/abi.h. It checks what the library checks, rather more strictly,
-// and multiplies when the stream gets there. Products are summed in the compute type, one after another.
+// A cuBLASLt of the emulated GPU behind csrc/cuda/blas/abi.h. It checks what the library checks, rather more
+// strictly, and multiplies when the stream gets there. Products are summed in the compute type, one after
+// another.
 #include <algorithm>
 #include <cstring>
 #include <set>
@@ -218,8 +219,8 @@ void pack(const char* data, const Matrix& matrix, bool transpose, bool tf32, std
 template <class T>
 constexpr std::int64_t kWide = 32 / static_cast<std::int64_t>(sizeof(T));
 
-// sums[o * inner + i] = sum over t of u[t * inner + i] * v[o * depth + t], in the order of t; `inner` a multiple of
-// kWide. Vectors by hand, as -O2 makes none of loops like these.
+// sums[o * inner + i] = sum over t of u[t * inner + i] * v[o * depth + t], in the order of t; `inner` a
+// multiple of kWide. Vectors by hand, as -O2 makes none of loops like these.
 template <class T>
 void multiply(const T* u, const T* v, T* sums, std::int64_t inner, std::int64_t outer, std::int64_t depth) {
     typedef T V __attribute__((vector_size(16)));

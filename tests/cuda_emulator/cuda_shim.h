@@ -1,8 +1,10 @@
-// What sources of CUDA kernels need to compile as ordinary C++ and to run on the emulated GPU (simt.cpp). Blocks are
-// one-dimensional, shared memory is static arrays, lanes of a warp are 32. Each thread runs until it has to wait.
+// What sources of CUDA kernels need to compile as ordinary C++ and to run on the emulated GPU (simt.cpp).
+// Blocks are one-dimensional, shared memory is static arrays, lanes of a warp are 32. Each thread runs until
+// it has to wait.
 //
-// Stricter than a GPU: __syncthreads() wants every thread of the block, those that returned too; a warp function wants every
-// lane of its mask, with the same mask in the same function, and no shuffle may read a lane outside it.
+// Stricter than a GPU: __syncthreads() wants every thread of the block, those that returned too; a warp
+// function wants every lane of its mask, with the same mask in the same function, and no shuffle may read a
+// lane outside it.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -35,8 +37,8 @@ struct Dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
-// Queues a run of `body` in `stream` for each thread of each block; everything `body` captures must be a copy.
-// Errors are found by runtime::last_error().
+// Queues a run of `body` in `stream` for each thread of each block; everything `body` captures must be a
+// copy. Errors are found by runtime::last_error().
 void launch(Dim3 grid, unsigned block_threads, void* stream, std::function<void()> body);
 
 enum class WarpFunction { sync, shuffle, any, all, ballot };
@@ -44,8 +46,9 @@ enum class WarpFunction { sync, shuffle, any, all, ballot };
 std::uint64_t warp_exchange(WarpFunction function, unsigned mask, std::uint64_t value, unsigned source);
 unsigned warp_lane();
 
-// Waits until `ready()`, which any thread may evaluate, at any time, some other thread's state in mind: it may look at shared
-// memory and change it, but not at threadIdx. Nobody else is in a ready() or in atomically() meanwhile.
+// Waits until `ready()`, which any thread may evaluate, at any time, some other thread's state in mind: it
+// may look at shared memory and change it, but not at threadIdx. Nobody else is in a ready() or in
+// atomically() meanwhile.
 void wait_until(const std::function<bool()>& ready);
 void atomically(const std::function<void()>& change);
 

@@ -1,5 +1,5 @@
-// Control of the emulated GPU: what tests set, break and count. The GPU itself is runtime.cpp (memory and streams),
-// simt.cpp (kernels) and cublas.cpp (products); its memory is this machine's memory.
+// Control of the emulated GPU: what tests set, break and count. The GPU itself is runtime.cpp (memory and
+// streams), simt.cpp (kernels) and cublas.cpp (products); its memory is this machine's memory.
 #pragma once
 
 #include <cstddef>
@@ -21,10 +21,11 @@ void set_capturing(bool capturing);  // false; whether streams are being capture
 void set_cublas_available(bool available);  // true
 void set_cublas_version(std::size_t version);  // 130002
 void set_pointer_arrays_supported(bool supported);  // true; else the heuristic answers kNotSupported
-// false; else the threads of a block start from the last one: a missing barrier shows in one order or the other.
+// false; else the threads of a block start from the last one: a missing barrier shows in one order or the
+// other.
 void set_threads_reversed(bool reversed);
-// false; else copies of the copy engine happen when they are asked for, the earliest that the rules allow: a stage that is
-// given back too early shows.
+// false; else copies of the copy engine happen when they are asked for, the earliest that the rules allow: a
+// stage that is given back too early shows.
 void set_copies_eager(bool eager);
 bool copies_eager();
 

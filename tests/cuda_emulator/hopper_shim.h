@@ -1,6 +1,7 @@
-// The names of csrc/cuda/fused/sm90/hopper.h for the emulated GPU. Everything asynchronous happens as late as its waits allow: a copy
-// when somebody waits for its barrier, a product when its warp group waits for it. So a wait too few reads old data here; and with
-// set_copies_eager(), a stage given back too early is overwritten. Fences, pin() and the numbers of registers do nothing.
+// The names of csrc/cuda/fused/sm90/hopper.h for the emulated GPU. Everything asynchronous happens as late as
+// its waits allow: a copy when somebody waits for its barrier, a product when its warp group waits for it. So
+// a wait too few reads old data here; and with set_copies_eager(), a stage given back too early is
+// overwritten. Fences, pin() and the numbers of registers do nothing.
 //
 // An address of shared memory is the distance from begin_shared()'s.
 #pragma once
@@ -28,7 +29,7 @@ inline constexpr int kWarpGroup = 128;
     std::abort();
 }
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 inline const unsigned char*& shared_base() {
     static const unsigned char* base = nullptr;
     return base;
@@ -40,7 +41,7 @@ inline unsigned char* shared_byte(std::uint32_t address) {
     return const_cast<unsigned char*>(shared_base()) + address;
 }
 
-// ---- barriers -------------------------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------------------
 struct Barrier {
     std::uint64_t state;  // which phase this is
 };
@@ -92,7 +93,7 @@ inline NamedBarrier (&named_barriers())[16] {
     return barriers;
 }
 
-// ---- products -------------------------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------------------
 // A thread's products, group by group; the last group is open.
 using ProductQueue = std::deque<std::vector<std::function<void()>>>;
 inline ProductQueue& product_queue() {
@@ -173,7 +174,7 @@ inline void wait_named(int id, int threads) {
     emulator::wait_until([id, phase] { return named_barriers()[id].phase != phase; });
 }
 
-// ---- copies -------------------------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------------------
 inline void copy_box(void* target, const TensorMap* map, int column, int row, int head, int batch,
                      Barrier* barrier) {
     BoxCopy copy{static_cast<unsigned char*>(target), {}, {column, row, head, batch}, false};
@@ -193,7 +194,7 @@ void shrink_registers() {}
 template <int count>
 void grow_registers() {}
 
-// ---- products -------------------------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------------------
 inline void begin_products() {}
 inline void commit_products() { product_queue().emplace_back(); }
 template <int pending>

@@ -1,6 +1,6 @@
-// csrc/cuda/simt/runtime.h on this machine's memory. Streams are lazy: work runs only when someone waits for it, and then
-// no more of it than the rules of streams and events demand. So host code that forgets to wait, frees too early or
-// reuses a buffer sees it in every run, not in one of a thousand.
+// csrc/cuda/simt/runtime.h on this machine's memory. Streams are lazy: work runs only when someone waits for
+// it, and then no more of it than the rules of streams and events demand. So host code that forgets to wait,
+// frees too early or reuses a buffer sees it in every run, not in one of a thousand.
 #include "cuda/simt/runtime.h"
 #include "cuda/simt/tile_map.h"
 

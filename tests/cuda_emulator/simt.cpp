@@ -1,5 +1,5 @@
-// Kernels on the emulated GPU. One block at a time; its threads are fibers on one thread of the host, each of which
-// runs until it has to wait. With FASTATTN_EMULATOR_THREADS they are threads of the host.
+// Kernels on the emulated GPU. One block at a time; its threads are fibers on one thread of the host, each of
+// which runs until it has to wait. With FASTATTN_EMULATOR_THREADS they are threads of the host.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -84,8 +84,8 @@ std::uint64_t result_of(WarpFunction function, unsigned mask, unsigned source, c
 #if defined(FASTATTN_EMULATOR_THREADS)
 
 // ---- threads ----------------------------------------------------------------------------------------------
-// No lock is shared by the threads of a block: it would order accesses that the kernel leaves unordered, and hide the
-// race. So divergent barriers hang here; the fibers report them.
+// No lock is shared by the threads of a block: it would order accesses that the kernel leaves unordered, and
+// hide the race. So divergent barriers hang here; the fibers report them.
 
 struct Warp {
     explicit Warp(unsigned lanes) : barrier(lanes) {}
@@ -192,8 +192,8 @@ Scheduler& scheduler() {
 }
 
 #if defined(__x86_64__)
-// Saves what the ABI wants preserved, and the stack pointer to *save; goes on where `load` was saved. swapcontext()
-// would do but for its two system calls.
+// Saves what the ABI wants preserved, and the stack pointer to *save; goes on where `load` was saved.
+// swapcontext() would do but for its two system calls.
 extern "C" __attribute__((visibility("hidden"))) void fastattn_emulator_switch(void** save, void* load);
 asm(R"(
 .text
@@ -288,8 +288,8 @@ Context* new_fiber() {
     fiber->stack = stack;
     fiber->stack_bytes = kStackBytes;
 #if defined(__x86_64__)
-    // As if fiber_main had been about to be returned to: six registers, its address, and a null return address that
-    // also aligns the stack as a call does.
+    // As if fiber_main had been about to be returned to: six registers, its address, and a null return
+    // address that also aligns the stack as a call does.
     void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(&fiber_main);

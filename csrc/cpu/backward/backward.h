@@ -1,11 +1,13 @@
-// The backward pass, with P recomputed from lse (Dao et al., FlashAttention, arXiv:2205.14135, algorithm 4). For each
-// block of keys of a (batch, kv head), packed once: for each block of rows of each query head of the group
+// The backward pass, with P recomputed from lse (Dao et al., FlashAttention, arXiv:2205.14135, algorithm 4).
+// For each block of keys of a (batch, kv head), packed once: for each block of rows of each query head of the
+// group
 //
 //   x = score * log2 e   P = 2^(x - lse * log2 e)   dP = dout . v   dS = P (dP - delta)      panel.h
 //   dv += P^T dout   dk += dS^T q   dq += dS k                                               products.h
 //
-// dk and dv of a block of keys are sums over all rows, complete before the next block. dq is summed over the blocks of
-// a chunk of keys, and the chunks are added in order. Softcap turns dS into the derivative by scale * q.k for dq and dk.
+// dk and dv of a block of keys are sums over all rows, complete before the next block. dq is summed over the
+// blocks of a chunk of keys, and the chunks are added in order. Softcap turns dS into the derivative by scale
+// * q.k for dq and dk.
 #pragma once
 
 #include "cpu/backward/bias.h"
@@ -39,7 +41,7 @@ void take_totals(Acc* sums, const double* totals, std::int64_t n) {
 }
 
 // dk and dv of a block of keys, and what it adds to dq of all rows of the kv head.
-template <class E, class S>
+template <class E, class S, class K, class W>
 void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typename E::Acc* dq) {
     using V = typename E::V;
     const AttentionProblem& p = block.forward;
@@ -60,12 +62,12 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
                 end_section(at.dv, at.dv_total, dv_size);
                 blocks = 1;
             }
-            if (!start_rows<E, S>(block, kv_head * p.group + g, i)) continue;
+            if (!start_rows<E, S, K, W>(block, kv_head * p.group + g, i)) continue;
             if (!find_ds(block)) return;
             auto* const dq_rows = dq + (g * q_len + i) * plan.d_stride;
             add_key_products(block);
             add_query_products(block, dq_rows);
-            if (block.careful) add_bad_products<E, S>(block, dq_rows);
+            if (block.careful) add_bad_products<E, S, K>(block, dq_rows);
         }
     }
     if (plan.sections) {
@@ -74,15 +76,15 @@ void add_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, typ
     }
     const Operand &dk = block.problem.dk, &dv = block.problem.dv;
     for (std::int64_t c = 0; c < block.keys.size; ++c) {
-        store_row<V, S>(dk, block.x.batch, j + c, kv_head, p.head_dim, at.dk + c * plan.d_stride,
+        store_row<V, K>(dk, block.x.batch, j + c, kv_head, p.head_dim, at.dk + c * plan.d_stride,
                         block.x.scale);
-        store_row<V, S>(dv, block.x.batch, j + c, kv_head, p.value_dim, at.dv + c * plan.v_stride,
+        store_row<V, W>(dv, block.x.batch, j + c, kv_head, p.value_dim, at.dv + c * plan.v_stride,
                         block.keep_factor);
     }
 }
 
 // All blocks of keys of a chunk; dq is what the chunk gives to it.
-template <class E, class S>
+template <class E, class S, class K, class W>
 void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk, typename E::Acc* dq) {
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
@@ -102,14 +104,14 @@ void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk
     for (std::int64_t kb = begin; kb < end && kb < plan.key_blocks; ++kb) {
         if (plan.dq_sections && kb > begin && (kb - begin) % kSectionBlocks == 0)
             end_section(dq, total, dq_size);
-        add_keys<E, S>(block, kv_head, kb * plan.key_block, dq);
+        add_keys<E, S, K, W>(block, kv_head, kb * plan.key_block, dq);
         if (block.executor.stop_requested()) return;
     }
     if (plan.dq_sections) take_totals(dq, total, dq_size);
 }
 
 // dq, dk, dv of an entry. Items: (chunk, kv head) with split, else kv heads.
-template <class E, class S>
+template <class E, class S, class K, class W>
 void find_gradients(BackwardBlock<E>& block, std::int64_t item, typename E::Acc* partials) {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -118,12 +120,13 @@ void find_gradients(BackwardBlock<E>& block, std::int64_t item, typename E::Acc*
     const std::int64_t kv_head = item % p.kv_heads, q_len = block.x.entry.q_len;
     if (plan.split) {
         const std::int64_t chunk = item / p.kv_heads;
-        add_chunk<E, S>(block, kv_head, chunk, partials + (kv_head * plan.chunks + chunk) * plan.dq_size);
+        add_chunk<E, S, K, W>(block, kv_head, chunk,
+                              partials + (kv_head * plan.chunks + chunk) * plan.dq_size);
         return;
     }
     Acc* const dq = block.at.dq;
     for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        add_chunk<E, S>(block, kv_head, chunk, chunk == 0 ? dq : block.at.dq_chunk);
+        add_chunk<E, S, K, W>(block, kv_head, chunk, chunk == 0 ? dq : block.at.dq_chunk);
         if (block.executor.stop_requested()) return;
         if (chunk > 0) add_to<V>(dq, block.at.dq_chunk, plan.dq_size);
     }
@@ -153,7 +156,8 @@ void merge_chunks(const BackwardBlock<E>& block, std::int64_t item, typename E::
     }
 }
 
-template <class E, class S>
+// S, K, W: dtypes of q, k, v and of their gradients.
+template <class E, class S, class K, class W>
 void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t item, std::byte* workspace) {
     const EntryTable<BackwardEntry>& entries = call.schedule.entries;
     if (phase == BackwardPhase::gradients || phase == BackwardPhase::merge) {
@@ -162,12 +166,12 @@ void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t 
         BackwardBlock<E> block(call, place.entry->plan, place.batch, place.entry->lengths, workspace);
         auto* const partials = reinterpret_cast<typename E::Acc*>(call.shared + place.shared);
         if (merges) return merge_chunks<E, S>(block, place.item, partials);
-        return find_gradients<E, S>(block, place.item, partials);
+        return find_gradients<E, S, K, W>(block, place.item, partials);
     }
     BackwardBlock<E> block(call, call.schedule.whole, 0, entries.rows[0].lengths, workspace);
-    if (phase == BackwardPhase::prepare) return prepare_rows<E, S>(block, item);
+    if (phase == BackwardPhase::prepare) return prepare_rows<E, S, K>(block, item);
     if (phase == BackwardPhase::heads) return find_head_gradients(block, item);
-    find_bias_gradient<E, S>(block, item);
+    find_bias_gradient<E, S, K, W>(block, item);
 }
 
 }  // namespace

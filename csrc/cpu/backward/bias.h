@@ -1,4 +1,5 @@
-// dbias: a pass of its own, whose items are blocks of the bias. Axes that the bias broadcasts are summed inside of an item.
+// dbias: a pass of its own, whose items are blocks of the bias. Axes that the bias broadcasts are summed
+// inside of an item.
 #pragma once
 
 #include "core/broadcast.h"
@@ -33,9 +34,9 @@ void store_bias(const BackwardBlock<E>& block, std::int64_t b, std::int64_t h, s
     }
 }
 
-// One block of dbias: dS anew for all heads, rows and keys that the bias of the block served. Rows and keys that
-// the bias does not tell apart are first summed at their places in their blocks.
-template <class E, class S>
+// One block of dbias: dS anew for all heads, rows and keys that the bias of the block served. Rows and keys
+// that the bias does not tell apart are first summed at their places in their blocks.
+template <class E, class S, class K, class W>
 void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
     const AttentionProblem& p = block.forward;
     const BackwardPlan& plan = block.plan;
@@ -62,7 +63,7 @@ void find_bias_gradient(BackwardBlock<E>& block, std::int64_t item) {
                         end_section(block.at.dbias, block.at.dbias_total, size);
                         blocks = 1;
                     }
-                    if (start_rows<E, S>(block, hh, i * plan.row_block) && !find_ds(block)) return;
+                    if (start_rows<E, S, K, W>(block, hh, i * plan.row_block) && !find_ds(block)) return;
                 }
             }
         }

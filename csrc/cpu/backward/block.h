@@ -1,5 +1,5 @@
-// What the parts of the backward pass share: the arguments, a thread's buffers, and which block of rows is being computed
-// against which block of keys.
+// What the parts of the backward pass share: the arguments, a thread's buffers, and which block of rows is
+// being computed against which block of keys.
 //
 //   k, v (panels, D or Dv units, nr)      k rows (panels of D, keys, nr)       P, dS (rows, keys)
 //   q, dout rows (rows, D or Dv units)    q, dout panels (panels, rows, nr)

@@ -29,14 +29,15 @@ void start_keys(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t j, s
     block.keys.size = left < block.plan.key_block ? left : block.plan.key_block;
 }
 
-template <class E, class S>
+template <class E, class K, class W>
 void pack_key_block(BackwardBlock<E>& block) {
     using V = typename E::V;
     constexpr int w = V::width;
     const AttentionProblem& p = block.forward;
     const BackwardBuffers<E>& at = block.at;
     KeyBlock& keys = block.keys;
-    const KeyRows<S> k(p.k, block.x.batch, keys.head), v(p.v, block.x.batch, keys.head);
+    const KeyRows<K> k(p.k, block.x.batch, keys.head);
+    const KeyRows<W> v(p.v, block.x.batch, keys.head);
     const RowsFrom block_k{k, keys.first}, block_v{v, keys.first};
     pack_keys<E>(at.k_panels, block_k, keys.size, p.head_dim);
     pack_keys<E>(at.v_panels, block_v, keys.size, p.value_dim);
@@ -56,9 +57,9 @@ void pack_key_block(BackwardBlock<E>& block) {
 // Whether any of n rows from i on attends any of the keys [first, first + keys), by the ranges alone.
 inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t i, std::int64_t n,
                         std::int64_t first, std::int64_t keys) {
-    // Both ends of the ranges rise with the row.
-    return n > 0 && entry_keys(p, entry, i).begin < first + keys &&
-           entry_keys(p, entry, i + n - 1).end > first;
+    if (n == 0) return false;
+    const KeyRange range = range_of_rows(entry_keys(p, entry, i), entry_keys(p, entry, i + n - 1));
+    return range.begin < first + keys && range.end > first;
 }
 
 // The first block of rows from i on, of one head, that has weights in the keys; q_len if there is none.
@@ -71,8 +72,9 @@ inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& pla
     return entry.q_len;
 }
 
-// Asks for the next block of rows; beside the last one of a block of keys for the gradients of these, and the next keys.
-template <class E, class S>
+// Asks for the next block of rows; beside the last one of a block of keys for the gradients of these, and the
+// next keys.
+template <class E, class S, class K, class W>
 void plan_ahead(BackwardBlock<E>& block) {
     constexpr std::int64_t kMostShare = 64;  // between two questions whether to stop
     constexpr std::int64_t kMostBytes = 512 * 1024;  // of dq: more has no place in L2
@@ -83,10 +85,10 @@ void plan_ahead(BackwardBlock<E>& block) {
     ahead = {};
     if (block.into_bias) return;  // another order of blocks
     std::int64_t most = 0;
-    const auto ask = [&]<bool for_writing>(RowPrefetch<for_writing>& to, const Operand& x, std::int64_t b,
-                                           std::int64_t i, std::int64_t h, std::int64_t dim, std::int64_t n,
-                                           std::int64_t heads = 1) {
-        to = rows_ahead<S, for_writing>(x, b, i, h, dim, n, heads);
+    const auto ask = [&]<class T, bool for_writing>(
+                         T, RowPrefetch<for_writing>& to, const Operand& x, std::int64_t b, std::int64_t i,
+                         std::int64_t h, std::int64_t dim, std::int64_t n, std::int64_t heads = 1) {
+        to = rows_ahead<T, for_writing>(x, b, i, h, dim, n, heads);
         if (n * heads > most) most = n * heads;
     };
     const auto rest = [](std::int64_t size, std::int64_t first, std::int64_t n) {
@@ -100,14 +102,14 @@ void plan_ahead(BackwardBlock<E>& block) {
     if (row == entry->q_len && ++head < first_head + p.group)
         row = next_rows(p, *plan, *entry, 0, keys.first, keys.size);
     if (row == entry->q_len) {
-        ask(ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
-        ask(ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
+        ask(K{}, ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
+        ask(W{}, ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
         std::int64_t kv_head = keys.head, key = keys.first + plan->key_block;
         if (key >= entry->kv_len || (plan->split && key % (plan->chunk_blocks * plan->key_block) == 0)) {
             const std::int64_t dq_bytes =
                 p.group * entry->q_len * p.head_dim * static_cast<std::int64_t>(sizeof(S));
             if (!plan->split && dq_bytes <= kMostBytes)
-                ask(ahead.dq, problem.dq, b, 0, first_head, p.head_dim, entry->q_len, p.group);
+                ask(S{}, ahead.dq, problem.dq, b, 0, first_head, p.head_dim, entry->q_len, p.group);
             const std::int64_t next = block.executor.next_item();
             key = entry->kv_len;
             if (next < block.schedule.items) {
@@ -123,8 +125,8 @@ void plan_ahead(BackwardBlock<E>& block) {
         }
         if (key < entry->kv_len) {
             const std::int64_t n = rest(entry->kv_len, key, plan->key_block);
-            ahead.k = keys_ahead(KeyRows<S>(p.k, b, kv_head), key, p.head_dim, n);
-            ahead.v = keys_ahead(KeyRows<S>(p.v, b, kv_head), key, p.value_dim, n);
+            ahead.k = keys_ahead(KeyRows<K>(p.k, b, kv_head), key, p.head_dim, n);
+            ahead.v = keys_ahead(KeyRows<W>(p.v, b, kv_head), key, p.value_dim, n);
             if (n > most) most = n;
             head = kv_head * p.group;
             row = next_rows(p, *plan, *entry, 0, key, n);
@@ -132,15 +134,15 @@ void plan_ahead(BackwardBlock<E>& block) {
     }
     if (row < entry->q_len) {
         const std::int64_t n = rest(entry->q_len, row, plan->row_block);
-        ask(ahead.q, p.q, b, row, head, p.head_dim, n);
-        ask(ahead.dout, problem.dout, b, row, head, p.value_dim, n);
+        ask(S{}, ahead.q, p.q, b, row, head, p.head_dim, n);
+        ask(S{}, ahead.dout, problem.dout, b, row, head, p.value_dim, n);
     }
     const std::int64_t tiles = block.rows.padded / E::mr, share = (most + tiles - 1) / tiles;
     ahead.share = share < kMostShare ? share : kMostShare;
 }
 
 // Rows from i on of a query head. False when none of them has weights in the block of keys.
-template <class E, class S>
+template <class E, class S, class K, class W>
 bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -152,7 +154,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     FlashBlock<E>& x = block.x;
     const std::int64_t left = x.entry.q_len - i, live = left < plan.row_block ? left : plan.row_block;
     if (!rows_attend(p, x.entry, i, live, keys.first, keys.size)) return false;
-    if (!keys.packed) pack_key_block<E, S>(block);
+    if (!keys.packed) pack_key_block<E, K, W>(block);
     static_assert(E::mr % E::scalars == 0);
     const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;
     rows = {};
@@ -186,7 +188,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
         rows.bad_gradient =
             pack_values<E>(at.dout_panels, at.bad_dout, dout, live, padded, plan.row_block, p.value_dim);
     }
-    plan_ahead<E, S>(block);
+    plan_ahead<E, S, K, W>(block);
     block.careful = !finite || keys.bad_key || keys.bad_value || rows.bad_query || rows.bad_gradient;
     return true;
 }

@@ -116,8 +116,8 @@ FASTATTN_INLINE void finish_vector(const BackwardBlock<E>& block, std::int64_t r
     }
 }
 
-// P and dS of a panel, from x, P and dP in memory, to where the products take them. checked: pairs that a row may
-// not attend are left out, whatever their v holds; featured: softcap, dropout, ALiBi, dbias.
+// P and dS of a panel, from x, P and dP in memory, to where the products take them. checked: pairs that a row
+// may not attend are left out, whatever their v holds; featured: softcap, dropout, ALiBi, dbias.
 template <bool checked, bool featured, class E>
 void finish_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c) {
     using V = typename E::V;
@@ -166,8 +166,8 @@ void finish_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c)
     }
 }
 
-// One tile of rows, NV vectors of keys from column c of the block; `ranged`: some keys are outside of some row's
-// range.
+// One tile of rows, NV vectors of keys from column c of the block; `ranged`: some keys are outside of some
+// row's range.
 template <int NV, class E>
 void find_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c, bool ranged) {
     using V = typename E::V;

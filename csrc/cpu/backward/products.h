@@ -87,7 +87,7 @@ void add_bad_row(Acc* to, Acc weight, const S* row, std::int64_t stride, std::in
 }
 
 // The NaN and Inf of k, q and dout, which are zeros in the panels, for the pairs that are attended.
-template <class E, class S>
+template <class E, class S, class K>
 void add_bad_products(const BackwardBlock<E>& block, typename E::Acc* dq) {
     using Acc = typename E::Acc;
     const AttentionProblem& p = block.forward;
@@ -96,7 +96,7 @@ void add_bad_products(const BackwardBlock<E>& block, typename E::Acc* dq) {
     const KeyBlock& keys = block.keys;
     const RowBlock& rows = block.rows;
     const Operand& d = block.problem.dout;
-    const KeyRows<S> k(p.k, block.x.batch, keys.head);
+    const KeyRows<K> k(p.k, block.x.batch, keys.head);
     const S* q = row_pointer<const S>(p.q, block.x.batch, rows.first, rows.head);
     const S* dout = row_pointer<const S>(d, block.x.batch, rows.first, rows.head);
     for (std::int64_t r = 0; r < rows.live; ++r) {

@@ -1,5 +1,5 @@
-// The backward pass by rows: before the blocks, lse and delta of each row as these take them; after them, the gradients of
-// what a head has one of, summed over its rows.
+// The backward pass by rows: before the blocks, lse and delta of each row as these take them; after them, the
+// gradients of what a head has one of, summed over its rows.
 #pragma once
 
 #include "cpu/backward/block.h"
@@ -12,8 +12,8 @@ namespace {
 
 inline double magnitude(double x) { return x < 0 ? -x : x; }
 
-// From this size on lse says too little of the sum of the weights, which is up to the number of keys: beside a
-// bias of -1e9, that some use as a mask, nothing.
+// From this size on lse says too little of the sum of the weights, which is up to the number of keys: beside
+// a bias of -1e9, that some use as a mask, nothing.
 template <class Acc>
 inline constexpr double kCoarse = 1.0 / 1024 / double(std::numeric_limits<Acc>::epsilon());
 
@@ -24,9 +24,9 @@ RowInfo row_of(const FlashBlock<E>& x, std::int64_t h, std::int64_t i) {
     return row;
 }
 
-// The row's largest score and its sum of weights anew, as the panels compute them; used where they agree with lse
-// as far as that tells (it may be of more keys than these).
-template <class E, class S>
+// The row's largest score and its sum of weights anew, as the panels compute them; used where they agree with
+// lse as far as that tells (it may be of more keys than these).
+template <class E, class S, class K>
 void refine_weights(const BackwardBlock<E>& block, std::int64_t h, std::int64_t i, double lse,
                     BackwardRow<typename E::Acc>& state) {
     using V = typename E::V;
@@ -34,7 +34,7 @@ void refine_weights(const BackwardBlock<E>& block, std::int64_t h, std::int64_t 
     const AttentionProblem& p = block.forward;
     const BackwardBuffers<E>& at = block.at;
     const RowInfo row = row_of(block.x, h, i);
-    const KeyRows<S> k(p.k, block.x.batch, h / p.group);
+    const KeyRows<K> k(p.k, block.x.batch, h / p.group);
     pack_row<E>(at.q_rows, row_pointer<const S>(p.q, block.x.batch, i, h), p.q.dim, p.head_dim);
     const bool sink = p.sinks.data != nullptr;
     double top = sink ? read_head(p.sinks, 0, h) * kLog2E : -kInf<double>,
@@ -69,7 +69,7 @@ void refine_weights(const BackwardBlock<E>& block, std::int64_t h, std::int64_t 
     state.factor = Acc(1.0 / sum);
 }
 
-template <class E, class S>
+template <class E, class S, class K>
 BackwardRow<typename E::Acc> find_state(const BackwardBlock<E>& block, std::int64_t h, std::int64_t i) {
     using V = typename E::V;
     using Acc = typename E::Acc;
@@ -96,16 +96,18 @@ BackwardRow<typename E::Acc> find_state(const BackwardBlock<E>& block, std::int6
     state.shift = to_finite<Acc>(whole);
     const bool finite = t - t == 0;  // in powers of two too
 
-    // Beyond 2^31 the shift may be further from lse than the type's exponents reach; such weights are 0 or wrong.
+    // Beyond 2^31 the shift may be further from lse than the type's exponents reach; such weights are 0 or
+    // wrong.
     const double rest = double(state.shift) - t;
     state.factor = finite ? Acc(::exp2(rest > 126 ? 126 : (rest < -126 ? -126 : rest))) : Acc(1);
     if (!finite) state.shift = Acc(t);
-    if (lse - lse == 0 && magnitude(t) > kCoarse<Acc>) refine_weights<E, S>(block, h, i, lse, state);
+    if (lse - lse == 0 && magnitude(t) > kCoarse<Acc>) refine_weights<E, S, K>(block, h, i, lse, state);
     return state;
 }
 
-// lse and delta of some rows of a batch entry, in the order of the addresses: the heads of a query, or the queries of a head.
-template <class E, class S>
+// lse and delta of some rows of a batch entry, in the order of the addresses: the heads of a query, or the
+// queries of a head.
+template <class E, class S, class K>
 void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
     const AttentionProblem& p = block.forward;
     const std::int64_t all = p.q_heads * p.q_size;
@@ -119,7 +121,7 @@ void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
         const std::int64_t i = heads_first ? r / p.q_heads : r % p.q_size;
         BackwardRow<typename E::Acc>& state = block.states[row_index(p, b, h, i)];
         state = {};
-        if (i < block.x.entry.q_len) state = find_state<E, S>(block, h, i);
+        if (i < block.x.entry.q_len) state = find_state<E, S, K>(block, h, i);
     }
 }
 

@@ -13,7 +13,8 @@ namespace {
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// Rows of weights are broadcast column by column: a stride that is no power of two spreads them over the cache.
+// Rows of weights are broadcast column by column: a stride that is no power of two spreads them over the
+// cache.
 constexpr std::int64_t kPadding = 16;
 // Partial sums of dq that may lie side by side; beyond it a head is one item, however many threads there are.
 constexpr std::int64_t kMostPartialBytes = std::int64_t{512} << 20;

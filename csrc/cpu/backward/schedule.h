@@ -1,5 +1,6 @@
-// How the backward pass is cut into work. Sums over keys are taken chunk by chunk and the chunks added in order, whether
-// one item computes all chunks of a head or each is an item of its own: so results do not depend on the threads.
+// How the backward pass is cut into work. Sums over keys are taken chunk by chunk and the chunks added in
+// order, whether one item computes all chunks of a head or each is an item of its own: so results do not
+// depend on the threads.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +16,8 @@ inline constexpr std::int64_t kBackwardKeys = 576;  // keys of a block, packed o
 inline constexpr std::int64_t kBackwardRows = 192;  // rows of a block
 inline constexpr std::int64_t kMostChunks = 8;  // of the keys
 inline constexpr std::int64_t kRowsPerPreparation = 64;
-// Blocks after which float32 sums move to totals in float64 (see kSectionKeys): of rows for dk and dv, of keys for dq. For
-// dbias, any of its blocks, each a single term of a sum.
+// Blocks after which float32 sums move to totals in float64 (see kSectionKeys): of rows for dk and dv, of
+// keys for dq. For dbias, any of its blocks, each a single term of a sum.
 inline constexpr std::int64_t kSectionBlocks = 64, kBiasSectionBlocks = 16;
 
 // Of one entry: its rows and keys alone. Only `split` looks at threads and at the other entries.

@@ -6,8 +6,8 @@
 namespace fastattn::cpu {
 namespace {
 
-// What a careful score is at least: -inf stands for keys that the row may not attend; of others it is a score that has no
-// weight, but whose products may be NaN.
+// What a careful score is at least: -inf stands for keys that the row may not attend; of others it is a score
+// that has no weight, but whose products may be NaN.
 template <class Acc>
 inline constexpr Acc lowest_score = std::numeric_limits<Acc>::lowest() / 2;
 

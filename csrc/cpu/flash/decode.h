@@ -1,10 +1,10 @@
-// Decode: few query rows (R = Sq * G, see most_decode_rows) per head, so that reading k and v is what takes the
-// time. They are used where they lie, once for all rows, and in the order of the addresses: a few keys of all
-// the heads of the item, then the next ones. While the keys of a block of kDecodeBlock are computed its values
-// are on their way from memory, and then the keys of the next block. With one row for each head see
+// Decode: few query rows (R = Sq * G, see most_decode_rows) per head, so that reading k and v is what takes
+// the time. They are used where they lie, once for all rows, and in the order of the addresses: a few keys of
+// all the heads of the item, then the next ones. While the keys of a block of kDecodeBlock are computed its
+// values are on their way from memory, and then the keys of the next block. With one row for each head see
 // DecodeScores::score_rows.
 //
-//   q (heads*R, D)   k, v rows in memory, any storage type   scores, p (heads*R, kDecodeBlock)   O (heads*R, Dv)
+//   q (heads*R, D)  k, v rows in memory, any storage type  scores, p (heads*R, kDecodeBlock)  O (heads*R, Dv)
 #pragma once
 
 #include "cpu/flash/decode_scores.h"
@@ -14,8 +14,8 @@
 namespace fastattn::cpu {
 namespace {
 
-// E: engine of q . k and of the weights' sums; of the values E or F (see DecodeValues). S: dtype of q and out, K of k,
-// W of v.
+// E: engine of q . k and of the weights' sums; of the values E or F (see DecodeValues). S: dtype of q and
+// out, K of k, W of v.
 template <class E, class F, class S, class K, class W>
 class Decode {
     using V = typename E::V;
@@ -111,8 +111,8 @@ private:
 
     std::int64_t block_keys(std::int64_t j) const { return keys_.end - j < block ? keys_.end - j : block; }
 
-    // What is read after the present part of a block: the values of its keys, then the keys of the next block. Prefetched
-    // row by row, in the order of the addresses, while the present part is computed.
+    // What is read after the present part of a block: the values of its keys, then the keys of the next
+    // block. Prefetched row by row, in the order of the addresses, while the present part is computed.
     RowPrefetch<false> keys_after(std::int64_t j) const {
         j += block;
         const ItemRange* item = &item_;

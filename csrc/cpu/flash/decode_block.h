@@ -14,8 +14,8 @@ inline constexpr std::int64_t kAheadBytes = 64 * 1024;
 template <class V>
 inline constexpr int kDecodeTileRows = V::width < 4 ? V::width : 4;
 
-// How much further on in the order of reading, in numbers: kAheadBytes, but not beyond half a block, as the other tensor's
-// comes between.
+// How much further on in the order of reading, in numbers: kAheadBytes, but not beyond half a block, as the
+// other tensor's comes between.
 inline std::int64_t decode_ahead(std::int64_t seq, std::int64_t row_bytes, std::int64_t heads) {
     const std::int64_t key_bytes = heads * row_bytes, half = kDecodeBlock / 2;
     return (kAheadBytes < half * key_bytes ? (kAheadBytes + key_bytes - 1) / key_bytes : half) * seq;

@@ -42,10 +42,11 @@ public:
           head_dim_(p.head_dim),
           k_ahead_(decode_ahead(k.seq, p.head_dim * static_cast<std::int64_t>(sizeof(K)), item.heads)) {}
 
-    // scores[r][0..n) = q_r . k_j for all rows and the n keys of the present block; next: what to prefetch meanwhile.
+    // scores[r][0..n) = q_r . k_j for all rows and the n keys of the present block; next: what to prefetch
+    // meanwhile.
     void of_block(const K* keys, std::int64_t n, RowPrefetch<false>& next) const {
-        // has_tail: D is not a multiple of the width; code of its own, so that the sums stay in registers without.
-        // The sums are the same to the last bit either way.
+        // has_tail: D is not a multiple of the width; code of its own, so that the sums stay in registers
+        // without. The sums are the same to the last bit either way.
         if (head_dim_ % (w * E::scalars) == 0) {
             score<false>(keys, n, next);
         } else {
@@ -87,9 +88,9 @@ private:
         }
     }
 
-    // With one row for each head the products cost next to nothing, and the time is that of reading. kSideBySide keys
-    // are read at once, all heads of these, then the next ones, each line prefetches one further on: the pattern that
-    // comes nearest to what plain reading reaches.
+    // With one row for each head the products cost next to nothing, and the time is that of reading.
+    // kSideBySide keys are read at once, all heads of these, then the next ones, each line prefetches one
+    // further on: the pattern that comes nearest to what plain reading reaches.
 
     // scores[h][0..n) = q_h . k_jh for all heads, one row each
     template <bool has_tail>
@@ -125,9 +126,9 @@ private:
         }
     }
 
-    // dot_tile with a row of q for each group, and with prefetching; the order over u is the same, as bits depend on it.
-    // Sums of width rows of k, kSideBySide in a group: group g begins at k[i] + first + g * k_step, and is multiplied
-    // with q + g * q_step.
+    // dot_tile with a row of q for each group, and with prefetching; the order over u is the same, as bits
+    // depend on it. Sums of width rows of k, kSideBySide in a group: group g begins at k[i] + first + g *
+    // k_step, and is multiplied with q + g * q_step.
     template <bool has_tail>
     FASTATTN_INLINE V dot_groups(const Acc* q, std::int64_t q_step, const K* const (&k)[kSideBySide],
                                  std::int64_t first, std::int64_t k_step) const {

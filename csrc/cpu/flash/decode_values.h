@@ -6,8 +6,8 @@
 namespace fastattn::cpu {
 namespace {
 
-// E: engine of the scores, and of the values where it takes pairs of keys and there is more than one row to use them. Else
-// these are multiplied by F, by fused multiply-add. W: dtype of v.
+// E: engine of the scores, and of the values where it takes pairs of keys and there is more than one row to
+// use them. Else these are multiplied by F, by fused multiply-add. W: dtype of v.
 template <class E, class F, class W>
 class DecodeValues {
     using V = typename E::V;
@@ -37,8 +37,8 @@ public:
     // Whether the product takes keys two at a time.
     bool pairs() const { return pairs_; }
 
-    // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its columns as the
-    // engine pairs them, until restore_columns().
+    // O[r] += sum_j p[r][j] v_j for all rows, a few keys of all heads at a time. With pairs_ O has its
+    // columns as the engine pairs them, until restore_columns().
     void add_block(const W* v, std::int64_t n, RowPrefetch<false>& next) const {
         const std::int64_t whole = whole_columns();
         const std::int64_t row_tiles =
@@ -94,7 +94,8 @@ public:
     }
 
 private:
-    // A tile of the values' product prefetches some of the next rows, step by step: too many at once would wait.
+    // A tile of the values' product prefetches some of the next rows, step by step: too many at once would
+    // wait.
     struct FetchAhead {
         static constexpr int steps = 4;
         static constexpr bool vectors = false;
@@ -160,7 +161,8 @@ private:
         }
     }
 
-    // The sums of add_values to the last bit, with zeros for NaN and Inf; then these, for the rows that attend them.
+    // The sums of add_values to the last bit, with zeros for NaN and Inf; then these, for the rows that
+    // attend them.
     void add_pairs_carefully(std::int64_t first, const W* values, std::int64_t j, std::int64_t n) const {
         constexpr std::int64_t columns = 2 * w;
         W* const strip = reinterpret_cast<W*>(tail_);

@@ -43,7 +43,8 @@ struct FmaEngine {
     static FASTATTN_INLINE V mma(V a, V b, V acc) { return V::fma(a, b, acc); }
     static constexpr int sums = 1;             // of a row: see Bf16DotEngine
 
-    // Weights: two vectors stored as the product with v takes them; those of a panel added to the row's sums in memory.
+    // Weights: two vectors stored as the product with v takes them; those of a panel added to the row's sums
+    // in memory.
     static FASTATTN_INLINE void store_weights(V a, V b, Unit* row, std::int64_t column) {
         a.store(row + column);
         b.store(row + column + V::width);
@@ -61,8 +62,8 @@ struct FmaEngine {
     static FASTATTN_INLINE V combine_rounded(const V (&rows)[scalars]) { return rows[0]; }
     static FASTATTN_INLINE T scalar_of(const Unit* unit, std::int64_t) { return *unit; }
 
-    // Loads units [u, u + width) of a row whose scalars lie side by side; or of one of n scalars with the given
-    // stride, zeros beyond it.
+    // Loads units [u, u + width) of a row whose scalars lie side by side; or of one of n scalars with the
+    // given stride, zeros beyond it.
     template <class S>
     static FASTATTN_INLINE V load_whole(const S* row, std::int64_t u) {
         return V::load(row + u);

@@ -30,7 +30,8 @@ FASTATTN_INLINE void load_columns(const RowsAhead<S>& b, std::int64_t b_row, std
     for (int c = 0; c < NV * E::V::width; c += kLineBytes / static_cast<int>(sizeof(S))) fetch_line(next + c);
 }
 
-// Rows in memory of which a unit takes two. The columns come as the engine pairs them; an odd last row counts twice.
+// Rows in memory of which a unit takes two. The columns come as the engine pairs them; an odd last row counts
+// twice.
 template <class S>
 struct PairedRows {
     const S* first;
@@ -47,7 +48,7 @@ FASTATTN_INLINE void load_columns(const PairedRows<S>& b, std::int64_t b_row, st
 }
 
 // acc[m][n] += sum_{k=first}^{last-1} a[m*a_row + k*a_step] . b[k*b_row + n*width ...]
-//   a: (MR, depth) units, row stride a_row       b: (depth, NV*width), row stride b_row, as load_columns takes it
+//   a: (MR, depth) units, row stride a_row  b: (depth, NV*width), row stride b_row, as load_columns takes it
 template <class E, int MR, int NV, class B>
 FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::Unit* a, std::int64_t a_row,
                                B b, std::int64_t b_row, std::int64_t first, std::int64_t last,
@@ -65,7 +66,8 @@ FASTATTN_INLINE void gemm_tile(typename E::V (&acc)[MR][NV], const typename E::U
     }
 }
 
-// Work on the side of a product, in steps side(0) .. side(Side::steps - 1); `vectors`: it computes with them. None:
+// Work on the side of a product, in steps side(0) .. side(Side::steps - 1); `vectors`: it computes with them.
+// None:
 struct NoSide {
     static constexpr int steps = 0;
     static constexpr bool vectors = false;
@@ -84,8 +86,8 @@ FASTATTN_INLINE void run_before(Side& side) {
     }
 }
 
-// The same with other work spread over it, unless `alone`. Nothing here waits for the work on the side, so the CPU runs
-// both at once. Where it cannot, the caller has used run_before().
+// The same with other work spread over it, unless `alone`. Nothing here waits for the work on the side, so
+// the CPU runs both at once. Where it cannot, the caller has used run_before().
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename E::Unit* a,
                                     std::int64_t a_row, B b, std::int64_t b_row, std::int64_t depth,
@@ -103,9 +105,9 @@ FASTATTN_INLINE void gemm_tile_with(typename E::V (&acc)[MR][NV], const typename
     gemm_tile<E, MR, NV>(acc, a, a_row, b, b_row, done, depth);
 }
 
-// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row), or = where `fresh`; side: beside the
-// first `before` of depth, whose results the rest may need. The products are summed by themselves and then added: a sum
-// that runs on over thousands of them rounds each to its own size.
+// out[m][0 .. NV*width) += a . b, with out in memory (row stride out_row), or = where `fresh`; side: beside
+// the first `before` of depth, whose results the rest may need. The products are summed by themselves and
+// then added: a sum that runs on over thousands of them rounds each to its own size.
 template <class E, int MR, int NV, class B, class Side>
 FASTATTN_INLINE void gemm_accumulate_with(typename E::Acc* out, std::int64_t out_row,
                                           const typename E::Unit* a, std::int64_t a_row, B b,

@@ -62,7 +62,8 @@ FASTATTN_INLINE RowInfo row_info(const AttentionProblem& p, const Entry& entry, 
 }
 
 // Asks for n rows of a tensor ahead of their use, a share at a time between other work: rows of one head are
-// often a page apart, which no hardware prefetcher follows. With several heads: all heads of a row, then the next row.
+// often a page apart, which no hardware prefetcher follows. With several heads: all heads of a row, then the
+// next row.
 template <bool for_writing>
 class RowPrefetch {
 public:
@@ -202,7 +203,8 @@ typename E::Acc* partial_of(const FlashPlan& plan, std::byte* partials, std::int
 // Writes the rows of an item: their outputs, or partial results where the keys are split.
 template <class E, class S>
 void end_item(const FlashCall& call, const ItemRange& item, FlashBlock<E>& x) {
-    // Some rows at a time: a row that sees nothing may look at its whole mask before the next question whether to stop.
+    // Some rows at a time: a row that sees nothing may look at its whole mask before the next question
+    // whether to stop.
     constexpr int kRows = 16;
     const std::int64_t rows = item.rows * item.heads;
     for (std::int64_t first = 0; first < rows; first += kRows) {

@@ -1,6 +1,6 @@
 // From the sums of a row to what the caller gets: out, lse, weights; and merging of key splits.
 //
-//   out = O * 2^(m-M) / L / (1 - dropout),   L = l * 2^(m-M) + 2^(sink*log2e - M),   lse = (M + log2 L) * ln 2
+//   out = O * 2^(m-M) / L / (1 - dropout), L = l * 2^(m-M) + 2^(sink*log2e - M),   lse = (M + log2 L) * ln 2
 #pragma once
 
 #include "cpu/flash/softmax.h"
@@ -33,13 +33,14 @@ double log_sum(double top, double denominator) {
     return (top + ::log2(denominator)) / kLog2E;
 }
 
-// What the weights 2^(x-m) of a row are multiplied with to be a share of the sum: as computed, and as v was multiplied with
-// them (and dropout).
+// What the weights 2^(x-m) of a row are multiplied with to be a share of the sum: as computed, and as v was
+// multiplied with them (and dropout).
 struct RowFactors {
     double weight, output;
 };
 
-// The factors of one row from m and l; writes its lse. rounded_l is the sum of the weights as v was multiplied with them.
+// The factors of one row from m and l; writes its lse. rounded_l is the sum of the weights as v was
+// multiplied with them.
 template <class E>
 FASTATTN_INLINE RowFactors finish_sums(const FlashBlock<E>& x, const RowInfo& row, double m, double l,
                                        double rounded_l) {

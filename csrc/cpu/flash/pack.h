@@ -41,7 +41,8 @@ FASTATTN_INLINE void pack_row(typename E::Unit* dst, const S* src, std::int64_t 
     for (; u < units; u += V::width) E::load_units(src, stride, u, d).store(dst + u);
 }
 
-// rows[j]: number 0 of key j. The last vector is filled up with zero keys; the panel beyond it stays as it is.
+// rows[j]: number 0 of key j. The last vector is filled up with zero keys; the panel beyond it stays as it
+// is.
 template <class E, class Rows>
 void pack_keys(typename E::Unit* dst, const Rows& rows, std::int64_t keys, std::int64_t d) {
     using V = typename E::V;
@@ -116,9 +117,9 @@ bool pack_value_rows(typename E::Unit* dst, const Rows& rows, std::int64_t first
     return V::reduce_add(check[0]) == 0;
 }
 
-// Packs `rows` rows of v, zeros from `keys` on, and takes NaN and Inf out of it: a masked key's weight is 0, and
-// 0 * NaN must not reach the sum. bad[j] is set for keys that held any; true when there was one. The caller adds the
-// non-finite products of the keys that are attended.
+// Packs `rows` rows of v, zeros from `keys` on, and takes NaN and Inf out of it: a masked key's weight is 0,
+// and 0 * NaN must not reach the sum. bad[j] is set for keys that held any; true when there was one. The
+// caller adds the non-finite products of the keys that are attended.
 template <class E, class Rows>
 bool pack_values(typename E::Unit* dst, std::uint8_t* bad, const Rows& from, std::int64_t keys,
                  std::int64_t rows, std::int64_t key_block, std::int64_t dv) {

@@ -1,5 +1,6 @@
-// Prefill: many query rows. For each block of keys (kKeyBlock, or half of that), k and v are packed once for all rows
-// of the item; then each tile of mr rows (the last one may have fewer) is computed against it: see prefill_tile.h.
+// Prefill: many query rows. For each block of keys (kKeyBlock, or half of that), k and v are packed once for
+// all rows of the item; then each tile of mr rows (the last one may have fewer) is computed against it: see
+// prefill_tile.h.
 //
 //   q (rows, Du)   k (panels, Du, nr)   p (mr, key_block)   v (panels, key_block, nr)   O (rows, Dv)
 #pragma once
@@ -86,8 +87,8 @@ private:
         }
     }
 
-    // During the tiles of one block the keys and values of the next one, from key j on, are on their way; during
-    // those of the last one what this thread will probably compute next.
+    // During the tiles of one block the keys and values of the next one, from key j on, are on their way;
+    // during those of the last one what this thread will probably compute next.
     void plan_prefetch(std::int64_t j) {
         next_q_ = next_k_ = next_v_ = {};
         out_ = {};
@@ -130,8 +131,8 @@ private:
         }
     }
 
-    // The rows of q or out of an item. Of a group where the heads of a query lie side by side: else each head is a stream
-    // that the hardware follows.
+    // The rows of q or out of an item. Of a group where the heads of a query lie side by side: else each head
+    // is a stream that the hardware follows.
     template <bool for_writing>
     RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
                                               std::int64_t dim) const {

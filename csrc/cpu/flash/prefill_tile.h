@@ -1,5 +1,5 @@
-// Prefill, one tile of mr rows against one packed block of keys: scores by panels of nr keys in registers, softmax, product
-// with v. Of the engine alone: what k, v and q were stored as is behind it.
+// Prefill, one tile of mr rows against one packed block of keys: scores by panels of nr keys in registers,
+// softmax, product with v. Of the engine alone: what k, v and q were stored as is behind it.
 #pragma once
 
 #include "cpu/flash/gemm.h"
@@ -30,8 +30,9 @@ public:
     // The packed rows of v in the present block, in units.
     void set_value_units(std::int64_t units) { v_units_ = units; }
 
-    // One row tile against one packed block. The weights of each panel of keys are computed beside the products
-    // of the next one, those of the last beside the first products with v. Returns the columns that have weights.
+    // One row tile against one packed block. The weights of each panel of keys are computed beside the
+    // products of the next one, those of the last beside the first products with v. Returns the columns that
+    // have weights.
     template <int MR>
     TileColumns attend(std::int64_t r, std::int64_t j, std::int64_t n) {
         TileKeys& tile = at_.tiles[r / E::mr];
@@ -40,7 +41,8 @@ public:
         // Columns of the block that any row may attend.
         const std::int64_t begin = range.begin > j ? range.begin - j : 0;
         const std::int64_t end = range.end - j < n ? range.end - j : n;
-        // The panels are packed from multiples of nr on; the first one may be used from one of its vectors on.
+        // The panels are packed from multiples of nr on; the first one may be used from one of its vectors
+        // on.
         const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
         PanelWeights<MR> weights{*this, r, j, first};
         std::int64_t last = first;
@@ -76,8 +78,8 @@ public:
 
     Unit* weights_row(int m) const { return at_.p + m * p_stride_; }
 
-    // A panel that is not full is filled up to `filled` vectors: with -inf for keys that no row may attend, or with any
-    // number where the key ranges are applied afterwards.
+    // A panel that is not full is filled up to `filled` vectors: with -inf for keys that no row may attend,
+    // or with any number where the key ranges are applied afterwards.
     template <int filled, int MR, int NV>
     FASTATTN_INLINE void store_scores(const V (&acc)[MR][NV], V fill) const {
 #pragma GCC unroll 8
@@ -155,8 +157,8 @@ private:
         }
     }
 
-    // Scores x of MR rows for the keys of one panel, columns [c, c + NV*width) of the block; `ranged`: some keys
-    // are outside of some row's range. m is raised where they ask for it.
+    // Scores x of MR rows for the keys of one panel, columns [c, c + NV*width) of the block; `ranged`: some
+    // keys are outside of some row's range. m is raised where they ask for it.
     template <int MR, int NV>
     void score_panel(std::int64_t r, std::int64_t j, std::int64_t first, std::int64_t c, bool ranged,
                      bool waiting, PanelWeights<MR>& weights) {
@@ -228,8 +230,8 @@ private:
         return top;
     }
 
-    // O += p . v over columns [first, last) of the block, or = where `fresh`; with `waiting` the weights of the last
-    // panel are computed on the way.
+    // O += p . v over columns [first, last) of the block, or = where `fresh`; with `waiting` the weights of
+    // the last panel are computed on the way.
     template <int MR>
     void multiply_values(std::int64_t r, std::int64_t first, std::int64_t last, bool waiting,
                          PanelWeights<MR>& weights, bool fresh) {

@@ -13,8 +13,8 @@ namespace {
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// Bytes of packed q and accumulators that one item may hold. They are read once per block of keys, a few KB for
-// each tile, so they need no place in L2; k and v of a block, read for every tile, do.
+// Bytes of packed q and accumulators that one item may hold. They are read once per block of keys, a few KB
+// for each tile, so they need no place in L2; k and v of a block, read for every tile, do.
 constexpr std::int64_t kItemBytes = 1280 * 1024, kLeastItemBytes = 320 * 1024;
 // ... and of all threads together: a workspace that is not too large is kept for the next call.
 constexpr std::int64_t kAllItemBytes = std::int64_t{40} << 20;
@@ -23,7 +23,8 @@ constexpr std::int64_t kMinRows = 96;
 // Packed k and v of kKeyBlock keys; above it blocks are half as long.
 constexpr std::int64_t kBlockBytes = 256 * 1024;
 
-// Few rows and many keys: split the keys, so that the work is parallel and k and v are packed for all rows at once.
+// Few rows and many keys: split the keys, so that the work is parallel and k and v are packed for all rows at
+// once.
 std::int64_t split_length(const AttentionProblem& p, std::int64_t keys, const FlashPlan& plan) {
     // More rows, fewer splits: what partial results take stays the same.
     const std::int64_t most_splits =
@@ -40,8 +41,8 @@ std::int64_t prefill_key_block(const AttentionProblem& p, const TileShape& tile)
     return kKeyBlock * key_bytes > kBlockBytes ? kKeyBlock / 2 : kKeyBlock;
 }
 
-// Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing them for
-// prefill's larger tiles is as good from 16 rows on.
+// Rows (Sq * G) that go to decode at most. Beyond 8 it pays where k and v come from memory: in caches packing
+// them for prefill's larger tiles is as good from 16 rows on.
 std::int64_t most_decode_rows(const AttentionProblem& p, std::int64_t keys) {
     constexpr std::int64_t kFewKeys = 512, kLargeHead = std::int64_t{12} << 20;
     const auto size = [](DType dtype) { return static_cast<std::int64_t>(item_size(dtype)); };

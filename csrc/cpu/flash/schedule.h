@@ -1,6 +1,7 @@
-// How a call is cut into work, entry by entry: pure functions of the problem, the entry's lengths, the register tile and,
-// for the size of an item only, the number of threads. Row tiles and key blocks start at the same places whatever the
-// items are: an entry has the same bits alone, in any batch and on any number of threads.
+// How a call is cut into work, entry by entry: pure functions of the problem, the entry's lengths, the
+// register tile and, for the size of an item only, the number of threads. Row tiles and key blocks start at
+// the same places whatever the items are: an entry has the same bits alone, in any batch and on any number of
+// threads.
 #pragma once
 
 #include <cstddef>
@@ -31,14 +32,14 @@ inline constexpr std::int64_t kDecodeSplitKeys = 512;  // the same for decode
 inline constexpr std::int64_t kSplitRows = 256;  // at most so many rows have their keys split
 inline constexpr std::int64_t kMostSplits = 256;  // of 16 rows: bounds the partial results of long caches
 
-// A running sum of float32 loses what is far below it, and sums of equal terms lose it in the same direction: after so many
-// keys it moves to a total in float64.
+// A running sum of float32 loses what is far below it, and sums of equal terms lose it in the same direction:
+// after so many keys it moves to a total in float64.
 inline constexpr std::int64_t kSectionKeys = 4096, kDecodeSectionKeys = 1024;
 
 inline constexpr std::int64_t kPartialHeader = 4;  // accumulators before o in a partial result
 
-// Of one entry. All that bits depend on comes from its own lengths, G, D, Dv, dtype and options; rows and heads of an
-// item also from the threads and the other entries.
+// Of one entry. All that bits depend on comes from its own lengths, G, D, Dv, dtype and options; rows and
+// heads of an item also from the threads and the other entries.
 struct FlashPlan {
     bool decode = false;
     std::int64_t rows = 0;  // q_len * G: the rows that share k and v; row r is query r/G, head r%G

@@ -100,7 +100,7 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry&
 // Whether row may attend key j: all restrictions.
 template <class E>
 bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
-    if (j < row.begin || j >= row.end) return false;
+    if (!sees_key(row.begin, row.end, j)) return false;
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, j, 1)) return false;
     return bias.data == nullptr ||

@@ -43,7 +43,8 @@ struct FlashOffsets {
     std::size_t total;
 };
 
-// Units of a row of weights in prefill. A panel that begins within one of the packed ones may write beyond its end.
+// Units of a row of weights in prefill. A panel that begins within one of the packed ones may write beyond
+// its end.
 inline std::int64_t weight_stride(const FlashPlan& plan, const TileShape& t) {
     return (plan.key_block + t.nr) / t.scalars;
 }

@@ -1,6 +1,6 @@
 // exp2 and tanh over Vec. Coefficients: for 2^r on [0, 1) the polynomial of least relative error with 2^0 = 1
-// (Remez), for (2^r - 1)/r on [-1/2, 1/2] or [0, 1/width) interpolation at Chebyshev nodes, or least squares; relative
-// errors before rounding are given.
+// (Remez), for (2^r - 1)/r on [-1/2, 1/2] or [0, 1/width) interpolation at Chebyshev nodes, or least squares;
+// relative errors before rounding are given.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -18,8 +18,8 @@ FASTATTN_INLINE V horner(V x, const typename V::value_type (&c)[N]) {
     return r;
 }
 
-// exp2 with a table for the first bits of the fraction: 2^x = 2^floor(n) * t * (1 + r q(r)), t = 2^(n - floor(n))
-// and r in [0, 1/width). One multiplication takes the place of two to four multiply-adds.
+// exp2 with a table for the first bits of the fraction: 2^x = 2^floor(n) * t * (1 + r q(r)), t = 2^(n -
+// floor(n)) and r in [0, 1/width). One multiplication takes the place of two to four multiply-adds.
 template <Accuracy accuracy, class V>
 FASTATTN_INLINE V exp2_fine(V x) {
     using T = typename V::value_type;
@@ -78,8 +78,8 @@ FASTATTN_INLINE V exp2(V x) {
     }
 }
 
-// tanh(x) for y = 2 log2(e) x: u / (u + 2), u = 2^|y| - 1, with the sign of y; relative accuracy also near 0, where
-// softcap is the identity. Of |y|, as an error of u counts twice where u is near -1.
+// tanh(x) for y = 2 log2(e) x: u / (u + 2), u = 2^|y| - 1, with the sign of y; relative accuracy also near 0,
+// where softcap is the identity. Of |y|, as an error of u counts twice where u is near -1.
 template <class V>
 FASTATTN_INLINE V tanh_log2(V y) {
     using T = typename V::value_type;

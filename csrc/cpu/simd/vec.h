@@ -8,7 +8,7 @@
 //   width registers                   lanes; vectors that the instruction set has names for
 //   zero() set1(x) iota()             constants; iota = 0, 1, 2, ...
 //   load(p) store(p)                  p: T*, f16_t*, bf16_t* (conversion rounds to nearest even)
-//   load_part(p, n) store_part(p, n)  where masks are cheap: n < width numbers, zeros for the others; n may be 0
+//   load_part(p, n) store_part(p, n)  where masks are cheap: n < width numbers, zeros beyond; n may be 0
 //   mask_bytes(p)                     the mask of the bytes that are not 0
 //   fma(a,b,c) = a*b+c, + - * /       lanes
 //   max(a,b) min(a,b)                 b when either is NaN
@@ -17,7 +17,7 @@
 //   scale2(a, n)                      a * 2^n, n integral in [-1100, 1100]; underflow may flush to 0
 //   split2(x, r) shift2(a, n)         r = x - floor(x), and the n for which shift2 is a * 2^floor(x); -inf: 0
 //   split_fine(x, r, n)               where a table is cheap: exp2_fine in math.h
-//   sum_each(r)                       where there is a better way than interleaving: width vectors to their sums
+//   sum_each(r)                       where interleaving is not the best way: width vectors to their sums
 //   gt(a,b) eq(a,b) any(m) select(m,a,b)    masks; select = m ? a : b
 //   Words, mul_wide(a, m, hi, lo)     float only: as many 32-bit words; the halves of a * m
 //   interleave_lo/hi(a,b)             a0 b0 a1 b1 ... of the lower / upper halves

@@ -103,8 +103,8 @@ struct Vec<float, Avx512> {
         return x;
     }
     static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
-    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of one
-    // register. -inf has r = 0, NaN has NaN.
+    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of
+    // one register. -inf has r = 0, NaN has NaN.
     static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
         alignas(64) static constexpr float table[width] = {
             0x1.0p0f,      0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fe0p0f, 0x1.3dea64p0f,
@@ -127,7 +127,8 @@ struct Vec<float, Avx512> {
         const __m512i idx = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         return {_mm512_permutex2var_ps(a.v, idx, b.v)};
     }
-    // Shuffles within 128 bits, then of whole ones: these leave the FMA pipes alone, permutations of two do not.
+    // Shuffles within 128 bits, then of whole ones: these leave the FMA pipes alone, permutations of two do
+    // not.
     static FASTATTN_INLINE Vec sum_each(const Vec (&r)[16]) {
         Vec pair[2], quad[4];
 #pragma GCC unroll 4
@@ -201,8 +202,8 @@ struct Vec<double, Avx512> {
         return x;
     }
     static FASTATTN_INLINE Vec shift2(Vec a, Vec n) { return scale2(a, n); }
-    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of one
-    // register. -inf has r = 0, NaN has NaN.
+    // x = n + r with n a multiple of 1/width and r in [0, 1/width): returns 2^(n - floor(n)), from a table of
+    // one register. -inf has r = 0, NaN has NaN.
     static FASTATTN_INLINE Vec split_fine(Vec x, Vec& r, Vec& n) {
         alignas(64) static constexpr double table[width] = {0x1.0p0,
                                                             0x1.172b83c7d517bp0,

@@ -1,5 +1,5 @@
-// The part of cuBLASLt's binary interface that we call, in names of our own, so that no foreign header is needed
-// to build and no library to link: loader.cpp opens the library when it is first used.
+// The part of cuBLASLt's binary interface that we call, in names of our own, so that no foreign header is
+// needed to build and no library to link: loader.cpp opens the library when it is first used.
 // tests/cpp/check_cublas_abi.cpp compares all of this with NVIDIA's header where that is installed.
 #pragma once
 
@@ -78,7 +78,8 @@ struct Table {
 // The library, opened at the first call; nullptr when there is none, and *why says what is missing.
 // Thread-safe; the answer does not change but from "none" to a library after offer().
 const Table* open(const char** why) noexcept;
-// Where a libcublasLt may be, found by someone who knows the machine better (Python's packages). Call before open().
+// Where a libcublasLt may be, found by someone who knows the machine better (Python's packages). Call before
+// open().
 void offer(const char* path);
 
 }  // namespace fastattn::cuda::cublas

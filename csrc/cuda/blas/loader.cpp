@@ -1,5 +1,5 @@
-// Opens libcublasLt when it is first used: a copy that the process has already, the one that was offered, what the
-// system finds. It is never linked, so that the same build works where there is none.
+// Opens libcublasLt when it is first used: a copy that the process has already, the one that was offered,
+// what the system finds. It is never linked, so that the same build works where there is none.
 #include <dlfcn.h>
 
 #include <mutex>

@@ -1,7 +1,9 @@
-// Rows of a fused kernel's output that hold NaN or Inf, once more and key by key: see simt/restore.h for why. Here the weights are
-// gone, so a warp computes the whole row again, in three passes over its keys: maximum, sum, weighted values.
+// Rows of a fused kernel's output that hold NaN or Inf, once more and key by key: see simt/restore.h for why.
+// Here the weights are gone, so a warp computes the whole row again, in three passes over its keys: maximum,
+// sum, weighted values.
 #pragma once
 
+#include "core/keys.h"
 #include "cuda/fused/arguments.h"
 #include "cuda/simt/row.h"
 
@@ -20,8 +22,8 @@ public:
           keys{0, 0, 0, 0, 0, 0, row.range.begin, row.range.end - row.range.begin},
           score(problem, keys, row),
           q(static_cast<const T*>(p.q.data) + place.b * p.q.batch + place.i * p.q.seq + place.h * p.q.head),
-          k(static_cast<const T*>(p.k.data) + place.b * p.k.batch + place.h / p.group * p.k.head),
-          v(static_cast<const T*>(p.v.data) + place.b * p.v.batch + place.h / p.group * p.v.head),
+          k(p.k, place.b, place.h / p.group),
+          v(p.v, place.b, place.h / p.group),
           lane(static_cast<int>(threadIdx.x) % 32) {}
 
     __device__ void compute(T* out) {
@@ -53,9 +55,9 @@ public:
                 const float w = __shfl_sync(0xFFFFFFFFu, widen(rounded), other);
                 const bool counts = __shfl_sync(0xFFFFFFFFu, static_cast<int>(attends), other) != 0;
                 if (!counts) continue;  // the same in all lanes
-                const T* values = v + (keys.key + first + other) * p.v.seq;
+                const T* values = v[keys.key + first + other];
                 for (int n = 0; lane + 32 * n < p.value_dim; ++n)
-                    sum[n] += w * widen(values[(lane + 32 * n) * p.v.dim]);
+                    sum[n] += w * widen(values[(lane + 32 * n) * v.number_stride()]);
             }
         }
         const float scale = denominator.factor / static_cast<float>(1.0 - p.dropout);
@@ -65,9 +67,10 @@ public:
 
 private:
     __device__ float x_of(Index n) const {
-        const T* key = k + (keys.key + n) * p.k.seq;
+        const T* key = k[keys.key + n];
         float dot = 0;
-        for (Index d = 0; d < p.head_dim; ++d) dot += widen(q[d * p.q.dim]) * widen(key[d * p.k.dim]);
+        for (Index d = 0; d < p.head_dim; ++d)
+            dot += widen(q[d * p.q.dim]) * widen(key[d * k.number_stride()]);
         return score(static_cast<int>(n), dot);
     }
 
@@ -83,7 +86,8 @@ private:
     const Row row;
     const Chunk keys;  // the row's own
     const Scorer<float, false> score;
-    const T *q, *k, *v;
+    const T* q;
+    const KeyRows<T> k, v;
     const int lane;
 };
 

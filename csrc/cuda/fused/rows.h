@@ -2,7 +2,7 @@
 // the rows of a warp (Milakov and Gimelshein 2018; as in FlashAttention-2, Dao, ICLR 2024):
 //
 //   S = q k^T (rows, keys), x = log2(e) * score(S), m' = max(m, rows' max of x), a = 2^(m - m')
-//   P = 2^(x - m') in 16 bits, l = l a + sum P, O = O a + P v;   at the end out = O / l, lse = ln 2 (m + log2 l)
+//   P = 2^(x - m') in 16 bits, l = l a + sum P, O = O a + P v; in the end out = O/l, lse = ln 2 (m + log2 l)
 //
 // S, P and O lie in registers as the accumulators of mma.m16n8 and of wgmma do. In a tile of 16 rows, with g
 // = lane / 4 and t = lane % 4, element e of the j-th eight columns is row g + 8 * (e / 2), column 8 j + 2 t +
@@ -47,17 +47,17 @@ struct RowBlock {
     Index key_begin, key_end;  // of all rows; begin a multiple of 8
 
 private:
-    // Both ends of a row's range grow with its position, and rows that do not exist come last.
+    // Rows that do not exist come last.
     __device__ void find_keys() {
         const Index q_len = length_of(p.q_lens, p.has_q_lens, b, p.q_size);
         const Index existing = clamped((q_len - region_row) * p.group - first_row, 0, rows);
         key_begin = key_end = 0;
         if (existing == 0) return;
-        const Index begin = Row(p, place(0)).range.begin;
-        const Index end = Row(p, place(static_cast<int>(existing) - 1)).range.end;
-        if (begin >= end) return;  // else begin, rounded, could be before an end that nobody reaches
-        key_begin = begin - begin % 8;
-        key_end = end;
+        const KeyRange keys =
+            range_of_rows(Row(p, place(0)).range, Row(p, place(static_cast<int>(existing) - 1)).range);
+        if (keys.begin >= keys.end) return;  // begin, rounded, could be before an end of nobody
+        key_begin = keys.begin - keys.begin % 8;
+        key_end = keys.end;
     }
 };
 
@@ -152,13 +152,13 @@ public:
             float scale = 1, peak = -infinity<float>();
             if constexpr (plain) {
                 scale = to_finite<float>(p.scale * kLog2E);
-                if (begin[r] > offset || end[r] < offset + 8 * nt) {
+                if (!sees_all(begin[r], end[r], offset, 8 * nt)) {
                     FASTATTN_UNROLL
                     for (int j = 0; j < nt; ++j) {
                         FASTATTN_UNROLL
                         for (int e = 0; e < 2; ++e) {
                             const int key = offset + 8 * j + 2 * t + e;
-                            if (key < begin[r] || key >= end[r])
+                            if (!sees_key(begin[r], end[r], key))
                                 s[r / 2][j][2 * (r % 2) + e] = -infinity<float>();
                         }
                     }
@@ -274,7 +274,7 @@ private:
                 for (int e = 0; e < 2; ++e) f(mine + 8 * j + e, s[r / 2][j][2 * (r % 2) + e]);
             }
         };
-        const auto attends = [&](int v) { return v >= begin[r] && v < end[r]; };
+        const auto attends = [&](int v) { return sees_key(begin[r], end[r], v); };
         each([&](int, float& x) { x = times(x, score.scale); });
         if (score.elementwise) {
             if (score.cap > 0) {

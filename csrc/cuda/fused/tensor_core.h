@@ -1,5 +1,6 @@
-// Tensor-core and asynchronous-copy instructions of Ampere (sm_80 and newer) behind names, and what they do in plain C++ for the
-// emulated GPU: layouts as in the PTX ISA, sections "Matrix fragments for mma.m16n8k16" and "ldmatrix".
+// Tensor-core and asynchronous-copy instructions of Ampere (sm_80 and newer) behind names, and what they do
+// in plain C++ for the emulated GPU: layouts as in the PTX ISA, sections "Matrix fragments for mma.m16n8k16"
+// and "ldmatrix".
 //
 // g = lane / 4, t = lane % 4 throughout.
 #pragma once
@@ -41,10 +42,10 @@ void exchange(const T& mine, F read) {
 }
 #endif
 
-// ---- asynchronous copies to shared memory -------------------------------------------------------------------
+// ---- asynchronous copies to shared memory -----------------------------------------------------------------
 #if !defined(__CUDACC__)
-// A thread's copies, group by group; the last group is open. Nothing is copied before somebody waits for it: the latest
-// that the rules allow.
+// A thread's copies, group by group; the last group is open. Nothing is copied before somebody waits for it:
+// the latest that the rules allow.
 struct CopyQueue {
     struct Item {
         void* target;
@@ -104,9 +105,9 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// ---- fragments from shared memory ---------------------------------------------------------------------------
-// Four 8x8 matrices of 16-bit elements; lanes 8n .. 8n+7 give the addresses of the rows of matrix n. r[n] gets elements
-// (row g, columns 2t and 2t+1) of matrix n; transposed: (rows 2t and 2t+1, column g).
+// ---- fragments from shared memory -------------------------------------------------------------------------
+// Four 8x8 matrices of 16-bit elements; lanes 8n .. 8n+7 give the addresses of the rows of matrix n. r[n]
+// gets elements (row g, columns 2t and 2t+1) of matrix n; transposed: (rows 2t and 2t+1, column g).
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
 #if FASTATTN_HAS_MMA
     const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -142,7 +143,7 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], 
 #endif
 }
 
-// ---- products -------------------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------------------
 // Two floats as neighbours of a 16-bit type, the first in the lower half.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high) {
@@ -196,9 +197,9 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const std::uint32_t 
 #endif
 }
 
-// ---- shared memory ----------------------------------------------------------------------------------------------
-// Tiles of rows of `width` 16-bit elements (a multiple of 64 or of 32), 16 bytes at a time; the place of a piece within its row
-// depends on the row, so that eight rows of one column lie in different banks.
+// ---- shared memory ----------------------------------------------------------------------------------------
+// Tiles of rows of `width` 16-bit elements (a multiple of 64 or of 32), 16 bytes at a time; the place of a
+// piece within its row depends on the row, so that eight rows of one column lie in different banks.
 template <int width>
 __device__ __forceinline__ int swizzled(int row, int piece) {
     static_assert(width % 32 == 0);

@@ -1,15 +1,16 @@
-// Tiles of q, k and v in shared memory (swizzled rows of `width` elements): how they come there, and a warp's products of them as
-// instructions of Ampere.
+// Tiles of q, k and v in shared memory (swizzled rows of `width` elements): how they come there, and a warp's
+// products of them as instructions of Ampere.
 #pragma once
 
+#include "core/keys.h"
 #include "cuda/fused/rows.h"
 
 namespace fastattn::cuda {
 namespace {
 
-// ---- loading: begun, not waited for ---------------------------------------------------------------------------
-// The rows of a block, zeros below them, by `threads` threads of which this is number `thread`; place(row, piece) is where 16 bytes
-// go.
+// ---- loading: begun, not waited for -----------------------------------------------------------------------
+// The rows of a block, zeros below them, by `threads` threads of which this is number `thread`; place(row,
+// piece) is where 16 bytes go.
 template <int width, int count, int threads, class Place>
 __device__ void load_queries(const RowBlock& block, int thread, Place place) {
     constexpr int pieces = width / 8;
@@ -31,8 +32,8 @@ __device__ void load_queries(const RowBlock& block, std::uint16_t* to) {
                                         [&](int row, int piece) { return to + swizzled<width>(row, piece); });
 }
 
-// `count` keys (or values) from `first` on, zeros for those that no row of the block attends, by `threads` threads of which this
-// is number `thread`.
+// `count` keys (or values) from `first` on, zeros for those that no row of the block attends, by `threads`
+// threads of which this is number `thread`.
 template <int width, int count, int threads>
 __device__ __forceinline__ void load_rows(const RowBlock& block, const Operand& x, Index dims, Index first,
                                           std::uint16_t* to, int thread) {
@@ -40,17 +41,17 @@ __device__ __forceinline__ void load_rows(const RowBlock& block, const Operand& 
     const int used = static_cast<int>(dims / 8);
     const int begin = static_cast<int>(clamped(block.key_begin - first, 0, count));
     const int end = static_cast<int>(clamped(block.key_end - first, 0, count));
-    const auto* from = static_cast<const std::uint16_t*>(x.data) + block.b * x.batch + first * x.seq +
-                       block.kv_head * x.head;
+    const KeyRows<std::uint16_t> rows(x, block.b, block.kv_head);
     FASTATTN_UNROLL_LITTLE
     for (int n = thread; n < count * pieces; n += threads) {
         const int key = n / pieces, piece = n % pieces;
         const bool valid = key >= begin && key < end && piece < used;
-        copy_async(to + swizzled<width>(key, piece), from + (valid ? key * x.seq + piece * 8 : 0), valid);
+        copy_async(to + swizzled<width>(key, piece),
+                   rows[valid ? first + key : first] + (valid ? piece * 8 : 0), valid);
     }
 }
 
-// ---- S = q k^T --------------------------------------------------------------------------------------------------
+// ---- S = q k^T --------------------------------------------------------------------------------------------
 // Rows `first` .. of the queries' tile, keys from the first of theirs on.
 template <class T, int width, int mt, int nt>
 __device__ __forceinline__ void multiply_queries(const std::uint16_t* queries, int first,
@@ -83,7 +84,7 @@ __device__ __forceinline__ void multiply_queries(const std::uint16_t* queries, i
     }
 }
 
-// ---- O += P v -----------------------------------------------------------------------------------------------------
+// ---- O += P v ---------------------------------------------------------------------------------------------
 template <int width, class T, int mt, int nt, int dt, bool plain>
 __device__ __forceinline__ void multiply_values(const std::uint16_t* values, const float (&s)[mt][nt][4],
                                                 FlashRows<T, mt, nt, dt, plain>& rows) {

@@ -11,8 +11,9 @@
 namespace fastattn::cuda {
 namespace {
 
-// After these the context answers every call with the same error. Of them driver_types.h says that the process must be
-// terminated: uncorrectable ECC and NVLink errors, contained errors, faults of kernels, launches that time out or fail.
+// After these the context answers every call with the same error. Of them driver_types.h says that the
+// process must be terminated: uncorrectable ECC and NVLink errors, contained errors, faults of kernels,
+// launches that time out or fail.
 bool is_sticky(int code) noexcept {
     constexpr int codes[] = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721};
     return std::find(std::begin(codes), std::end(codes), code) != std::end(codes);

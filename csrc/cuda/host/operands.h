@@ -1,5 +1,5 @@
-// The operands of a region as a kernel can read them: 16-byte steps, neighbours in the last axis. Where the caller's arrays are not
-// like that they are copied, the result too.
+// The operands of a region as a kernel can read them: 16-byte steps, neighbours in the last axis. Where the
+// caller's arrays are not like that they are copied, the result too.
 #pragma once
 
 #include "cuda/host/chunking.h"
@@ -11,7 +11,7 @@ namespace fastattn::cuda {
 // The address of an element.
 void* element(const Operand& x, DType dtype, Index b, Index s, Index h) noexcept;
 
-// ---- the queries (q, dout, ..) or keys (k, v) of a region -------------------------------------------------------
+// ---- the queries (q, dout, ..) or keys (k, v) of a region -------------------------------------------------
 // A compact array for them, of `dims` features.
 Operand take_queries(const AttentionProblem& p, const Chunk& region, DType dtype, Index dims,
                      Carver& carver) noexcept;

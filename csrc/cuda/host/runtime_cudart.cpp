@@ -91,8 +91,8 @@ int free_host_after(void* data, Stream stream) noexcept {
 
 namespace {
 
-// cuTensorMapEncodeTiled, a function of the driver: its parameters by their sizes, its enumerations by their values
-// (check_cuda_codes.cpp compares them with NVIDIA's header).
+// cuTensorMapEncodeTiled, a function of the driver: its parameters by their sizes, its enumerations by their
+// values (check_cuda_codes.cpp compares them with NVIDIA's header).
 using EncodeTiled = int (*)(void* map, int type, unsigned rank, void* data, const std::uint64_t* size,
                             const std::uint64_t* stride, const unsigned* box, const unsigned* step,
                             int interleave, int swizzle, int promotion, int fill);

@@ -11,8 +11,8 @@
 
 namespace fastattn::cuda {
 
-// 16-bit weights of long rows are small numbers, which float16 has few bits for: they are stored times this, and the product with v
-// takes it back, together with 1 - dropout.
+// 16-bit weights of long rows are small numbers, which float16 has few bits for: they are stored times this,
+// and the product with v takes it back, together with 1 - dropout.
 FASTATTN_HOST_DEVICE constexpr double weight_scale(DType dtype) noexcept {
     return dtype == DType::f16 ? 32768.0 : 1.0;
 }
@@ -30,8 +30,8 @@ inline bool is_plain_flash(const AttentionProblem& p) {
     return is_plain(p) && static_cast<float>(p.scale * 1.44) > 0.0f;
 }
 
-// Scores of one chunk: row r of the matrix belongs to pair r / (G * rows) of (batch entry, kv head), the batch
-// entry outside; within a pair r = g * rows + i, or i * G + g with group_inner.
+// Scores of one chunk: row r of the matrix belongs to pair r / (G * rows) of (batch entry, kv head), the
+// batch entry outside; within a pair r = g * rows + i, or i * G + g with group_inner.
 struct SoftmaxArgs {
     AttentionProblem problem;
     Chunk chunk;
@@ -42,7 +42,8 @@ struct SoftmaxArgs {
     std::int64_t ld = 0;  // elements of a row of scores, a multiple of 8
 };
 
-// target[b,s,h,d] = source[b,s,h,d]; with lengths, rows s >= lengths[b] - first_row become 0 without being read.
+// target[b,s,h,d] = source[b,s,h,d]; with lengths, rows s >= lengths[b] - first_row become 0 without being
+// read.
 struct CopyArgs {
     Operand source, target;
     int item_size = 0;  // bytes: 2, 4 or 8
@@ -61,7 +62,7 @@ struct PointerArgs {
     std::int64_t count[3] = {1, 1, 1};
 };
 
-// ---- the backward pass ------------------------------------------------------------------------------------------
+// ---- the backward pass ------------------------------------------------------------------------------------
 // What the pairs of a row share.
 template <class Acc>
 struct RowState {
@@ -78,7 +79,8 @@ struct BackwardArgs {
     Chunk region, chunk;
     bool group_inner = false;  // of the chunk's scores, as in SoftmaxArgs
     // in:  raw products q.k and dout.v, as SoftmaxArgs::scores
-    // out: r P * weight_scale, and the gradient by scale * q.k, in the problem's dtype; this one, in float16, still in the
+    // out: r P * weight_scale, and the gradient by scale * q.k, in the problem's dtype; this one, in float16,
+    // still in the
     //      accumulator's type
     void *scores = nullptr, *gradients = nullptr;
     void* bias_gradients =
@@ -93,8 +95,8 @@ struct BackwardArgs {
     // Rows of k, q and dout that hold NaN or Inf, and for each head of a batch entry whether it has some.
     const std::uint8_t *bad_k = nullptr, *bad_q = nullptr, *bad_dout = nullptr;
     const std::uint8_t *any_bad_k = nullptr, *any_bad_q = nullptr, *any_bad_dout = nullptr;
-    // Where dS is summed: an array of the accumulator's type, stride 0 along what is summed over; or, with bias_whole,
-    // dbias, of which every element is one dS.
+    // Where dS is summed: an array of the accumulator's type, stride 0 along what is summed over; or, with
+    // bias_whole, dbias, of which every element is one dS.
     ScoreOperand bias_sums;
     bool bias_whole = false;
     // Sums over the units of a call: (B or 1, Hq) and (Hq,).
@@ -115,7 +117,8 @@ struct AnyArgs {
     std::int64_t count = 0, size = 0;
 };
 
-// target = factor * unit * source, where source is a sum in the accumulator's type; rows outside of [begin, end) are 0.
+// target = factor * unit * source, where source is a sum in the accumulator's type; rows outside of [begin,
+// end) are 0.
 struct StoreArgs {
     Operand source, target;
     DType dtype = DType::f32;  // of target

@@ -3,14 +3,17 @@
 //   row_states       dout, out, dlse, lse -> what the pairs of a row share
 //   score_gradients  S, dP -> P and dS in their place; dS |p - j| summed, dS for dbias
 //   row_units, scale_rows, add_keys
-//                    float16 only: dS of a head is stored in units of its own, a power of two by its largest element
+//                    float16 only: dS of a head is stored in units of its own, a power of two by its largest
+//                    element
 //   clean_rows, any_bad, repair
-//                    products read masked pairs too, and 0 * NaN is NaN: they get k, q and dout with zeros in place of NaN and
-//                    Inf, and what those give to the pairs that are attended is added pair by pair
+//                    products read masked pairs too, and 0 * NaN is NaN: they get k, q and dout with zeros in
+//                    place of NaN and Inf, and what those give to the pairs that are attended is added
+//                    pair by pair
 //   bias_sums, head_sums, store_rows, store_bias, store_heads
 //                    sums that do not depend on the order of threads, and their results
 #pragma once
 
+#include "core/keys.h"
 #include "cuda/simt/row.h"
 
 namespace fastattn::cuda {
@@ -34,7 +37,7 @@ __device__ __forceinline__ Index warp_number() {
 }
 __device__ __forceinline__ int warp_lane_of() { return static_cast<int>(threadIdx.x % 32); }
 
-// ---- where the arrays of a region are ------------------------------------------------------------------------
+// ---- where the arrays of a region are ---------------------------------------------------------------------
 __device__ __forceinline__ Index region_row(const BackwardArgs& a, const RowPlace& at) {
     const Index group = a.problem.forward.group;
     const Index heads = a.region.kv_heads * group;
@@ -67,7 +70,7 @@ __device__ __forceinline__ Index row_at(const BackwardArgs& a, Index b, Index h,
     return pair * group * a.chunk.rows + slow * (a.group_inner ? group : a.chunk.rows) + fast;
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------
+// ---- rows -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ double given_dlse(const BackwardProblem& b, const Row& row) {
     return b.dlse.data == nullptr ? 0.0 : load_real(b.dlse.data, b.dlse.dtype, row.offset(b.dlse));
 }
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(kBackwardBlock) row_states(const __grid_consta
     if (warp_lane_of() == 0) static_cast<RowState<Acc>*>(a.states)[r] = state;
 }
 
-// ---- P and dS -----------------------------------------------------------------------------------------------------
+// ---- P and dS ---------------------------------------------------------------------------------------------
 // A group of threads owns a row of the chunk, as in softmax_rows.
 template <class T, class Acc, int threads, bool plain>
 class GradientRow {
@@ -222,10 +225,10 @@ private:
         *reinterpret_cast<Quad<Stored>*>(reinterpret_cast<Stored*>(gradients) + v) = out;
     }
 
-    // The row's largest score and its sum of weights anew, used where they agree with lse as far as that tells (it may be of
-    // more keys than these), or where lse is about its type's largest number, which says nothing but that. And the delta of a
-    // row that may attend nothing is a sum of nothing, whatever its dout holds.
-    // In a function of its own, which has no part in the registers of the others.
+    // The row's largest score and its sum of weights anew, used where they agree with lse as far as that
+    // tells (it may be of more keys than these), or where lse is about its type's largest number, which says
+    // nothing but that. And the delta of a row that may attend nothing is a sum of nothing, whatever its dout
+    // holds. In a function of its own, which has no part in the registers of the others.
     __device__ static __noinline__ RowState<Acc> refined(const BackwardArgs& a, Index r) {
         constexpr double epsilon = sizeof(Acc) == 8 ? 0x1p-52 : 0x1p-23;
         constexpr double limit = sizeof(Acc) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
@@ -261,7 +264,8 @@ private:
         return state;
     }
 
-    // From this size on lse (in powers of two) says too little of the sum of the weights, which is up to the number of keys.
+    // From this size on lse (in powers of two) says too little of the sum of the weights, which is up to the
+    // number of keys.
     static __device__ __forceinline__ constexpr double coarse() { return sizeof(Acc) == 8 ? 0x1p42 : 0x1p13; }
 
     const BackwardArgs& a;
@@ -283,9 +287,9 @@ __global__ void __launch_bounds__(kBackwardBlock) score_gradients(const __grid_c
     if (r < chunk_rows(a)) GradientRow<T, Acc, threads, plain>(a, r).compute();
 }
 
-// ---- float16: units of dS ------------------------------------------------------------------------------------------
-// A block for each (batch entry, kv head) of the chunk: dS / unit is below 2^15 and its largest element at least half of
-// that. Down to 2^-29 of it nothing of the 11 bits is lost.
+// ---- float16: units of dS ---------------------------------------------------------------------------------
+// A block for each (batch entry, kv head) of the chunk: dS / unit is below 2^15 and its largest element at
+// least half of that. Down to 2^-29 of it nothing of the 11 bits is lost.
 __global__ void __launch_bounds__(kBackwardBlock) row_units(const __grid_constant__ BackwardArgs a) {
     const Index group = a.problem.forward.group;
     const Index entry = quotient(Index{blockIdx.x}, a.chunk.kv_heads);
@@ -341,7 +345,7 @@ __global__ void __launch_bounds__(kBackwardBlock) add_keys(const __grid_constant
     for (Index d = warp_lane_of(); d < a.problem.forward.head_dim; d += 32) sum[d] += part[d] * unit;
 }
 
-// ---- NaN and Inf of masked pairs ---------------------------------------------------------------------------------
+// ---- NaN and Inf of masked pairs --------------------------------------------------------------------------
 // A warp for each row.
 template <class T>
 __global__ void __launch_bounds__(kBackwardBlock) clean_rows(const __grid_constant__ CleanArgs args) {
@@ -388,11 +392,12 @@ __device__ __noinline__ void repair_query(const BackwardArgs& a, Index r, const 
     const Row row(p, at);
     const T* gradients = reinterpret_cast<const T*>(static_cast<const Acc*>(a.gradients) + r * a.ld);
     const std::uint8_t* bad = a.bad_k + region_pair(a, at.b, kv_head) * a.region.keys - a.region.key;
+    const KeyRows<T> k(p.k, at.b, kv_head);
     for (Index n = 0; n < a.chunk.keys; ++n) {
         const Index j = a.chunk.key + n;
         if (bad[j] != 0 && row.attends(p, j))
-            add_bad_row<T, Acc>(row_of<Acc>(a.dq, at.b, at.i, at.h), widen(gradients[n]),
-                                row_of<const T>(p.k, at.b, j, kv_head), p.k.dim, p.head_dim);
+            add_bad_row<T, Acc>(row_of<Acc>(a.dq, at.b, at.i, at.h), widen(gradients[n]), k[j],
+                                k.number_stride(), p.head_dim);
     }
 }
 
@@ -421,7 +426,8 @@ __device__ __noinline__ void repair_key(const BackwardArgs& a, Index b, Index kv
     }
 }
 
-// A warp for each row and each key of the chunk, after its products. Where nothing was bad it has nothing to do.
+// A warp for each row and each key of the chunk, after its products. Where nothing was bad it has nothing to
+// do.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kBackwardBlock) repair(const __grid_constant__ BackwardArgs a) {
     const Index rows = chunk_rows(a), group = a.problem.forward.group;
@@ -442,9 +448,9 @@ __global__ void __launch_bounds__(kBackwardBlock) repair(const __grid_constant__
     if (any) repair_key<T, Acc>(a, b, kv_head, n - pair * a.chunk.keys);
 }
 
-// ---- dbias, dalibi_slopes, dsinks -----------------------------------------------------------------------------------
-// A block adds up what the chunk has for 32 neighbours of the key axis, a warp taking every eighth row; or, where keys are
-// summed over, for one element.
+// ---- dbias, dalibi_slopes, dsinks -------------------------------------------------------------------------
+// A block adds up what the chunk has for 32 neighbours of the key axis, a warp taking every eighth row; or,
+// where keys are summed over, for one element.
 template <class Acc>
 __global__ void __launch_bounds__(kBackwardBlock) bias_sums(const __grid_constant__ BackwardArgs a) {
     const Chunk& c = a.chunk;
@@ -512,7 +518,7 @@ __global__ void __launch_bounds__(kBackwardBlock) head_sums(const __grid_constan
     }
 }
 
-// ---- results ----------------------------------------------------------------------------------------------------------
+// ---- results ----------------------------------------------------------------------------------------------
 // A warp for each row.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kBackwardBlock) store_rows(const __grid_constant__ StoreArgs a) {

@@ -1,5 +1,5 @@
-// What every SIMT kernel here stands on: nvcc's names, or the emulator's of tests/cuda_emulator when a C++ compiler
-// reads the same source; 16-bit floats; and groups of threads that share one row.
+// What every SIMT kernel here stands on: nvcc's names, or the emulator's of tests/cuda_emulator when a C++
+// compiler reads the same source; 16-bit floats; and groups of threads that share one row.
 #pragma once
 
 #include <bit>
@@ -70,7 +70,7 @@ struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Quad {
     T at[4];
 };
 
-// ---- arithmetic: what must not be fused, and what must be ------------------------------------------------------------------
+// ---- arithmetic: what must not be fused, and what must be -------------------------------------------------
 __device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float plus(float a, float b) { return __fadd_rn(a, b); }
@@ -93,9 +93,9 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 #endif
 }
 
-// 2^x for x <= 127 without the unit for exponentials, which has a quarter of the multipliers' rate (as in Cody and Waite 1980): 2^x is
-// 2^n 2^f with n the nearest integer, and the polynomial, whose largest relative error on [-1/2, 1/2] is the least possible, 2.7e-6.
-// Below 2^-126: 0.
+// 2^x for x <= 127 without the unit for exponentials, which has a quarter of the multipliers' rate (as in
+// Cody and Waite 1980): 2^x is 2^n 2^f with n the nearest integer, and the polynomial, whose largest relative
+// error on [-1/2, 1/2] is the least possible, 2.7e-6. Below 2^-126: 0.
 __device__ __forceinline__ float power2_by_polynomial(float x) {
     x = larger_or_nan(x, -127.0f);
     constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: the sum's last bits are n + 127

@@ -1,5 +1,5 @@
-// Instances of the forward's SIMT kernels and of those that all share, and their launches. The tests compile it as C++ for
-// the emulated GPU.
+// Instances of the forward's SIMT kernels and of those that all share, and their launches. The tests compile
+// it as C++ for the emulated GPU.
 #include "cuda/simt/launch.h"
 
 #include "cuda/simt/copy.h"

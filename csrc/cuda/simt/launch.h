@@ -1,5 +1,5 @@
-// The SIMT kernels as functions of the host: grids and blocks are chosen here, nothing is waited for. Errors of a
-// launch are found by runtime::last_error().
+// The SIMT kernels as functions of the host: grids and blocks are chosen here, nothing is waited for. Errors
+// of a launch are found by runtime::last_error().
 #pragma once
 
 #include "cuda/simt/arguments.h"

@@ -1,4 +1,5 @@
-// Instances of the SIMT kernels of the backward pass, and their launches. The tests compile it as C++ for the emulated GPU.
+// Instances of the SIMT kernels of the backward pass, and their launches. The tests compile it as C++ for the
+// emulated GPU.
 #include "cuda/simt/launch_backward.h"
 
 #include "cuda/simt/backward.h"

@@ -1,5 +1,5 @@
-// The SIMT kernels of the backward pass as functions of the host, like those of launch.h. What has nothing to do is not
-// launched.
+// The SIMT kernels of the backward pass as functions of the host, like those of launch.h. What has nothing to
+// do is not launched.
 #pragma once
 
 #include "cuda/simt/arguments.h"

@@ -1,8 +1,10 @@
 // Rows of the output that hold NaN or Inf, once more: a product P.V reads every value of the chunk, and
-// 0 * NaN is NaN, so a masked value leaks into the rows that may not attend it. Here they are summed key by key over the keys
-// that the row may attend. Rows are found by their result, so the common case reads the output and stops.
+// 0 * NaN is NaN, so a masked value leaks into the rows that may not attend it. Here they are summed key by
+// key over the keys that the row may attend. Rows are found by their result, so the common case reads the
+// output and stops.
 #pragma once
 
+#include "core/keys.h"
 #include "cuda/simt/row.h"
 
 namespace fastattn::cuda {
@@ -28,12 +30,12 @@ __global__ void __launch_bounds__(kRestoreBlock) restore_rows(const __grid_const
 
     const Row row(p, at);
     const T* weights = reinterpret_cast<const T*>(static_cast<const Acc*>(a.scores) + r * a.ld);
-    const T* v = static_cast<const T*>(p.v.data) + at.b * p.v.batch + (at.h / p.group) * p.v.head;
+    const KeyRows<T> v(p.v, at.b, at.h / p.group);
     for (Index d = lane; d < p.value_dim; d += 32) {
         Acc sum = 0;
         for (Index n = 0; n < a.chunk.keys; ++n) {
             const Index j = a.chunk.key + n;
-            if (row.attends(p, j)) sum += widen(weights[n]) * widen(v[j * p.v.seq + d * p.v.dim]);
+            if (row.attends(p, j)) sum += widen(weights[n]) * widen(v[j][d * v.number_stride()]);
         }
         narrow(sum * static_cast<Acc>(weight_unit(p.dtype, p.dropout)), out[d * p.out.dim]);
     }

@@ -1,5 +1,5 @@
-// One query row of a chunk: which keys it may attend, and how a raw product becomes a score. The same order of
-// operations as on the CPU (csrc/cpu/flash/softmax.h): scale, softcap, alibi, bias, restrictions.
+// One query row of a chunk: which keys it may attend, and how a raw product becomes a score. The same order
+// of operations as on the CPU (csrc/cpu/flash/softmax.h): scale, softcap, alibi, bias, restrictions.
 #pragma once
 
 #include "core/philox.h"
@@ -86,7 +86,7 @@ struct Row {
 
     // All restrictions.
     __device__ bool attends(const AttentionProblem& p, Index j) const {
-        if (j < range.begin || j >= range.end) return false;
+        if (!sees_key(range.begin, range.end, j)) return false;
         if (p.mask.data != nullptr &&
             load_as<std::uint8_t>(p.mask.data, offset(p.mask) + j * p.mask.key) == 0)
             return false;
@@ -108,7 +108,8 @@ __device__ __forceinline__ Acc load_bias(const ScoreOperand& bias, Index at) {
     }
 }
 
-// How raw products of one row become x = score * log2(e), -inf where masked. Keys count from the chunk's first.
+// How raw products of one row become x = score * log2(e), -inf where masked. Keys count from the chunk's
+// first.
 template <class Acc, bool plain>
 struct Scorer {
     const AttentionProblem& p;
@@ -150,7 +151,7 @@ struct Scorer {
     __device__ __forceinline__ Acc operator()(int v, Acc raw, Acc& share) const {
         const Acc masked = -infinity<Acc>();
         share = 0;
-        if (v < begin || v >= end) return masked;
+        if (!sees_key(begin, end, v)) return masked;
         Acc t = times(raw, scale);
         if (!elementwise) return t;
         if (cap > 0) t = capped(t, share);
@@ -163,7 +164,7 @@ struct Scorer {
         return limited(t);
     }
 
-    // ---- its operations; v counts keys from the chunk's first ----------------------------------------------------
+    // ---- its operations; v counts keys from the chunk's first ---------------------------------------------
     __device__ __forceinline__ Acc capped(Acc t, Acc& share) const {
         share = static_cast<Acc>(tanh(times(t, inverse_cap)));
         return times(cap, share);
@@ -188,7 +189,8 @@ struct Scorer {
         if (t < -limit && t > -infinity<Acc>()) t = -limit;
         return times(t, static_cast<Acc>(kLog2E));
     }
-    // f(a function that gives the bias of v), so that its type is asked for once: that of the arrays, T, or float.
+    // f(a function that gives the bias of v), so that its type is asked for once: that of the arrays, T, or
+    // float.
     template <class T, class F>
     __device__ __forceinline__ void with_bias_type(F f) const {
         const Index row = bias + first * p.bias.key, step = p.bias.key;
@@ -201,8 +203,8 @@ struct Scorer {
     }
 };
 
-// The denominator of a row's softmax, of its keys (m = max x, l = sum 2^(x - m)) and of its sink, one more score without a
-// value. A sink of +inf takes all the weight instead of giving NaN.
+// The denominator of a row's softmax, of its keys (m = max x, l = sum 2^(x - m)) and of its sink, one more
+// score without a value. A sink of +inf takes all the weight instead of giving NaN.
 template <class Acc>
 class Denominator {
 public:

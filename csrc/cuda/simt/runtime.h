@@ -1,5 +1,5 @@
-// The functions of the CUDA run time that host code uses, as symbols of our own: runtime_cudart.cpp fills them
-// with cudart, tests/cuda_emulator with a GPU that is this machine's memory. So all host code of this
+// The functions of the CUDA run time that host code uses, as symbols of our own: runtime_cudart.cpp fills
+// them with cudart, tests/cuda_emulator with a GPU that is this machine's memory. So all host code of this
 // room compiles, links and is tested without CUDA.
 //
 // Every function returns 0 or the error code of CUDA, which throw_on_error() of errors.h understands.
@@ -46,7 +46,8 @@ int release_plain(void* data) noexcept;
 int allocate_pinned(void** data, std::size_t bytes) noexcept;
 int release_pinned(void* data) noexcept;
 int copy(void* target, const void* source, std::size_t bytes, Copy kind, Stream stream) noexcept;
-// std::free(data) when `stream` gets there: for the source of a copy. On failure `data` is still the caller's.
+// std::free(data) when `stream` gets there: for the source of a copy. On failure `data` is still the
+// caller's.
 int free_host_after(void* data, Stream stream) noexcept;
 
 // An array for the copy engine of compute capability 9.0 and newer.

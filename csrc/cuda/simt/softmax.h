@@ -3,9 +3,10 @@
 //   x_j = log2(e) * score_j,  m = max x_j,  l = sum_j 2^(x_j - m) + 2^(sink - m)
 //   P_j = keep_j * 2^(x_j - m) / l * weight_scale,   lse = ln 2 * (m + log2 l)
 //
-// A group of threads owns a row. Without elementwise arguments up to 32 scores per thread stay in registers, so the row is
-// read once; otherwise three times (maximum, sum, weights), with x in place of the products from the first on. Both ways
-// do the same operations in the same order: what else is asked for does not change the result. The 16-bit weights of a row are written over the first half of its f32 scores.
+// A group of threads owns a row. Without elementwise arguments up to 32 scores per thread stay in registers,
+// so the row is read once; otherwise three times (maximum, sum, weights), with x in place of the products
+// from the first on. Both ways do the same operations in the same order: what else is asked for does not
+// change the result. The 16-bit weights of a row are written over the first half of its f32 scores.
 #pragma once
 
 #include "cuda/simt/row.h"

@@ -10,8 +10,9 @@ struct alignas(128) TensorMap {
     unsigned char bytes[128];
 };
 
-// A four-dimensional array of 16-bit elements, neighbours in axis 0, and the box of it that one copy brings: 64 elements of axis 0
-// by `rows` of axis 1, written as a chunk of hopper_layout.h. What lies outside of the array comes as zeros.
+// A four-dimensional array of 16-bit elements, neighbours in axis 0, and the box of it that one copy brings:
+// 64 elements of axis 0 by `rows` of axis 1, written as a chunk of hopper_layout.h. What lies outside of the
+// array comes as zeros.
 struct TileMapLayout {
     void* data = nullptr;  // a multiple of 16
     bool bf16 = false;  // else f16

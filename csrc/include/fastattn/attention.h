@@ -3,8 +3,8 @@
 //   out[b,i,h,:] = sum_j softmax_j(score[b,h,i,j]) * v[b,j,h/G,:],   G = q_heads / kv_heads
 //   score = mask(bias + alibi + softcap(scale * q.k))
 //
-// Use: fill AttentionParams, make_problem() checks everything once, attention_forward() computes; for gradients
-// BackwardParams, make_backward_problem(), attention_backward().
+// Use: fill AttentionParams, make_problem() checks everything once, attention_forward() computes; for
+// gradients BackwardParams, make_backward_problem(), attention_backward().
 #pragma once
 
 #include <cstddef>
@@ -137,11 +137,12 @@ struct AttentionProblem {
 AttentionProblem make_problem(const AttentionParams& params, bool for_execution = true);
 
 // ---- the backward pass --------------------------------------------------------------------------
-// Gradients from out and lse of the forward, with P recomputed (Dao et al., FlashAttention, algorithm 4), over the
-// keys that a row may attend; r = keep / (1 - dropout):
+// Gradients from out and lse of the forward, with P recomputed (Dao et al., FlashAttention, algorithm 4),
+// over the keys that a row may attend; r = keep / (1 - dropout):
 //
 //   P = exp(score - lse)   dv = sum_i r P dout   dP = r (dout . v)   delta = dout . out
-//   dS = P (dP - delta + dlse)   dbias = dS   dalibi = -sum dS |p - j|   dsink = sum_i exp(sink - lse) (dlse - delta)
+//   dS = P (dP - delta + dlse)   dbias = dS   dalibi = -sum dS |p - j|
+//   dsink = sum_i exp(sink - lse) (dlse - delta)
 //   dq = scale sum_j dS' k   dk = scale sum_i dS' q     dS' = dS (1 - (s/c)^2) under a softcap c, else dS
 struct BackwardParams {
     AttentionParams forward;  // the forward's arguments; its out and lse are read, weights must not be given
@@ -170,8 +171,8 @@ struct RunOptions {
     std::string_view device{};  // empty: FASTATTN_DEVICE, else where the arrays are
     int num_threads = 0;  // 0: get_num_threads()
     int max_threads = 0;  // a further limit, of this call alone; 0: none
-    // Arrays on a CUDA device: the cudaStream_t in which they are ready and the call is queued; null: the legacy
-    // default stream. The call then returns before the result is there.
+    // Arrays on a CUDA device: the cudaStream_t in which they are ready and the call is queued; null: the
+    // legacy default stream. The call then returns before the result is there.
     void* stream = nullptr;
     // Called from the calling thread at least every 50 ms; true stops the call with Cancelled.
     bool (*poll)(void*) = nullptr;

@@ -1,5 +1,5 @@
-// What dispatch says about CUDA: why there is none, which device and kernel a call gets. What is probed once per
-// process is tested in processes of their own, the DISABLED_ tests here.
+// What dispatch says about CUDA: why there is none, which device and kernel a call gets. What is probed once
+// per process is tested in processes of their own, the DISABLED_ tests here.
 #include "cuda/host/context.h"
 
 #include <gtest/gtest.h>

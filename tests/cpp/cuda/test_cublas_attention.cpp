@@ -1,5 +1,5 @@
-// cuda-cublas on the emulated GPU against cpu-reference: every argument, host arrays (staged) and device arrays.
-// Numbers are compared here with a plain tolerance; the error gate is the Python tests' matter.
+// cuda-cublas on the emulated GPU against cpu-reference: every argument, host arrays (staged) and device
+// arrays. Numbers are compared here with a plain tolerance; the error gate is the Python tests' matter.
 #include <gtest/gtest.h>
 
 #include <cmath>

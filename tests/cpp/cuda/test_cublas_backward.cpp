@@ -1,5 +1,5 @@
-// The backward pass of cuda-cublas on the emulated GPU against cpu-reference: host arrays (staged) and device arrays. Both
-// get out and lse of the reference's forward.
+// The backward pass of cuda-cublas on the emulated GPU against cpu-reference: host arrays (staged) and device
+// arrays. Both get out and lse of the reference's forward.
 #include <limits>
 
 #include "core/kernel.h"
@@ -113,7 +113,7 @@ protected:
     void SetUp() override { emulator::reset(); }
 };
 
-// ---- arguments ------------------------------------------------------------------------------------------------
+// ---- arguments --------------------------------------------------------------------------------------------
 TEST_F(Backward, EveryFeatureInEveryDtype) {
     const Sizes sizes[] = {kSmall, {2, 1, 13, 6, 2, 16, 8}, {3, 17, 17, 4, 1, 24, 40}, {1, 3, 1, 4, 2, 1, 3}};
     for (const Sizes& n : sizes)
@@ -180,7 +180,7 @@ TEST_F(Backward, SlopesOfEachEntry) {
         "slopes");
 }
 
-// ---- shapes and layouts -----------------------------------------------------------------------------------------
+// ---- shapes and layouts -----------------------------------------------------------------------------------
 // Scores of some KiB at a time: tiles of rows, one head after another.
 TEST_F(Backward, ManyChunks) {
     for (const std::size_t bytes : {std::size_t{64} << 10, std::size_t{6} << 10, std::size_t{1}}) {
@@ -264,8 +264,9 @@ TEST_F(Backward, EmptyAxes) {
         }
 }
 
-// ---- numbers --------------------------------------------------------------------------------------------------------
-// dS of float16 around and beyond what it can hold: without its unit it would be 0, or Inf. dq and dk are of usual size.
+// ---- numbers ----------------------------------------------------------------------------------------------
+// dS of float16 around and beyond what it can hold: without its unit it would be 0, or Inf. dq and dk are of
+// usual size.
 TEST_F(Backward, GradientsBeyondTheRangeOfFloat16) {
     const Sizes n{1, 7, 20, 2, 1, 16, 16};
     const auto sized = [&](double q, double k, double v, double dout) {
@@ -397,7 +398,8 @@ TEST_F(Backward, MemoryGrowsWithRowsAndKeysNotTheirProduct) {
         return kernel.workspace_bytes(b, b, cuda::whole(p)) + kernel.sums_bytes(b);
     };
     const std::size_t small = bytes(1 << 13), large = bytes(1 << 15), row = 8 * 64 * 4;
-    // Copies of q, k, v and dout, three of them a second time, sums of dq, dk and dv; what is left is small beside a row.
+    // Copies of q, k, v and dout, three of them a second time, sums of dq, dk and dv; what is left is small
+    // beside a row.
     EXPECT_LE(large - small, (12 * row) * ((1 << 15) - (1 << 13)));
     EXPECT_LE(small, (12 * row) * (1 << 13) + (std::size_t{64} << 20));
 }
@@ -415,7 +417,7 @@ TEST_F(Backward, Tf32OnlyWhenAskedFor) {
     EXPECT_EQ(products, 5u);
 }
 
-// ---- host arrays ------------------------------------------------------------------------------------------------------
+// ---- host arrays ------------------------------------------------------------------------------------------
 TEST(BackwardUnits, CoverEveryHeadOnce) {
     for (const std::size_t aim : {std::size_t{1}, std::size_t{4} << 10, std::size_t{32} << 20}) {
         Training t(DType::f32, {3, 5, 9, 8, 4, 16, 8});
@@ -497,7 +499,7 @@ TEST_F(Backward, Cancelled) {
     }
 }
 
-// ---- what can go wrong ------------------------------------------------------------------------------------------------
+// ---- what can go wrong ------------------------------------------------------------------------------------
 TEST_F(Backward, TooLittleMemory) {
     for (const Where where : kEverywhere) {
         Training t(DType::f32, kSmall);

@@ -1,5 +1,5 @@
-// The kernel for few query rows: how keys are cut into pieces (pure functions, no GPU), what memory that takes, and its threads in
-// another order. Numbers are the Python tests' matter, tests/test_cuda_decode.py.
+// The kernel for few query rows: how keys are cut into pieces (pure functions, no GPU), what memory that
+// takes, and its threads in another order. Numbers are the Python tests' matter, tests/test_cuda_decode.py.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -78,7 +78,7 @@ TEST(Pieces, HoldAllKeysOfARegionAndNoPieceIsInVain) {
     EXPECT_EQ(pieces_of(p, {0, 2, 0, 2, 0, 1, 0, 0}).count, 1);  // writes the zeros
 }
 
-// ---- on the emulated GPU --------------------------------------------------------------------------------------
+// ---- on the emulated GPU ----------------------------------------------------------------------------------
 TEST(Decode, MemoryIsThatOfThePartialSums) {
     emulator::reset();
     static std::uint16_t something[8];
@@ -145,8 +145,9 @@ TEST(Decode, SaysWhichKernelDidNotStart) {
     }
 }
 
-// Results do not depend on which thread of a block comes first. (Missing barriers are for the thread sanitizer to find, for which
-// a thread of the machine is a thread of the block: minutes for each head dimension.)
+// Results do not depend on which thread of a block comes first. (Missing barriers are for the thread
+// sanitizer to find, for which a thread of the machine is a thread of the block: minutes for each head
+// dimension.)
 TEST(Fused, SameBitsInEveryOrderOfThreads) {
     emulator::reset();
 #if defined(FASTATTN_EMULATOR_THREADS)

@@ -1,4 +1,5 @@
-// Batches of products: which calls they become (pure functions), and what the calls compute on the emulated GPU.
+// Batches of products: which calls they become (pure functions), and what the calls compute on the emulated
+// GPU.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -193,8 +194,8 @@ protected:
     void* addresses[600];
 };
 
-// A batch on arrays of its own: matrices of `a` are (m, k) or (k, m), those of `b` (k, n) or (n, k), with gaps between columns
-// and matrices.
+// A batch on arrays of its own: matrices of `a` are (m, k) or (k, m), those of `b` (k, n) or (n, k), with
+// gaps between columns and matrices.
 template <class T>
 struct Batch {
     std::vector<T> a, b, c;

@@ -1,5 +1,5 @@
-// What the kernel for Hopper stands on: how tiles lie in shared memory, in which order tiles of rows come, the exponential by a
-// polynomial, and that the emulated instructions do what theirs are said to do.
+// What the kernel for Hopper stands on: how tiles lie in shared memory, in which order tiles of rows come,
+// the exponential by a polynomial, and that the emulated instructions do what theirs are said to do.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -18,7 +18,7 @@
 namespace fastattn::cuda {
 namespace {
 
-// ---- layout -----------------------------------------------------------------------------------------------------
+// ---- layout -----------------------------------------------------------------------------------------------
 
 TEST(HopperLayout, EveryElementHasAPlaceOfItsOwnWithinTheTile) {
     for (const int rows : {64, 80, 128, 192}) {
@@ -64,7 +64,7 @@ TEST(HopperLayout, DescriptorsHaveTheirFieldsWhereThePtxManualHasThem) {
               descriptor_of_rows(0x400, 80, 0, 112));
 }
 
-// ---- order --------------------------------------------------------------------------------------------------------
+// ---- order ------------------------------------------------------------------------------------------------
 
 TEST(FlashOrder, EveryTileComesOnceAndTheLongestOfASectionFirst) {
     for (const std::int64_t pairs : {1, 3, 8, 13}) {
@@ -98,7 +98,7 @@ TEST(FlashOrder, ASectionFillsHalfOfTheCache) {
     EXPECT_EQ(section_pairs(0, 50 << 20), 25 << 20) << "no keys";
 }
 
-// ---- the exponential -----------------------------------------------------------------------------------------------
+// ---- the exponential --------------------------------------------------------------------------------------
 
 TEST(PolynomialExponential, IsWithinItsErrorAndKeepsWhatIsSpecial) {
     float worst = 0;
@@ -114,7 +114,7 @@ TEST(PolynomialExponential, IsWithinItsErrorAndKeepsWhatIsSpecial) {
     EXPECT_TRUE(std::isnan(power2_by_polynomial(std::numeric_limits<float>::quiet_NaN())));
 }
 
-// ---- instructions ---------------------------------------------------------------------------------------------------
+// ---- instructions -----------------------------------------------------------------------------------------
 
 constexpr int kInner = 64, kColumns = 80,
               kOut = 128;  // a (64, kInner), b (kColumns, kInner), v (kColumns, kOut)
@@ -289,7 +289,7 @@ TEST_F(HopperDeathTest, BarriersThatAreMisusedAreReported) {
 }
 #endif
 
-// ---- the keys of a block of rows ------------------------------------------------------------------------------------
+// ---- the keys of a block of rows --------------------------------------------------------------------------
 
 // As keys_of() of the host, which describes no keys to the copy engine where there are none.
 TEST(RowBlock, HasNoKeysWhereNoRowAttendsOne) {
@@ -309,7 +309,7 @@ TEST(RowBlock, HasNoKeysWhereNoRowAttendsOne) {
     }
 }
 
-// ---- which devices the fused kernels run on -------------------------------------------------------------------------
+// ---- which devices the fused kernels run on ---------------------------------------------------------------
 
 TEST(ComputeCapability, IsAskedForAndSaid) {
     emulator::reset();

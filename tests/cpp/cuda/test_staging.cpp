@@ -1,5 +1,6 @@
-// Host arrays through the emulated GPU: how a call is cut into units, whole calls of many units against cpu-reference,
-// and what is left after failures. Units are 32 MiB, so arrays here are long in D: bytes without much to compute.
+// Host arrays through the emulated GPU: how a call is cut into units, whole calls of many units against
+// cpu-reference, and what is left after failures. Units are 32 MiB, so arrays here are long in D: bytes
+// without much to compute.
 #include "cuda/host/staging.h"
 
 #include <gtest/gtest.h>
@@ -28,7 +29,8 @@ using cuda::Units;
 using testing::message_of;
 using Index = std::int64_t;
 
-// Hundreds of calls of one thread with much to copy: minutes under this sanitizer, which has nothing to see there.
+// Hundreds of calls of one thread with much to copy: minutes under this sanitizer, which has nothing to see
+// there.
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;
 #else
@@ -99,7 +101,8 @@ TEST(Units, CoverEverythingOnceAndRespectTheAim) {
                 if (u.kv_heads > 1) {
                     ASSERT_EQ(u.rows, p.q_size);
                 }
-                // A head's keys are never divided, nor a row; up to twice the aim is not worth dividing rows for.
+                // A head's keys are never divided, nor a row; up to twice the aim is not worth dividing rows
+                // for.
                 const cuda::BlockLayout layout = cuda::lay_out(p, u);
                 const std::size_t rows = layout.bytes(Travel::in) + layout.bytes(Travel::out),
                                   slack = 8 * 256;
@@ -278,8 +281,8 @@ struct Sizes {
     Index B, Sq, Sk, Hq, Hkv, D, Dv;
 };
 
-// The inputs are overlapping views of a few numbers, so that many bytes to transfer need little memory; all strides of
-// theirs are odd ones.
+// The inputs are overlapping views of a few numbers, so that many bytes to transfer need little memory; all
+// strides of theirs are odd ones.
 struct BigCall {
     Sizes s;
     Numbers q, k, v, out, lse, weights, bias, slopes, sinks;
@@ -571,8 +574,8 @@ TEST_F(Staging, CancelledAtOnceAndOnTheWay) {
     expected.check(call);
 }
 
-// Every call of a function fails once, one after another. The last `tidying` of a call's are of tidying up, whose failure
-// nobody is told.
+// Every call of a function fails once, one after another. The last `tidying` of a call's are of tidying up,
+// whose failure nobody is told.
 void fail_everywhere(BigCall& call, const Expected& expected, const char* function, int code,
                      const std::function<void(const char*, const std::string&)>& check_thrown,
                      std::size_t tidying = 0) {
@@ -721,7 +724,7 @@ TEST(FreshProcess, Passes) {
     }
 }
 
-// ---- several threads -------------------------------------------------------------------------------------------
+// ---- several threads --------------------------------------------------------------------------------------
 TEST_F(Staging, ThreadsOnTwoDevices) {
     constexpr int kThreads = 4;
     std::vector<std::string> wrong(kThreads, "did not run");

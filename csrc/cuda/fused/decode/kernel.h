@@ -1,12 +1,14 @@
-// Fused attention for few query rows, on the tensor cores of Ampere and newer. Reading K and V is what takes the time then, so the keys of
-// a kv head are divided: into pieces, one for each block (arguments.h), and within a piece among the warps of the block, 16
-// keys at a time. All warps have the same rows: the query heads of a group and their few queries (RowBlock). Each has a softmax of its
-// own over its keys, and copies for itself: a ring of slots in shared memory, filled asynchronously, without a barrier of the block
-// before the end. There the four states are merged, and, where there are several pieces, stored for merge_splits.h.
+// Fused attention for few query rows, on the tensor cores of Ampere and newer. Reading K and V is what takes
+// the time then, so the keys of a kv head are divided: into pieces, one for each block (arguments.h), and
+// within a piece among the warps of the block, 16 keys at a time. All warps have the same rows: the query
+// heads of a group and their few queries (RowBlock). Each has a softmax of its own over its keys, and copies
+// for itself: a ring of slots in shared memory, filled asynchronously, without a barrier of the block before
+// the end. There the four states are merged, and, where there are several pieces, stored for merge_splits.h.
 //
-// Rows beyond those of a tile are for further blocks, which read K and V again, at the same time and so mostly from the second-level
-// cache. That has little more bandwidth than memory: hence tiles of 32 rows where the registers allow them, although with 16 rows or
-// fewer they would only compute in vain. From some 64 rows on cuda-flash-sm80 reads less.
+// Rows beyond those of a tile are for further blocks, which read K and V again, at the same time and so
+// mostly from the second-level cache. That has little more bandwidth than memory: hence tiles of 32 rows
+// where the registers allow them, although with 16 rows or fewer they would only compute in vain. From some
+// 64 rows on cuda-flash-sm80 reads less.
 #pragma once
 
 #include "cuda/fused/decode/merge_splits.h"
@@ -31,7 +33,8 @@ struct DecodeTile {
     static_assert(4 * kDecodeWarps * rows * (o_stride + 2) <= shared_bytes);
 };
 
-// What block number blockIdx.x works on. Blocks that run at the same time share keys first, then lie side by side in BSHD arrays.
+// What block number blockIdx.x works on. Blocks that run at the same time share keys first, then lie side by
+// side in BSHD arrays.
 struct DecodePlace {
     __device__ DecodePlace(const DecodeArgs& a, int most) {
         const Chunk& region = a.flash.region;
@@ -64,7 +67,8 @@ public:
           shared(shared_memory),
           warp(static_cast<int>(threadIdx.x) / 32),
           ring(Tile::q_items + warp * Tile::slots * Tile::slot_items),
-          // Counted from the first key of the piece, so that a key is the same warp's whatever the other rows attend.
+          // Counted from the first key of the piece, so that a key is the same warp's whatever the other rows
+          // attend.
           first(warp * kDecodeKeys - static_cast<int>(rows_of_block.key_begin % kDecodeStep)),
           rows(rows_of_block, 0) {
         const int keys = static_cast<int>(block.key_end - block.key_begin);
@@ -98,7 +102,7 @@ public:
     }
 
 private:
-    // ---- the ring of a warp --------------------------------------------------------------------------------
+    // ---- the ring of a warp -------------------------------------------------------------------------------
     __device__ __forceinline__ std::uint16_t* slot(int n) const {
         return reinterpret_cast<std::uint16_t*>(shared) + ring + n * Tile::slot_items;
     }
@@ -126,7 +130,7 @@ private:
         return slot(to_fill);  // the oldest is what is filled next
     }
 
-    // ---- the end ----------------------------------------------------------------------------------------------
+    // ---- the end ------------------------------------------------------------------------------------------
     // [warp][row] of maxima, sums and outputs; then each warp merges rows of its own.
     __device__ void merge_warps() {
         auto* const m = reinterpret_cast<float*>(shared);

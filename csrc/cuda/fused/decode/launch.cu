@@ -1,4 +1,5 @@
-// Instances of the kernels for few query rows, and their launches. The tests compile it as C++ for the emulated GPU.
+// Instances of the kernels for few query rows, and their launches. The tests compile it as C++ for the
+// emulated GPU.
 #include "cuda/fused/decode/launch.h"
 
 #include "cuda/fused/decode/kernel.h"

@@ -1,4 +1,5 @@
-// The kernels as functions of the host. Nothing is waited for; errors of a launch are found by runtime::last_error().
+// The kernels as functions of the host. Nothing is waited for; errors of a launch are found by
+// runtime::last_error().
 #pragma once
 
 #include "cuda/fused/decode/arguments.h"

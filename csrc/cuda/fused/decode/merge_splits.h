@@ -1,5 +1,5 @@
-// Softmax states of one row over disjoint sets of keys, put together in their order: what the warps of a block have found, and what
-// the pieces of a head have (FlashDecoding, Dao et al. 2023, merges the same way).
+// Softmax states of one row over disjoint sets of keys, put together in their order: what the warps of a
+// block have found, and what the pieces of a head have (FlashDecoding, Dao et al. 2023, merges the same way).
 //
 //   m = max m_n,   l = sum 2^(m_n - m) l_n,   o = sum 2^(m_n - m) o_n
 #pragma once
@@ -19,8 +19,8 @@ struct RowParts {
     int count;
 };
 
-// All lanes of a warp make it together, for the same row. Parts without keys (l = 0) change no bit, wherever they stand: how many of them are
-// launched may depend on other batch entries.
+// All lanes of a warp make it together, for the same row. Parts without keys (l = 0) change no bit, wherever
+// they stand: how many of them are launched may depend on other batch entries.
 class MergedRow {
 public:
     __device__ __forceinline__ explicit MergedRow(const RowParts& row_parts)

@@ -1,7 +1,7 @@
-// Fused attention on the tensor cores of Ampere and newer: one block of threads owns 4 * 16 * mt rows of one kv head and walks
-// over its keys in tiles (fused/rows.h says what happens to them). A warp owns 16 * mt rows; S, P and O stay in its registers,
-// and the accumulators of S are the operands of P v as they lie. K and V come through shared memory in two stages, copied while
-// the tile before is computed.
+// Fused attention on the tensor cores of Ampere and newer: one block of threads owns 4 * 16 * mt rows of one
+// kv head and walks over its keys in tiles (fused/rows.h says what happens to them). A warp owns 16 * mt
+// rows; S, P and O stay in its registers, and the accumulators of S are the operands of P v as they lie. K
+// and V come through shared memory in two stages, copied while the tile before is computed.
 #pragma once
 
 #include "cuda/fused/rows.h"

@@ -1,4 +1,5 @@
-// Instances of the fused kernels for Ampere and newer, and their launches. The tests compile it as C++ for the emulated GPU.
+// Instances of the fused kernels for Ampere and newer, and their launches. The tests compile it as C++ for
+// the emulated GPU.
 #include "cuda/fused/sm80/launch.h"
 
 #include "cuda/fused/launch.h"

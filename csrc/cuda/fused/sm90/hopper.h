@@ -1,7 +1,8 @@
-// What Hopper (sm_90a) has for matrix products and copies, behind names: barriers in shared memory, the copy engine (TMA),
-// asynchronous products of a warp group (wgmma), registers that pass from one warp group to another. PTX ISA, sections "mbarrier",
-// "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions" and "setmaxnreg". hopper_layout.h says how tiles lie.
-// The emulated GPU has the same names in tests/cuda_emulator/hopper_shim.h.
+// What Hopper (sm_90a) has for matrix products and copies, behind names: barriers in shared memory, the copy
+// engine (TMA), asynchronous products of a warp group (wgmma), registers that pass from one warp group to
+// another. PTX ISA, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
+// Instructions" and "setmaxnreg". hopper_layout.h says how tiles lie. The emulated GPU has the same names in
+// tests/cuda_emulator/hopper_shim.h.
 #pragma once
 
 #include "cuda/fused/sm90/hopper_layout.h"
@@ -32,9 +33,9 @@ __device__ __forceinline__ void begin_shared(const void* data) {
     if (shared_address(data) % kSwizzleBytes != 0) __trap();
 }
 
-// ---- barriers in shared memory ----------------------------------------------------------------------------------
-// A phase of a barrier is over when `count` threads have arrived and all bytes that were expected are there; phases have
-// parity 0, 1, 0, ...
+// ---- barriers in shared memory ----------------------------------------------------------------------------
+// A phase of a barrier is over when `count` threads have arrived and all bytes that were expected are there;
+// phases have parity 0, 1, 0, ...
 struct Barrier {
     std::uint64_t state;
 };
@@ -82,7 +83,7 @@ __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
 #endif
 }
 
-// ---- barriers of warp groups, 1 to 15; `threads` of those that wait and those that only arrive ----------------
+// ---- barriers of warp groups, 1 to 15; `threads` of those that wait and those that only arrive ------------
 __device__ __forceinline__ void wait_named(int id, int threads) {
 #if FASTATTN_HAS_WGMMA
     asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
@@ -94,7 +95,7 @@ __device__ __forceinline__ void arrive_named(int id, int threads) {
 #endif
 }
 
-// ---- copies -------------------------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------------------
 // One thread: the box at (column, row, head, batch) into shared memory; its bytes count towards `barrier`.
 __device__ __forceinline__ void copy_box(void* target, const TensorMap* map, int column, int row, int head,
                                          int batch, Barrier* barrier) {
@@ -116,7 +117,7 @@ __device__ __forceinline__ void publish_to_products() {
 #endif
 }
 
-// ---- registers ----------------------------------------------------------------------------------------------------
+// ---- registers --------------------------------------------------------------------------------------------
 // All threads of a warp group: its registers for each thread become fewer or more, a multiple of 8.
 template <int count>
 __device__ __forceinline__ void shrink_registers() {
@@ -131,9 +132,10 @@ __device__ __forceinline__ void grow_registers() {
 #endif
 }
 
-// ---- products -------------------------------------------------------------------------------------------------------
-// c (64, 8 nt) of a warp group in f32, warp w of it rows 16 w .. 16 w + 15, laid out as those of multiply_add() in tensor_core.h. All
-// threads of the group call; accumulators and operands are not to be touched until wait_products().
+// ---- products ---------------------------------------------------------------------------------------------
+// c (64, 8 nt) of a warp group in f32, warp w of it rows 16 w .. 16 w + 15, laid out as those of
+// multiply_add() in tensor_core.h. All threads of the group call; accumulators and operands are not to be
+// touched until wait_products().
 
 // Before the first product, and before one whose accumulators or register operands were written since.
 __device__ __forceinline__ void begin_products() {
@@ -154,7 +156,8 @@ __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
 #endif
 }
-// The compiler must not move reads and writes of accumulators over this point: it does not know that products are under way.
+// The compiler must not move reads and writes of accumulators over this point: it does not know that products
+// are under way.
 template <int nt>
 __device__ __forceinline__ void pin(float (&c)[nt][4]) {
     FASTATTN_UNROLL

@@ -1,9 +1,9 @@
-// How tiles of 16-bit elements lie in Hopper's shared memory, for TMA to write and wgmma to read (PTX ISA, "Shared Memory Matrix
-// Layout" and "Tensor swizzling modes"): pure functions, tested on the host.
+// How tiles of 16-bit elements lie in Hopper's shared memory, for TMA to write and wgmma to read (PTX ISA,
+// "Shared Memory Matrix Layout" and "Tensor swizzling modes"): pure functions, tested on the host.
 //
-// A tile of `rows` rows is cut into chunks of 64 columns, one after another; in a chunk a row has 128 bytes, and the place of a
-// 16-byte piece within them is turned by the row, so that eight rows of a column lie in different banks. A tile begins at a
-// multiple of 1024 bytes, after which the turns repeat.
+// A tile of `rows` rows is cut into chunks of 64 columns, one after another; in a chunk a row has 128 bytes,
+// and the place of a 16-byte piece within them is turned by the row, so that eight rows of a column lie in
+// different banks. A tile begins at a multiple of 1024 bytes, after which the turns repeat.
 #pragma once
 
 #include <cstdint>
@@ -32,15 +32,16 @@ FASTATTN_HOST_DEVICE constexpr std::uint64_t matrix_descriptor(std::uint32_t add
            std::uint64_t{stride >> 4 & 0x3FFFu} << 32 | std::uint64_t{1} << 62;
 }
 
-// The operand whose rows are those of the tile from `row` (a multiple of 8) on, and whose inner dimension is the 16 columns from
-// `column` on: q and k. Eight rows are 1024 bytes from the next eight; there is no second inner step.
+// The operand whose rows are those of the tile from `row` (a multiple of 8) on, and whose inner dimension is
+// the 16 columns from `column` on: q and k. Eight rows are 1024 bytes from the next eight; there is no second
+// inner step.
 FASTATTN_HOST_DEVICE constexpr std::uint64_t descriptor_of_rows(std::uint32_t tile, int rows, int row,
                                                                 int column) noexcept {
     return matrix_descriptor(tile + tile_offset(rows, row, column), 16, kSwizzleBytes);
 }
 
-// The transposed one, whose inner dimension is the 16 rows from `row` on: v, all columns. A chunk of 64 columns is `leading`
-// bytes from the next, eight rows are `stride` bytes from the next eight.
+// The transposed one, whose inner dimension is the 16 rows from `row` on: v, all columns. A chunk of 64
+// columns is `leading` bytes from the next, eight rows are `stride` bytes from the next eight.
 FASTATTN_HOST_DEVICE constexpr std::uint64_t descriptor_of_columns(std::uint32_t tile, int rows,
                                                                    int row) noexcept {
     return matrix_descriptor(tile + tile_offset(rows, row, 0),

@@ -1,12 +1,17 @@
-// Fused attention for Hopper. A block of threads stays for the whole launch and takes tiles of 64 rows for each of its computing
-// warp groups, in the order of order.h; fused/rows.h says what happens to a tile. As in FlashAttention-3 (Shah et al. 2024):
+// Fused attention for Hopper. A block of threads stays for the whole launch and takes tiles of 64 rows for
+// each of its computing warp groups, in the order of order.h; fused/rows.h says what happens to a tile. As in
+// FlashAttention-3 (Shah et al. 2024):
 //
-// - One warp group loads: a thread has the copy engine bring K and V in two stages, three warps bring q, of which the rows of a
-//   group of heads are packed and no box of the copy engine. The others compute, with the registers that it gives away.
-// - S of the next keys and P v of the last ones are in the tensor cores at once; while P v runs, S becomes weights.
-// - The copy engine brings what is there: keys that no row attends too, if they lie in a tile with some that are. A NaN among them
-//   costs a second look at the tile's rows (recompute.h), where sm80/kernel.h has zeros.
-// - The warp groups take turns in handing products over, so that one's softmax runs beside another's products.
+// - One warp group loads: a thread has the copy engine bring K and V in two stages, three warps bring q, of
+//   which the rows of a group of heads are packed and no box of the copy engine. The others compute, with the
+//   registers that it gives away.
+// - S of the next keys and P v of the last ones are in the tensor cores at once; while P v runs, S becomes
+//   weights.
+// - The copy engine brings what is there: keys that no row attends too, if they lie in a tile with some that
+//   are. A NaN among them costs a second look at the tile's rows (recompute.h), where sm80/kernel.h has
+//   zeros.
+// - The warp groups take turns in handing products over, so that one's softmax runs beside another's
+//   products.
 #pragma once
 
 #include "cuda/fused/sm90/arguments.h"
@@ -78,7 +83,8 @@ private:
         Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     };
 
-    // Tile n of the keys that this block of threads has had so far is in this stage, and the stage's barriers have this parity then.
+    // Tile n of the keys that this block of threads has had so far is in this stage, and the stage's barriers
+    // have this parity then.
     static __device__ __forceinline__ int stage_of(unsigned n) { return static_cast<int>(n % kStages); }
     static __device__ __forceinline__ int parity_of(unsigned n) { return static_cast<int>(n / kStages % 2); }
 
@@ -99,7 +105,7 @@ private:
         return shared + Tile::q_bytes + kStages * Tile::k_bytes + stage * Tile::v_bytes;
     }
 
-    // ---- loading ----------------------------------------------------------------------------------------------
+    // ---- loading ------------------------------------------------------------------------------------------
     __device__ void load_keys_and_values() {
         unsigned had = 0;  // tiles of keys before this tile of rows
         for_each_tile([&](const RowBlock& block, int steps) {
@@ -151,7 +157,7 @@ private:
         });
     }
 
-    // ---- computing --------------------------------------------------------------------------------------------
+    // ---- computing ----------------------------------------------------------------------------------------
     using Rows = FlashRows<T, 1, kNt, kDt, Tile::plain, LazySoftmax<Tile::polynomial>>;
 
     __device__ void compute_tiles(int group) {
@@ -247,7 +253,8 @@ private:
         if (threadIdx.x % 32 == 0) arrive(empty);
     }
 
-    // Groups take turns: barrier 1 + g is reached by group g and, when its own turn is over, by the group before.
+    // Groups take turns: barrier 1 + g is reached by group g and, when its own turn is over, by the group
+    // before.
     __device__ __forceinline__ void begin_turn(int group) { wait_named(1 + group, 2 * kWarpGroup); }
     __device__ __forceinline__ void end_turn(int group) {
         arrive_named(1 + (group + 1) % Tile::groups, 2 * kWarpGroup);

@@ -1,4 +1,5 @@
-// Instances of the fused kernel for Hopper, and their launches. The tests compile it as C++ for the emulated GPU.
+// Instances of the fused kernel for Hopper, and their launches. The tests compile it as C++ for the emulated
+// GPU.
 #include "cuda/fused/sm90/kernel.h"
 #include "cuda/fused/sm90/launch.h"
 #include "cuda/simt/launch_macro.h"

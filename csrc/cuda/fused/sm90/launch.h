@@ -1,4 +1,5 @@
-// The kernel as a function of the host. Nothing is waited for; errors of a launch are found by runtime::last_error().
+// The kernel as a function of the host. Nothing is waited for; errors of a launch are found by
+// runtime::last_error().
 #pragma once
 
 #include "cuda/fused/sm90/arguments.h"

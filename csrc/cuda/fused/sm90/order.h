@@ -1,4 +1,5 @@
-// In which order the tiles of rows of all kv heads are computed when a fixed number of blocks takes them in turn.
+// In which order the tiles of rows of all kv heads are computed when a fixed number of blocks takes them in
+// turn.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +9,9 @@
 
 namespace fastattn::cuda {
 
-// Tile n, of pairs * row_tiles. The last rows have the most keys when causal and go first, so that what is left for the end is
-// short; but only within a section of pairs, whose keys and values a second-level cache holds.
+// Tile n, of pairs * row_tiles. The last rows have the most keys when causal and go first, so that what is
+// left for the end is short; but only within a section of pairs, whose keys and values a second-level cache
+// holds.
 struct FlashOrder {
     std::int64_t pairs = 0, row_tiles = 0;  // (batch entry, kv head) pairs, tiles of rows of each
     std::int64_t section = 1;  // pairs
@@ -26,7 +28,8 @@ struct FlashOrder {
     }
 };
 
-// Half of the cache for keys and values, each of `bytes_of_pair`; the rest is for queries, results and who comes next.
+// Half of the cache for keys and values, each of `bytes_of_pair`; the rest is for queries, results and who
+// comes next.
 constexpr std::int64_t section_pairs(std::int64_t bytes_of_pair, std::size_t l2_bytes) noexcept {
     const std::int64_t fit =
         static_cast<std::int64_t>(l2_bytes / 2) / (bytes_of_pair > 0 ? bytes_of_pair : 1);
