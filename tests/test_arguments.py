@@ -17,25 +17,45 @@ import fastattn
 from fastattn import _arguments, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = re.compile(r'^FASTATTN_ARGUMENT\((\w+), k\w+, "([^"]*)", (\w+), (\w+)\)$', re.MULTILINE)
+ROW = re.compile(
+    r'^FASTATTN_ARGUMENT\((\w+), k\w+, "([^"]*)", ' + ", ".join([r"(\w+)"] * 5) + r"\)$", re.MULTILINE
+)
 
 
 class Argument(NamedTuple):
     name: str
     default: object
     forward: str
+    explain: str
     backward: str
+    varlen: str
+    varlen_backward: str
 
 
 TABLE = [
-    Argument(name, ast.literal_eval(default) if default else inspect.Parameter.empty, forward, backward)
-    for name, default, forward, backward in ROW.findall((ROOT / "csrc/core/arguments.inc").read_text())
+    Argument(name, ast.literal_eval(default) if default else inspect.Parameter.empty, *taken)
+    for name, default, *taken in ROW.findall((ROOT / "csrc/core/arguments.inc").read_text())
 ]
-# Of mha and explain, and of mha_backward, whose arguments by position have an order of their own.
-FORWARD = {x.name: x.default for x in TABLE if x.forward != "none"}
-BACKWARD = dict.fromkeys(["dout", "q", "k", "v", "out", "lse"], inspect.Parameter.empty) | {
-    x.name: x.default for x in TABLE if x.backward == "name"
+# Arguments by position have an order of their own.
+POSITIONS = {
+    "forward": ["q", "k", "v"],
+    "explain": ["q", "k", "v"],
+    "backward": ["dout", "q", "k", "v", "out", "lse"],
+    "varlen": ["q", "k", "v", "cu_q", "cu_kv"],
+    "varlen_backward": ["dout", "q", "k", "v", "out", "lse", "cu_q", "cu_kv"],
 }
+
+
+def arguments_of(function: str) -> dict[str, object]:
+    """By name, with defaults; none where it is required."""
+    first = POSITIONS[function]
+    named = [x.name for x in TABLE if getattr(x, function) == "name"]
+    defaults = {x.name: x.default for x in TABLE}
+    required = dict.fromkeys([name for name in first if name != "cu_kv"], inspect.Parameter.empty)
+    return {name: defaults[name] for name in (*first, *named)} | required
+
+
+FORWARD, EXPLAIN, BACKWARD, VARLEN, VARLEN_BACKWARD = map(arguments_of, POSITIONS)
 
 
 def without(arguments: dict[str, object], *names: str) -> dict[str, object]:
@@ -49,12 +69,18 @@ def signature(function: object) -> dict[str, object]:
 def test_the_table_is_read_whole():
     text = (ROOT / "csrc/core/arguments.inc").read_text()
     assert len(TABLE) == len(re.findall(r"^FASTATTN_ARGUMENT", text, re.MULTILINE)) > 20
-    assert {x.name for x in TABLE if x.backward == "position"} == set(list(BACKWARD)[:6])
+    for function, names in POSITIONS.items():
+        assert {x.name for x in TABLE if getattr(x, function) == "position"} == set(names)
+    # Of packed entries everything that a padded batch has, but what bounds take the place of.
+    assert set(FORWARD) - set(VARLEN) == {"q_lens", "return_weights"}
+    assert set(BACKWARD) - set(VARLEN_BACKWARD) == {"q_lens"}
 
 
 def test_the_table_of_python():
     rows = [x._replace(default=None) if x.default is inspect.Parameter.empty else x for x in TABLE]
-    assert [(x.name, x.default, x.forward, x.backward) for x in _arguments.ARGUMENTS] == rows
+    assert [(x.name, x.default, x.forward, x.backward) for x in _arguments.ARGUMENTS] == [
+        (x.name, x.default, x.forward, x.backward) for x in rows
+    ]
     assert [x.name for x in _arguments.OPTIONS] == [
         x.name for x in TABLE if x.forward == x.backward == "name"
     ]
@@ -89,13 +115,20 @@ def test_kinds(argument):
 
 @pytest.mark.parametrize(
     ("function", "wanted"),
-    [(fastattn.mha, FORWARD), (fastattn.explain, FORWARD), (fastattn.mha_backward, BACKWARD)],
-    ids=["mha", "explain", "mha_backward"],
+    [
+        (fastattn.mha, FORWARD),
+        (fastattn.explain, EXPLAIN),
+        (fastattn.mha_backward, BACKWARD),
+        (fastattn.mha_varlen, VARLEN),
+        (fastattn.mha_varlen_backward, VARLEN_BACKWARD),
+    ],
+    ids=["mha", "explain", "mha_backward", "mha_varlen", "mha_varlen_backward"],
 )
 def test_the_compiled_functions(function, wanted):
     assert list(signature(function).items()) == list(wanted.items())
     for name, parameter in inspect.signature(function).parameters.items():
-        by_position = wanted[name] is inspect.Parameter.empty
+        optional = "varlen" in function.__name__ and name == "cu_kv"
+        by_position = optional or wanted[name] is inspect.Parameter.empty
         kind = parameter.POSITIONAL_OR_KEYWORD if by_position else parameter.KEYWORD_ONLY
         assert parameter.kind == kind, name
     if function is fastattn.explain:
@@ -176,9 +209,23 @@ def test_a_new_number_is_an_attribute_for_xla():
 def test_stubs():
     tree = ast.parse((ROOT / "python/fastattn/_core.pyi").read_text())
     (options,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "_Options"]
-    shared = [x.target.id for x in options.body if isinstance(x, ast.AnnAssign)]  # type: ignore[union-attr]
-    assert shared == [x.name for x in TABLE if x.forward == x.backward == "name"]
-    for name, wanted in (("mha", FORWARD), ("explain", FORWARD), ("mha_backward", BACKWARD)):
+    (packed,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "_Shared"]
+
+    def names(of: ast.ClassDef) -> list[str]:
+        return [x.target.id for x in of.body if isinstance(x, ast.AnnAssign)]  # type: ignore[union-attr]
+
+    for name, wanted in (
+        ("mha", FORWARD),
+        ("explain", EXPLAIN),
+        ("mha_backward", BACKWARD),
+        ("mha_varlen", VARLEN),
+        ("mha_varlen_backward", VARLEN_BACKWARD),
+    ):
+        shared = names(packed) + ([] if "varlen" in name else names(options))
+        both = ("varlen", "varlen_backward") if "varlen" in name else ("forward", "backward")
+        assert sorted(shared) == sorted(
+            x.name for x in TABLE if {getattr(x, taken) for taken in both} == {"name"}
+        )
         functions = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == name]
         assert functions
         for function in functions:

@@ -28,7 +28,7 @@ int find_slot(std::string_view name) noexcept {
 [[noreturn]] void fail_missing(const Signature& signature, const Arguments& arguments) {
     std::string missing[std::size(Signature{}.positional)];
     int count = 0;
-    for (int i = 0; i < signature.positional_count; ++i) {
+    for (int i = 0; i < signature.required_count; ++i) {
         if (arguments.values[signature.positional[i]] == nullptr) {
             missing[count++] = "'" + std::string(kArguments[signature.positional[i]].name) + "'";
         }
@@ -71,7 +71,11 @@ const char* slot_name(Slot slot) noexcept { return kArguments[slot].name.data();
 std::string signature_text(const Signature& signature) {
     std::string text = std::string(signature.function) + "($module";
     for (int i = 0; i < signature.positional_count; ++i) {
-        text += ", " + std::string(kArguments[signature.positional[i]].name);
+        const ArgumentRow& row = kArguments[signature.positional[i]];
+        text += ", " + std::string(row.name);
+        if (i >= signature.required_count) {
+            text += std::string("=") + row.fallback;
+        }
     }
     text += ", *";
     for (const ArgumentRow& row : kArguments) {
@@ -110,7 +114,7 @@ Arguments parse_arguments(const Signature& signature, PyObject* const* args, Py_
         }
         arguments.values[slot] = args[count + i];
     }
-    for (int i = 0; i < signature.positional_count; ++i) {
+    for (int i = 0; i < signature.required_count; ++i) {
         if (arguments.values[signature.positional[i]] == nullptr) {
             fail_missing(signature, arguments);
         }

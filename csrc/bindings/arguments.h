@@ -1,4 +1,4 @@
-// The arguments of mha, explain and mha_backward: (q, k, v, *, keywords...), as CPython hands them to a
+// The arguments of the functions on attention: (q, k, v, *, keywords...), as CPython hands them to a
 // METH_FASTCALL | METH_KEYWORDS function, and their conversion.
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace fastattn::bindings {
 
 enum Slot {
-#define FASTATTN_ARGUMENT(name, slot, fallback, forward, backward) slot,
+#define FASTATTN_ARGUMENT(name, slot, ...) slot,
 #include "core/arguments.inc"
 #undef FASTATTN_ARGUMENT
     kSlots,
@@ -25,29 +25,32 @@ enum class Taken { none, position, name };
 struct ArgumentRow {
     std::string_view name;
     const char* fallback;
-    Taken forward, backward;
+    Taken forward, explain, backward, varlen, varlen_backward;
 };
 inline constexpr ArgumentRow kArguments[] = {
-#define FASTATTN_ARGUMENT(name, slot, fallback, forward, backward) \
-    {#name, fallback, Taken::forward, Taken::backward},
+#define FASTATTN_ARGUMENT(name, slot, fallback, forward, explain, backward, varlen, varlen_backward) \
+    {#name, fallback, Taken::forward, Taken::explain, Taken::backward, Taken::varlen, Taken::varlen_backward},
 #include "core/arguments.inc"
 #undef FASTATTN_ARGUMENT
 };
 
-// What a function takes: some arguments by position or name, the others by name.
+// What a function takes: some arguments by position or name, the first ones of them required, the others by name.
 struct Signature {
     const char* function;
     Taken ArgumentRow::* taken;
-    Slot positional[6];
-    int positional_count;
+    Slot positional[8];
+    int required_count, positional_count;
 
     constexpr bool takes(int slot) const noexcept { return kArguments[slot].*taken != Taken::none; }
 };
-inline constexpr Signature forward_signature(const char* function) {
-    return {function, &ArgumentRow::forward, {kQ, kK, kV}, 3};
-}
+inline constexpr Signature kForwardSignature = {"mha", &ArgumentRow::forward, {kQ, kK, kV}, 3, 3};
+inline constexpr Signature kExplainSignature = {"explain", &ArgumentRow::explain, {kQ, kK, kV}, 3, 3};
 inline constexpr Signature kBackwardSignature = {
-    "mha_backward", &ArgumentRow::backward, {kDout, kQ, kK, kV, kOut, kLse}, 6};
+    "mha_backward", &ArgumentRow::backward, {kDout, kQ, kK, kV, kOut, kLse}, 6, 6};
+inline constexpr Signature kVarlenSignature = {
+    "mha_varlen", &ArgumentRow::varlen, {kQ, kK, kV, kCuQ, kCuKv}, 4, 5};
+inline constexpr Signature kVarlenBackwardSignature = {
+    "mha_varlen_backward", &ArgumentRow::varlen_backward, {kDout, kQ, kK, kV, kOut, kLse, kCuQ, kCuKv}, 7, 8};
 
 // The first line of a docstring, which inspect.signature() reads, and the end of that part.
 std::string signature_text(const Signature& signature);

@@ -119,6 +119,8 @@ Parameters
 ----------
 q, k, v, layout, ...
     As for `mha`; nothing is allocated for the results.
+cu_q, cu_kv : integer array (B + 1,), optional
+    As for `mha_varlen`, whose call is meant then.
 
 Returns
 -------
@@ -195,6 +197,100 @@ Examples
 >>> out, lse = fastattn.mha(q, q, q, causal=True, return_lse=True)
 >>> fastattn.mha_backward(np.ones_like(out), q, q, q, out, lse, causal=True).dk.shape
 (1, 128, 8, 64)
+)doc";
+
+inline constexpr const char* kVarlenDoc =
+    R"doc(`mha` of packed entries: sequences of any lengths one after another, without padding.
+
+Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` of q and the keys ``cu_kv[b]:cu_kv[b + 1]`` of k and v, and attends
+nothing else. On a CPU each has the bits that `mha` gives for it alone. An entry may be empty.
+
+Parameters
+----------
+q : array of float64, float32, float16 or bfloat16
+    (Tq, Hq, D): the rows of all entries. With ``layout="bhsd"`` (Hq, Tq, D). Kinds as in `mha`.
+k, v : array of q's dtype
+    (Tk, Hkv, D) and (Tk, Hkv, Dv).
+cu_q, cu_kv : integer array (B + 1,)
+    Bounds that do not decrease, 0 <= cu[0], cu[B] <= T. cu_kv None: cu_q.
+q_offset : int or integer array (B,), optional
+    Position of an entry's row 0 among its own keys. Default: its keys less its rows, so that its last row
+    stands at its last key.
+kv_lens : integer array (B,), optional
+    Valid keys of each entry, at most those it has; the others are masked.
+alibi_slopes : float array (Hq,) or (B, Hq), optional
+mask, bias : array, optional
+    As in `mha`, broadcastable to (Hq, Tq, Tk); an entry reads its own block of it.
+layout, scale, causal, window, softcap, sinks
+    As in `mha`; positions are those within an entry.
+dropout, seed
+    As in `mha`; b is the number of the entry.
+return_lse, out, device, kernel
+    As in `mha`.
+
+Returns
+-------
+out : array (Tq, Hq, Dv)
+    q's kind, dtype and layout. Rows outside of all entries are 0.
+lse : array (Hq, Tq), only with ``return_lse``
+    As in `mha`; -inf outside of all entries.
+
+Raises
+------
+TypeError, ValueError, UnsupportedError, CudaError, MemoryError
+    As `mha`. ValueError for bounds names the entry.
+
+Notes
+-----
+The bounds, lengths and offsets are read once, before anything is computed. There is no largest length to give.
+
+Examples
+--------
+>>> import numpy as np, fastattn
+>>> q = np.random.rand(6, 8, 64).astype(np.float32)  # 1 + 3 + 2 rows
+>>> fastattn.mha_varlen(q, q, q, np.array([0, 1, 4, 6]), causal=True).shape
+(6, 8, 64)
+)doc";
+
+inline constexpr const char* kVarlenBackwardDoc =
+    R"doc(Gradients of `mha_varlen`, with the weights recomputed from lse.
+
+Parameters
+----------
+dout : array
+    Gradient of the loss by out: out's shape and dtype.
+q, k, v, cu_q, cu_kv
+    As given to `mha_varlen`.
+out, lse : array
+    What ``mha_varlen(..., return_lse=True)`` returned for them.
+dlse : array (Hq, Tq), optional
+    Gradient of the loss by lse: lse's shape and dtype.
+layout, scale, causal, window, q_offset, mask, bias, alibi_slopes, softcap, sinks, kv_lens
+    As given to `mha_varlen`.
+dropout, seed
+    As given to `mha_varlen`; the same dropout and seed draw the same mask.
+need_dbias : bool
+    False: dbias is None.
+device, kernel : str, optional
+    As for `mha`.
+
+Returns
+-------
+Gradients
+    As `mha_backward`. Rows and keys outside of all entries, and pairs of two entries in dbias, get 0.
+
+Raises
+------
+TypeError, ValueError, UnsupportedError, CudaError, MemoryError
+    As `mha_backward`.
+
+Examples
+--------
+>>> import numpy as np, fastattn
+>>> q, cu = np.random.rand(6, 8, 64).astype(np.float32), np.array([0, 1, 4, 6])
+>>> out, lse = fastattn.mha_varlen(q, q, q, cu, return_lse=True)
+>>> fastattn.mha_varlen_backward(np.ones_like(out), q, q, q, out, lse, cu).dq.shape
+(6, 8, 64)
 )doc";
 
 }  // namespace fastattn::bindings

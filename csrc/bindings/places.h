@@ -34,6 +34,8 @@ inline constexpr Place<TensorView> kArrays[] = {
     {kQLens, &AttentionParams::q_lens},
     {kKvLens, &AttentionParams::kv_lens},
     {kQOffset, &AttentionParams::q_offsets},
+    {kCuQ, &AttentionParams::cu_q},
+    {kCuKv, &AttentionParams::cu_kv},
 };
 
 template <class Places>

@@ -281,8 +281,17 @@ PyRef pack(PyObject* q, PyObject* given_out, const Call& call, Results& results)
     return tuple;
 }
 
-PyRef run_mha(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-    const Arguments arguments = parse_arguments(forward_signature("mha"), args, count, keywords);
+// Entries without bounds are no packed entries.
+void check_bounds(const Signature& signature, const Arguments& arguments) {
+    if (signature.taken != &ArgumentRow::explain && signature.takes(kCuQ) && !arguments.given(kCuQ)) {
+        raise(PyExc_TypeError, "cu_q: expected an integer array (B + 1,), got None");
+    }
+}
+
+template <const Signature& signature>
+PyRef run_forward(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    const Arguments arguments = parse_arguments(signature, args, count, keywords);
+    check_bounds(signature, arguments);
     Call call;
     read_arguments(arguments, call);
     read_out(arguments, call);
@@ -372,8 +381,10 @@ private:
     int count_ = 0;
 };
 
+template <const Signature& signature>
 PyRef run_backward(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-    const Arguments arguments = parse_arguments(kBackwardSignature, args, count, keywords);
+    const Arguments arguments = parse_arguments(signature, args, count, keywords);
+    check_bounds(signature, arguments);
     Call call;
     read_arguments(arguments, call);
     BackwardParams params;
@@ -393,7 +404,7 @@ PyRef run_backward(PyObject* const* args, Py_ssize_t count, PyObject* keywords) 
 }
 
 PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-    const Arguments arguments = parse_arguments(forward_signature("explain"), args, count, keywords);
+    const Arguments arguments = parse_arguments(kExplainSignature, args, count, keywords);
     Call call;
     read_arguments(arguments, call);
     read_out(arguments, call);
@@ -461,13 +472,19 @@ PyCFunction c_function() noexcept {
 
 void register_attention(py::module_& m) {
     // CPython keeps pointers to these; they hold no Python objects.
-    static const std::string docs[] = {signature_text(forward_signature("mha")) + kMhaDoc,
-                                       signature_text(forward_signature("explain")) + kExplainDoc,
-                                       signature_text(kBackwardSignature) + kBackwardDoc};
+    static const std::string docs[] = {
+        signature_text(kForwardSignature) + kMhaDoc, signature_text(kExplainSignature) + kExplainDoc,
+        signature_text(kBackwardSignature) + kBackwardDoc, signature_text(kVarlenSignature) + kVarlenDoc,
+        signature_text(kVarlenBackwardSignature) + kVarlenBackwardDoc};
     static PyMethodDef methods[] = {
-        {"mha", c_function<run_mha>(), METH_FASTCALL | METH_KEYWORDS, docs[0].c_str()},
+        {"mha", c_function<run_forward<kForwardSignature>>(), METH_FASTCALL | METH_KEYWORDS, docs[0].c_str()},
         {"explain", c_function<run_explain>(), METH_FASTCALL | METH_KEYWORDS, docs[1].c_str()},
-        {"mha_backward", c_function<run_backward>(), METH_FASTCALL | METH_KEYWORDS, docs[2].c_str()},
+        {"mha_backward", c_function<run_backward<kBackwardSignature>>(), METH_FASTCALL | METH_KEYWORDS,
+         docs[2].c_str()},
+        {"mha_varlen", c_function<run_forward<kVarlenSignature>>(), METH_FASTCALL | METH_KEYWORDS,
+         docs[3].c_str()},
+        {"mha_varlen_backward", c_function<run_backward<kVarlenBackwardSignature>>(),
+         METH_FASTCALL | METH_KEYWORDS, docs[4].c_str()},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {

@@ -64,8 +64,8 @@ BackwardProblem make_backward_problem(const BackwardParams& a, bool for_executio
     Arrays arrays(f.q.device);
     AttentionProblem& p = b.forward = read_inputs(f, arrays);
 
-    const SizePattern q_sizes{p.batch, p.q_size, p.q_heads, p.head_dim};
-    const SizePattern out_sizes{p.batch, p.q_size, p.q_heads, p.value_dim};
+    const SizePattern q_sizes{p.array_batch(), p.q_size, p.q_heads, p.head_dim};
+    const SizePattern out_sizes{p.array_batch(), p.q_size, p.q_heads, p.value_dim};
     check_given("dout", a.dout);
     b.dout = to_matching_operand("dout", a.dout, f, out_sizes, p.dtype, "q", f.q);
     arrays.input("dout", a.dout);
@@ -82,8 +82,8 @@ BackwardProblem make_backward_problem(const BackwardParams& a, bool for_executio
 
     Results results(a, arrays, for_execution);
     b.dq = results.operand("dq", a.dq, q_sizes, "q", f.q);
-    b.dk = results.operand("dk", a.dk, {p.batch, p.kv_size, p.kv_heads, p.head_dim}, "k", f.k);
-    b.dv = results.operand("dv", a.dv, {p.batch, p.kv_size, p.kv_heads, p.value_dim}, "v", f.v);
+    b.dk = results.operand("dk", a.dk, {p.array_batch(), p.kv_size, p.kv_heads, p.head_dim}, "k", f.k);
+    b.dv = results.operand("dv", a.dv, {p.array_batch(), p.kv_size, p.kv_heads, p.value_dim}, "v", f.v);
     if (results.side("dbias", a.dbias, "bias", f.bias)) {
         b.dbias = to_score_operand("dbias", a.dbias, p);
         b.dbias.data = results.place("dbias", a.dbias);

@@ -11,11 +11,18 @@ namespace fastattn {
 
 // Whether nothing tells the entries of the batch apart.
 inline bool entries_alike(const AttentionProblem& p) {
-    return p.batch <= 1 || (!p.has_q_lens && !p.has_kv_lens && p.q_offsets.data == nullptr);
+    return p.batch <= 1 || (!p.packed() && !p.has_q_lens && !p.has_kv_lens && p.q_offsets.data == nullptr);
 }
 
 inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
-    Entry entry{p.q_len(b), p.kv_len(b), 0};
+    const KeyRange rows = p.rows_of(b), keys = p.keys_of(b);
+    Entry entry;
+    entry.q_size = rows.end - rows.begin;
+    entry.kv_size = keys.end - keys.begin;
+    entry.first_row = rows.begin;
+    entry.first_key = keys.begin;
+    entry.q_len = p.q_len_among(b, entry.q_size);
+    entry.kv_len = p.kv_len_among(b, entry.kv_size);
     entry.offset = p.has_q_offset ? p.offset(b) : entry.kv_len - entry.q_len;
     return entry;
 }
@@ -23,7 +30,7 @@ inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
 // f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike.
 template <class F>
 void for_each_entry(const AttentionProblem& p, F&& f) {
-    if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0});
+    if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0, p.q_size, p.kv_size, 0, 0});
     const std::int64_t count = entries_alike(p) ? 1 : p.batch;
     for (std::int64_t b = 0; b < count; ++b) f(b, read_entry(p, b));
 }

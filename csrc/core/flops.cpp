@@ -46,7 +46,7 @@ double count_elements(std::initializer_list<Index> sizes, std::initializer_list<
 
 double count_flops(const AttentionProblem& p) noexcept {
     double pairs = 0.0;
-    const bool differ = p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr;
+    const bool differ = p.packed() || p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr;
     if (differ) {
         for (Index b = 0; b < p.batch; ++b) pairs += count_pairs(p, b);
     } else if (p.batch > 0) {
@@ -56,7 +56,7 @@ double count_flops(const AttentionProblem& p) noexcept {
 }
 
 double flops_at_most(const AttentionProblem& p) noexcept {
-    return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.batch) *
+    return 2.0 * static_cast<double>(p.head_dim + p.value_dim) * static_cast<double>(p.array_batch()) *
            static_cast<double>(p.q_heads) * static_cast<double>(p.q_size) *
            static_cast<double>(p.kv_size + 1);
 }
@@ -66,13 +66,13 @@ namespace {
 double score_bytes(const AttentionProblem& p, const ScoreOperand& x, Index keys) noexcept {
     if (x.data == nullptr) return 0.0;
     return static_cast<double>(item_size(x.dtype)) *
-           count_elements({p.batch, p.q_heads, p.q_size, keys}, {x.batch, x.head, x.query, x.key});
+           count_elements({p.array_batch(), p.q_heads, p.q_size, keys}, {x.batch, x.head, x.query, x.key});
 }
 
 }  // namespace
 
 double count_result_bytes(const AttentionProblem& p) noexcept {
-    const double out = static_cast<double>(item_size(p.dtype)) * static_cast<double>(p.batch) *
+    const double out = static_cast<double>(item_size(p.dtype)) * static_cast<double>(p.array_batch()) *
                        static_cast<double>(p.q_size) * static_cast<double>(p.q_heads) *
                        static_cast<double>(p.value_dim);
     return out + score_bytes(p, p.lse, 1) + score_bytes(p, p.weights, p.kv_size);
@@ -81,18 +81,22 @@ double count_result_bytes(const AttentionProblem& p) noexcept {
 double count_bytes(const AttentionProblem& p) noexcept {
     const auto operand = [&](const Operand& x, DType dtype, Index seq, Index heads, Index dim) {
         const auto item = static_cast<double>(item_size(dtype));
-        return item * count_elements({p.batch, seq, heads, dim}, {x.batch, x.seq, x.head, x.dim});
+        return item * count_elements({p.array_batch(), seq, heads, dim}, {x.batch, x.seq, x.head, x.dim});
     };
     const auto per_head = [&](const HeadOperand& x, Index heads) {
         if (x.data == nullptr) return 0.0;
         return static_cast<double>(item_size(x.dtype)) * count_elements({p.batch, heads}, {x.batch, x.head});
+    };
+    const auto bounds = [&](const HeadOperand& x) {
+        if (x.data == nullptr) return 0.0;
+        return static_cast<double>(item_size(x.dtype)) * static_cast<double>(p.batch + 1);
     };
     return operand(p.q, p.dtype, p.q_size, p.q_heads, p.head_dim) +
            operand(p.k, p.k_dtype, p.kv_size, p.kv_heads, p.head_dim) +
            operand(p.v, p.v_dtype, p.kv_size, p.kv_heads, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
            score_bytes(p, p.bias, p.kv_size) + per_head(p.alibi_slopes, p.q_heads) +
            per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) + per_head(p.kv_lens, 1) +
-           per_head(p.q_offsets, 1) + count_result_bytes(p);
+           per_head(p.q_offsets, 1) + bounds(p.cu_q) + bounds(p.cu_kv) + count_result_bytes(p);
 }
 
 }  // namespace fastattn

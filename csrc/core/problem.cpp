@@ -24,19 +24,59 @@ HeadOperand to_batch_operand(const char* name, const TensorView& view, const Att
     return {view.data, view.dtype, stride_at(view, 0), 0, view.device.type};
 }
 
-void check_lengths(const char* name, const HeadOperand& lens, Index batch, Index limit) {
-    const Index distinct = lens.batch == 0 ? std::min<Index>(batch, 1) : batch;
-    for (Index b = 0; b < distinct; ++b) {
-        const Index length = load_integer(lens.data, lens.dtype, b * lens.batch);
-        if (length < 0 || length > limit) fail_length(name, b, length, limit);
+// limit: (b) -> rows or keys that entry b has place for.
+template <class Limit>
+void check_lengths(const char* name, const HeadOperand& lens, Index batch, Limit limit) {
+    for (Index b = 0; b < batch; ++b) {
+        const Index length = load_integer(lens.data, lens.dtype, b * lens.batch), most = limit(b);
+        if (length < 0 || length > most) fail_length(name, b, length, most);
     }
+}
+
+// Bounds of packed entries among `size` rows or keys.
+HeadOperand to_bounds(const char* name, const TensorView& view, const AttentionProblem& p, const char* axis,
+                      Index size) {
+    if (!is_integer(view.dtype)) fail_dtype(name, "an integer dtype", view.dtype);
+    if (view.rank != 1 || view.shape[0] != p.batch + 1)
+        fail_shape(name, "(B + 1,) = " + shape_string({p.batch + 1}) + " as cu_q", view);
+    const HeadOperand cu{view.data, view.dtype, stride_at(view, 0), 0, view.device.type};
+    // Values on a CUDA device cannot be read here.
+    if (cu.place != DeviceType::cpu) return cu;
+    Index before = 0;
+    for (Index b = 0; b <= p.batch; ++b) {
+        const Index bound = load_integer(cu.data, cu.dtype, b * cu.batch);
+        if (bound < before || bound > size) fail_bound(name, b, bound, before, axis, size);
+        before = bound;
+    }
+    return cu;
+}
+
+void set_entries(const AttentionParams& a, AttentionProblem& p, Arrays& arrays) {
+    if (!a.cu_q.given()) {
+        if (a.cu_kv.given()) fail_value("cu_kv", "expected none without cu_q");
+        return;
+    }
+    if (a.q.rank != 3)
+        fail_rank("q",
+                  a.layout == Layout::bshd ? "3 axes (Tq, Hq, D), as there is cu_q"
+                                           : "3 axes (Hq, Tq, D), as there is cu_q",
+                  a.q);
+    if (a.cu_q.rank != 1 || a.cu_q.shape[0] < 1) fail_shape("cu_q", "(B + 1,), with B >= 0", a.cu_q);
+    if (a.q_lens.given()) fail_value("q_lens", "expected none beside cu_q, which has the lengths");
+    if (a.weights.given()) fail_value("weights", "expected none beside cu_q");
+    p.batch = a.cu_q.shape[0] - 1;
+    const TensorView& cu_kv = a.cu_kv.given() ? a.cu_kv : a.cu_q;
+    p.cu_q = to_bounds("cu_q", a.cu_q, p, "Tq", p.q_size);
+    p.cu_kv = to_bounds(a.cu_kv.given() ? "cu_kv" : "cu_q", cu_kv, p, "Tk", p.kv_size);
+    arrays.side_input("cu_q", a.cu_q);
+    if (a.cu_kv.given()) arrays.side_input("cu_kv", a.cu_kv);
 }
 
 // Where a mask or bias with the axes (B, Sk) or (B, Sq, Sk) belongs; empty for others. As it is, it would
 // broadcast over queries and heads, or not at all.
 std::string axis_hint(const char* name, const TensorView& view, const AttentionProblem& p) {
-    const bool by_entry = (view.rank == 2 || view.rank == 3) && view.shape[0] == p.batch && p.batch > 1 &&
-                          view.shape[view.rank - 1] == p.kv_size;
+    const bool by_entry = !p.packed() && (view.rank == 2 || view.rank == 3) && view.shape[0] == p.batch &&
+                          p.batch > 1 && view.shape[view.rank - 1] == p.kv_size;
     if (!by_entry) return {};
     const auto passed_as = [&](const char* axes, const char* index) {
         return std::string("; if its axes are ") + axes + ", pass " + name + index;
@@ -85,13 +125,18 @@ void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& 
     if (a.q_lens.given()) {
         p.q_lens = to_batch_operand("q_lens", a.q_lens, p);
         arrays.side_input("q_lens", a.q_lens);
-        if (readable(a.q_lens)) check_lengths("q_lens", p.q_lens, p.batch, p.q_size);
+        if (readable(a.q_lens)) check_lengths("q_lens", p.q_lens, p.batch, [&](Index) { return p.q_size; });
         p.has_q_lens = true;
     }
     if (a.kv_lens.given()) {
         p.kv_lens = to_batch_operand("kv_lens", a.kv_lens, p);
         arrays.side_input("kv_lens", a.kv_lens);
-        if (readable(a.kv_lens)) check_lengths("kv_lens", p.kv_lens, p.batch, p.kv_size);
+        if (readable(a.kv_lens)) {
+            check_lengths("kv_lens", p.kv_lens, p.batch, [&](Index b) {
+                const KeyRange keys = p.keys_of(b);
+                return keys.end - keys.begin;
+            });
+        }
         p.has_kv_lens = true;
     }
     if (a.q_offsets.given()) {
@@ -162,13 +207,13 @@ alignas(64) unsigned char not_yet_made[64];
 
 void set_outputs(const AttentionParams& a, AttentionProblem& p, Arrays& arrays, bool for_execution) {
     if (a.out.given()) {
-        p.out = to_matching_operand("out", a.out, a, {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype,
-                                    "q", a.q);
+        p.out = to_matching_operand("out", a.out, a, {p.array_batch(), p.q_size, p.q_heads, p.value_dim},
+                                    p.dtype, "q", a.q);
         p.out.data = add_output("out", a.out, arrays, for_execution);
     } else if (for_execution) {
         fail_value("out", "expected an array for the result, got none");
     } else {
-        check_byte_count("out", {p.batch, p.q_size, p.q_heads, p.value_dim}, p.dtype);
+        check_byte_count("out", {p.array_batch(), p.q_size, p.q_heads, p.value_dim}, p.dtype);
     }
     if (a.lse.given()) {
         p.lse = to_score_rows("lse", a.lse, p, a.q.rank, false);
@@ -190,16 +235,18 @@ void* add_output(const char* name, const TensorView& view, Arrays& arrays, bool 
 }
 
 ScoreOperand to_score_operand(const char* name, const TensorView& view, const AttentionProblem& p) {
-    if (view.rank > kMaxRank) fail_rank(name, "at most 4 axes", view);
-    const Index target[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
+    const int most = p.packed() ? 3 : 4;
+    if (view.rank > most) fail_rank(name, p.packed() ? "at most 3 axes" : "at most 4 axes", view);
+    const Index target[4] = {p.array_batch(), p.q_heads, p.q_size, p.kv_size};
     Index strides[4] = {0, 0, 0, 0};
     for (int axis = 0; axis < view.rank; ++axis) {
         const int to = 4 - view.rank + axis;  // right-aligned, as NumPy broadcasts
         if (view.shape[axis] == 1) continue;
         if (view.shape[axis] != target[to])
-            fail_value(name,
-                       "expected a shape that broadcasts to (B, Hq, Sq, Sk) = " + shape_string(target, 4) +
-                           ", got " + shape_string(view) + axis_hint(name, view, p));
+            fail_value(name, std::string("expected a shape that broadcasts to ") +
+                                 (p.packed() ? "(Hq, Tq, Tk) = " : "(B, Hq, Sq, Sk) = ") +
+                                 shape_string(target + 4 - most, most) + ", got " + shape_string(view) +
+                                 axis_hint(name, view, p));
         strides[to] = view.strides[axis];
     }
     if (is_empty(view)) return {view.data, view.dtype, 0, 0, 0, 0, view.device.type};
@@ -221,11 +268,11 @@ Operand to_matching_operand(const char* name, const TensorView& view, const Atte
 ScoreOperand to_score_rows(const char* name, const TensorView& view, const AttentionProblem& p, int q_rank,
                            bool with_keys) {
     check_same_dtype(name, view, p.lse_dtype);
-    const Index full[4] = {p.batch, p.q_heads, p.q_size, p.kv_size};
+    const Index full[4] = {p.array_batch(), p.q_heads, p.q_size, p.kv_size};
     const int first = 4 - q_rank, last = with_keys ? 4 : 3;
     bool fits = view.rank == last - first;
     for (int axis = first; fits && axis < last; ++axis) fits = view.shape[axis - first] == full[axis];
-    if (!fits) fail_score_output(name, full, first, last, view);
+    if (!fits) fail_score_output(name, full, first, last, p.packed(), view);
     Index strides[4] = {0, 0, 0, 0};
     if (!is_empty(view))
         for (int axis = first; axis < last; ++axis) strides[axis] = stride_at(view, axis - first);
@@ -250,6 +297,7 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
     p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
     p.device = a.q.device;
     set_operands(a, p, axes_of(a.q.rank, a.layout), arrays);
+    set_entries(a, p, arrays);
     set_numbers(a, p);
     set_optional_inputs(a, p, arrays);
     return p;
@@ -258,15 +306,36 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
 // ---- the problem ------------------------------------------------------------------------------------
 // The lengths are clamped although make_problem checked them: another thread may write to the array
 // meanwhile, and that must not become an access out of bounds.
-Index AttentionProblem::q_len(Index b) const noexcept {
-    if (!has_q_lens || q_lens.place != DeviceType::cpu) return q_size;
-    return std::clamp<Index>(load_integer(q_lens.data, q_lens.dtype, b * q_lens.batch), 0, q_size);
+namespace {
+
+Index length_among(bool given, const HeadOperand& lens, Index b, Index size) noexcept {
+    if (!given || lens.place != DeviceType::cpu) return size;
+    return std::clamp<Index>(load_integer(lens.data, lens.dtype, b * lens.batch), 0, size);
 }
 
-Index AttentionProblem::kv_len(Index b) const noexcept {
-    if (!has_kv_lens || kv_lens.place != DeviceType::cpu) return kv_size;
-    return std::clamp<Index>(load_integer(kv_lens.data, kv_lens.dtype, b * kv_lens.batch), 0, kv_size);
+// [cu[b], cu[b + 1]) of `size` rows or keys.
+KeyRange bounds_of(const HeadOperand& cu, Index b, Index size) noexcept {
+    if (cu.data == nullptr || cu.place != DeviceType::cpu) return {0, size};
+    const auto at = [&](Index n) { return load_integer(cu.data, cu.dtype, n * cu.batch); };
+    const Index begin = std::clamp<Index>(at(b), 0, size);
+    return {begin, std::clamp<Index>(at(b + 1), begin, size)};
 }
+
+Index size_of(const KeyRange& range) noexcept { return range.end - range.begin; }
+
+}  // namespace
+
+KeyRange AttentionProblem::rows_of(Index b) const noexcept { return bounds_of(cu_q, b, q_size); }
+KeyRange AttentionProblem::keys_of(Index b) const noexcept { return bounds_of(cu_kv, b, kv_size); }
+
+Index AttentionProblem::q_len_among(Index b, Index size) const noexcept {
+    return length_among(has_q_lens, q_lens, b, size);
+}
+Index AttentionProblem::kv_len_among(Index b, Index size) const noexcept {
+    return length_among(has_kv_lens, kv_lens, b, size);
+}
+Index AttentionProblem::q_len(Index b) const noexcept { return q_len_among(b, size_of(rows_of(b))); }
+Index AttentionProblem::kv_len(Index b) const noexcept { return kv_len_among(b, size_of(keys_of(b))); }
 
 Index AttentionProblem::offset(Index b) const noexcept {
     if (!has_q_offset) return kv_len(b) - q_len(b);
@@ -282,7 +351,7 @@ bool AttentionProblem::ranges_known() const noexcept {
     const auto readable = [](const HeadOperand& x) {
         return x.data == nullptr || x.place == DeviceType::cpu;
     };
-    return readable(q_lens) && readable(kv_lens) && readable(q_offsets);
+    return readable(q_lens) && readable(kv_lens) && readable(q_offsets) && readable(cu_q) && readable(cu_kv);
 }
 
 AttentionProblem make_problem(const AttentionParams& a, bool for_execution) {

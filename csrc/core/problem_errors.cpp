@@ -140,12 +140,13 @@ void fail_heads(const TensorView& q, const TensorView& k, std::int64_t q_heads, 
                         labelled("q", q) + ", got " + std::to_string(kv_heads) + " in " + shape_string(k));
 }
 
-void fail_score_output(const char* name, const std::int64_t full[4], int first, int last,
+void fail_score_output(const char* name, const std::int64_t full[4], int first, int last, bool packed,
                        const TensorView& got) {
-    static constexpr const char* kAxisNames[4] = {"B", "Hq", "Sq", "Sk"};
+    static constexpr const char* kPadded[4] = {"B", "Hq", "Sq", "Sk"};
+    static constexpr const char* kPacked[4] = {"", "Hq", "Tq", "Tk"};
+    const char* const* names = packed ? kPacked : kPadded;
     std::string axes = "(";
-    for (int axis = first; axis < last; ++axis)
-        axes += (axis > first ? ", " : "") + std::string(kAxisNames[axis]);
+    for (int axis = first; axis < last; ++axis) axes += (axis > first ? ", " : "") + std::string(names[axis]);
     axes += last - first == 1 ? ",) = " : ") = ";
     fail_shape(name, axes + shape_string(full + first, last - first), got);
 }
@@ -153,6 +154,17 @@ void fail_score_output(const char* name, const std::int64_t full[4], int first, 
 void fail_length(const char* name, std::int64_t entry, std::int64_t got, std::int64_t limit) {
     fail_value(name, "expected lengths from 0 to " + std::to_string(limit) + ", got " + std::to_string(got) +
                          " at index " + std::to_string(entry));
+}
+
+void fail_bound(const char* name, std::int64_t index, std::int64_t got, std::int64_t before, const char* axis,
+                std::int64_t size) {
+    const std::string at = std::to_string(got) + " at index " + std::to_string(index);
+    if (got > size)
+        fail_value(name, std::string("expected bounds of at most ") + axis + " = " + std::to_string(size) +
+                             ", got " + at);
+    if (got < 0) fail_value(name, "expected bounds of at least 0, got " + at);
+    fail_value(name, "expected bounds that do not decrease, got " + at + " after " + std::to_string(before) +
+                         " (entry " + std::to_string(index - 1) + ")");
 }
 
 void fail_self_overlap(const char* name, const TensorView& view) {

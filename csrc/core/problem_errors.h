@@ -41,8 +41,11 @@ std::string shape_string(const TensorView& view);
 [[noreturn]] void fail_heads(const TensorView& q, const TensorView& k, std::int64_t q_heads,
                              std::int64_t kv_heads);
 [[noreturn]] void fail_score_output(const char* name, const std::int64_t full[4], int first, int last,
-                                    const TensorView& got);
+                                    bool packed, const TensorView& got);
 [[noreturn]] void fail_length(const char* name, std::int64_t entry, std::int64_t got, std::int64_t limit);
+// Of bounds of packed entries: the one before, and the axis with its size.
+[[noreturn]] void fail_bound(const char* name, std::int64_t index, std::int64_t got, std::int64_t before,
+                             const char* axis, std::int64_t size);
 [[noreturn]] void fail_self_overlap(const char* name, const TensorView& view);
 [[noreturn]] void fail_overlap(const char* name, const char* other);
 

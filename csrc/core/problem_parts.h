@@ -94,7 +94,7 @@ private:
         entries_[count_++] = {name, &view, check.extent, written};
     }
 
-    static constexpr int kMaxArrays = 20;
+    static constexpr int kMaxArrays = 24;
     Device device_;
     int count_ = 0;
     Entry entries_[kMaxArrays];

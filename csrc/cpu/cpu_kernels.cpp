@@ -8,12 +8,13 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/entry_view.h"
 #include "core/kernel.h"
+#include "core/padding.h"
 #include "cpu/backward/make_schedule.h"
 #include "cpu/cpu_features.h"
 #include "cpu/flash/make_schedule.h"
 #include "cpu/isa_kernels.h"
-#include "cpu/padding.h"
 #include "reference/forward.h"
 
 // Which ISA files this build has (cmake/isa.cmake).
@@ -64,6 +65,11 @@ constexpr TableFn scalar_table = &scalar_kernels;
 
 [[maybe_unused]] const char* missing_nothing() noexcept { return nullptr; }
 
+template <class Planned>
+EntryAt lengths_in(const EntryTable<Planned>& entries) {
+    return [&entries](std::int64_t b) -> const Entry& { return entry_at(entries, b).lengths; };
+}
+
 template <TableFn table>
 const char* refuses_dtypes(const AttentionProblem& p) {
     return table().find(p) != nullptr ? nullptr : "it has no row for these dtypes of k and v beside q's";
@@ -86,17 +92,25 @@ template <TableFn table>
 void flash_run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = *table().find(p);
     const FlashSchedule& schedule = static_cast<const ForwardSchedule*>(workspace.schedule)->flash();
-    const FlashCall call{p, schedule, workspace.shared, executor};
+    // f(the call as an item of a phase sees it).
+    const auto with_call = [&](Phase FlashEntry::* phase, std::int64_t item, auto f) {
+        if (!p.packed()) return f(FlashCall{p, schedule, workspace.shared, executor});
+        const AttentionProblem view = view_of(p, place_of(schedule.entries, phase, item).entry->lengths);
+        f(FlashCall{view, schedule, workspace.shared, executor});
+    };
     auto forward = [&](std::int64_t item, int slot) {
-        kernel.forward(call, item,
-                       workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+        std::byte* const own =
+            workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride;
+        with_call(&FlashEntry::items, item, [&](const FlashCall& call) { kernel.forward(call, item, own); });
     };
     executor.for_each(schedule.items, forward, schedule.groups);
     if (schedule.merge_items > 0) {
-        auto merge = [&](std::int64_t item, int) { kernel.merge(call, item); };
+        auto merge = [&](std::int64_t item, int) {
+            with_call(&FlashEntry::merges, item, [&](const FlashCall& call) { kernel.merge(call, item); });
+        };
         executor.for_each(schedule.merge_items, merge);
     }
-    clear_padding(p, schedule.entries, executor);
+    clear_padding(p, lengths_in(schedule.entries), executor);
 }
 
 template <TableFn table>
@@ -117,12 +131,18 @@ template <TableFn table>
 void backward_run(const BackwardProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
     const DtypeKernel& kernel = *table().find(p.forward);
     const BackwardSchedule& schedule = static_cast<const GradientSchedule*>(workspace.schedule)->backward();
-    const BackwardCall call{p, schedule, workspace.shared, executor};
+    const bool packed = p.forward.packed();
+    if (packed) clear_bias_gradient(p, executor);  // pairs outside of every entry
     const auto for_each = [&](BackwardPhase phase, std::int64_t items, std::int64_t groups) {
+        Phase BackwardEntry::* const own = packed ? phase_of(p, phase) : nullptr;
         auto run = [&](std::int64_t item, int slot) {
-            kernel.backward(
-                call, phase, item,
-                workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride);
+            std::byte* const memory =
+                workspace.per_thread + static_cast<std::size_t>(slot) * workspace.per_thread_stride;
+            const auto on = [&](const BackwardProblem& problem) {
+                kernel.backward({problem, schedule, workspace.shared, executor}, phase, item, memory);
+            };
+            if (own == nullptr) return on(p);
+            on(view_of(p, place_of(schedule.entries, own, item).entry->lengths));
         };
         if (items > 0) executor.for_each(items, run, groups);
     };
@@ -132,7 +152,10 @@ void backward_run(const BackwardProblem& p, const Target&, const Workspace& work
     for_each(BackwardPhase::merge, schedule.merge_items, heads);
     for_each(BackwardPhase::heads, schedule.head_items, 1);
     for_each(BackwardPhase::bias, schedule.bias_items, 1);
-    clear_padding(p, schedule.entries, executor);
+    if (packed)
+        store_bias_sums(p, reinterpret_cast<const double*>(workspace.shared + schedule.bias_sums),
+                        lengths_in(schedule.entries));
+    clear_padding(p, lengths_in(schedule.entries), executor);
 }
 
 // A kernel that this build does not hold is listed all the same, with the reason.

@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "core/broadcast.h"
+#include "core/entry_view.h"
+#include "core/padding.h"
 #include "reference/row.h"
 #include "reference/schedule.h"
 
@@ -32,7 +35,7 @@ public:
           rows_(rows),
           executor_(executor) {}
 
-    void prepare(Index b, Index h, Index i) {
+    void prepare(Index b, Index h, Index i) const {
         const ReferenceRow<T> row = row_of(b, h, i);
         RowState& state = state_of(row);
         state = {};
@@ -88,7 +91,7 @@ public:
         return {keep * weight, ds, ds * slope};
     }
 
-    void query_row(Index b, Index h, Index i, double* acc) {
+    void query_row(Index b, Index h, Index i, double* acc) const {
         std::fill(acc, acc + p_.head_dim, 0.0);
         const ReferenceRow<T> row = row_of(b, h, i);
         if (row.exists) {
@@ -102,7 +105,7 @@ public:
         store_row(b_.dq, b, i, h, p_.head_dim, acc, p_.scale);
     }
 
-    void key_row(Index b, Index kv_head, Index j, double* acc) {
+    void key_row(Index b, Index kv_head, Index j, double* acc) const {
         double *dk = acc, *dv = acc + p_.head_dim;
         std::fill(acc, dv + p_.value_dim, 0.0);
         for (Index h = kv_head * p_.group; h < (kv_head + 1) * p_.group; ++h) {
@@ -122,32 +125,35 @@ public:
         const ScoreOperand& x = b_.dbias;
         const auto last = [](Index stride, Index at, Index size) { return stride == 0 ? size : at + 1; };
         double sum = 0.0;
-        for (Index bb = b; bb < last(x.batch, b, p_.batch); ++bb)
-            for (Index hh = h; hh < last(x.head, h, p_.q_heads); ++hh)
-                for (Index ii = i; ii < last(x.query, i, p_.q_size) && !executor_.stop_requested(); ++ii) {
-                    const ReferenceRow<T> row = row_of(bb, hh, ii);
-                    for (Index jj = j; jj < last(x.key, j, p_.kv_size); ++jj) {
-                        double bias;
-                        if (row.exists && sees_key(row.range.begin, row.range.end, jj) &&
-                            row.attends(jj, bias))
-                            sum += pair(row, jj, bias).ds;
-                    }
-                }
+        for (Index bb = b; bb < last(x.batch, b, p_.batch); ++bb) {
+            const Entry& entry = entries_[bb];
+            const Index row_begin = std::max<Index>(i - entry.first_row, 0),
+                        row_end = std::min(last(x.query, i, p_.q_size) - entry.first_row, entry.q_size),
+                        key_begin = std::max<Index>(j - entry.first_key, 0),
+                        key_end = std::min(last(x.key, j, p_.kv_size) - entry.first_key, entry.kv_size);
+            if (row_begin >= row_end || key_begin >= key_end) continue;
+            in_entry(bb, [&](const Backward& mine) {
+                for (Index hh = h; hh < last(x.head, h, p_.q_heads); ++hh)
+                    for (Index ii = row_begin; ii < row_end && !executor_.stop_requested(); ++ii)
+                        sum += mine.row_bias(mine.row_of(bb, hh, ii), key_begin, key_end);
+            });
+        }
         store_real(x.data, x.dtype, score_index(x, b, h, i, j), sum);
     }
 
     void slope_element(Index b, Index h) {
         double sum = 0.0;
-        for_rows(b_.dalibi, b, h, [&](const ReferenceRow<T>& row) {
-            row.for_attended_keys(
-                executor_, [&](Index j, double bias) { sum -= pair(row, j, bias).ds * row.distance(j); });
+        for_rows(b_.dalibi, b, h, [&](const Backward& mine, const ReferenceRow<T>& row) {
+            row.for_attended_keys(executor_, [&](Index j, double bias) {
+                sum -= mine.pair(row, j, bias).ds * row.distance(j);
+            });
         });
         store_real(b_.dalibi.data, b_.dalibi.dtype, score_index(b_.dalibi, b, h, 0, 0), sum);
     }
 
     void sink_element(Index h) {
         double sum = 0.0;
-        for_rows(b_.dsinks, 0, h, [&](const ReferenceRow<T>& row) {
+        for_rows(b_.dsinks, 0, h, [&](const Backward&, const ReferenceRow<T>& row) {
             const RowState& state = state_of(row);
             if (row.sink == -row.kInfinity) return;
             // A sink of +inf has all the weight.
@@ -157,21 +163,42 @@ public:
         store_real(b_.dsinks.data, b_.dsinks.dtype, score_index(b_.dsinks, 0, h, 0, 0), sum);
     }
 
+    // f(the same for the arrays of entry b alone, where entries are packed).
+    template <class F>
+    void in_entry(Index b, F f) const {
+        if (!p_.packed()) return f(*this);
+        const BackwardProblem view = view_of(b_, entries_[b]);
+        f(Backward(view, entries_, query_, rows_, executor_));
+    }
+
 private:
+    // The row's dS, summed over some keys.
+    double row_bias(const ReferenceRow<T>& row, Index begin, Index end) const {
+        double sum = 0.0, bias = 0.0;
+        for (Index j = begin; j < end && row.exists; ++j) {
+            if (sees_key(row.range.begin, row.range.end, j) && row.attends(j, bias))
+                sum += pair(row, j, bias).ds;
+        }
+        return sum;
+    }
     ReferenceRow<T> row_of(Index b, Index h, Index i) const { return {p_, entries_[b], query_, b, h, i}; }
     RowState& state_of(const ReferenceRow<T>& row) const {
-        return rows_[(row.b * p_.q_heads + row.h) * p_.q_size + row.i];
+        return rows_[row_number(p_, row.b, entries_[row.b], row.h, row.i)];
     }
 
     // The existing rows of head h, of batch entry b or, where the result has no batch axis, of all.
     template <class F>
-    void for_rows(const ScoreOperand& result, Index b, Index h, F f) {
-        for (Index bb = b; bb < (result.batch == 0 ? p_.batch : b + 1); ++bb)
-            for (Index i = 0; i < entries_[bb].q_len && !executor_.stop_requested(); ++i) f(row_of(bb, h, i));
+    void for_rows(const ScoreOperand& result, Index b, Index h, F f) const {
+        for (Index bb = b; bb < (result.batch == 0 ? p_.batch : b + 1); ++bb) {
+            in_entry(bb, [&](const Backward& mine) {
+                for (Index i = 0; i < entries_[bb].q_len && !executor_.stop_requested(); ++i)
+                    f(mine, mine.row_of(bb, h, i));
+            });
+        }
     }
 
     template <class F>
-    void for_attending_rows(Index b, Index h, Index j, F f) {
+    void for_attending_rows(Index b, Index h, Index j, F f) const {
         for (Index i = 0; i < entries_[b].q_len; ++i) {
             if (i % 16 == 0 && executor_.stop_requested()) return;
             const KeyRange range = entry_keys(p_, entries_[b], i);
@@ -182,7 +209,8 @@ private:
         }
     }
 
-    void store_row(const Operand& x, Index b, Index i, Index h, Index dim, const double* acc, double factor) {
+    void store_row(const Operand& x, Index b, Index i, Index h, Index dim, const double* acc,
+                   double factor) const {
         const Index at = b * x.batch + i * x.seq + h * x.head;
         for (Index d = 0; d < dim; ++d) store_real(x.data, p_.dtype, at + d * x.dim, factor * acc[d]);
     }
@@ -200,11 +228,13 @@ private:
 KernelPlan plan_reference_backward(const BackwardProblem& problem, Device, int, bool describe) {
     const AttentionProblem& p = problem.forward;
     KernelPlan plan;
-    const auto rows = static_cast<std::size_t>(p.batch * p.q_heads * p.q_size);
+    const auto rows = static_cast<std::size_t>(p.array_batch() * p.q_heads * p.q_size);
     plan.shared_bytes = rows * sizeof(RowState);
     plan.per_thread_bytes = static_cast<std::size_t>(2 * p.head_dim + p.value_dim) * sizeof(double);
-    plan.work_items = std::max({p.batch * p.q_heads * p.q_size, p.batch * p.kv_heads * p.kv_size, Index{1}});
-    plan.schedule = std::make_unique<const ReferenceSchedule>(p);
+    auto entries = std::make_unique<const ReferenceSchedule>(p);
+    plan.work_items = std::max(
+        {p.batch * p.q_heads * entries->most_rows(), p.batch * p.kv_heads * entries->most_keys(), Index{1}});
+    plan.schedule = std::move(entries);
     if (describe) plan.algorithm = "element by element in double, every sum by itself";
     return plan;
 }
@@ -226,16 +256,28 @@ void run_reference_backward(const BackwardProblem& problem, const Target&, const
             };
             executor.for_each(items, item_fn);
         };
-        const Index rows = p.q_heads * p.q_size, keys = p.kv_heads * p.kv_size;
-        for_each(p.batch * rows, [&](auto& backward, Index n, double*) {
-            backward.prepare(n / rows, n % rows / p.q_size, n % p.q_size);
-        });
-        for_each(p.batch * rows, [&](auto& backward, Index n, double* acc) {
-            backward.query_row(n / rows, n % rows / p.q_size, n % p.q_size, acc);
-        });
-        for_each(p.batch * keys, [&](auto& backward, Index n, double* acc) {
-            backward.key_row(n / keys, n % keys / p.kv_size, n % p.kv_size, acc);
-        });
+        const ReferenceSchedule& entries = ReferenceSchedule::of(workspace);
+        // f(the backward of an entry, b, h, n) for the n-th row, or key, of each of `heads` in each entry.
+        const auto for_each_of = [&](Index heads, Index most, Index Entry::* size, auto f) {
+            for_each(p.batch * heads * most, [&, f](auto& backward, Index item, double* acc) {
+                const Index n = item % most, h = item / most % heads, b = item / most / heads;
+                if (n >= entries[b].*size) return;
+                backward.in_entry(b, [&](const auto& mine) { f(mine, b, h, n, acc); });
+            });
+        };
+        const auto prepare = [](const auto& mine, Index b, Index h, Index i, double*) {
+            mine.prepare(b, h, i);
+        };
+        const auto query_row = [](const auto& mine, Index b, Index h, Index i, double* acc) {
+            mine.query_row(b, h, i, acc);
+        };
+        const auto key_row = [](const auto& mine, Index b, Index h, Index j, double* acc) {
+            mine.key_row(b, h, j, acc);
+        };
+        for_each_of(p.q_heads, entries.most_rows(), &Entry::q_size, prepare);
+        for_each_of(p.q_heads, entries.most_rows(), &Entry::q_size, query_row);
+        for_each_of(p.kv_heads, entries.most_keys(), &Entry::kv_size, key_row);
+        if (p.packed()) clear_padding(problem, [&](Index b) -> const Entry& { return entries[b]; }, executor);
         const AxisSizes bias = own_sizes(problem.dbias, p), slopes = own_sizes(problem.dalibi, p),
                         sinks = own_sizes(problem.dsinks, p);
         for_each(bias.count(), [&](auto& backward, Index n, double*) {

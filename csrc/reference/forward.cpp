@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <utility>
 
+#include "core/entry_view.h"
+#include "core/padding.h"
 #include "reference/backward.h"
 #include "reference/row.h"
 #include "reference/schedule.h"
@@ -81,34 +84,40 @@ private:
     double* acc_;  // (Dv,)
 };
 
-Index row_blocks(const AttentionProblem& p) { return (p.q_size + kRowsPerItem - 1) / kRowsPerItem; }
+Index row_blocks(const ReferenceSchedule& entries) {
+    return (entries.most_rows() + kRowsPerItem - 1) / kRowsPerItem;
+}
 
 KernelPlan plan(const AttentionProblem& p, Device, int, bool describe) {
     KernelPlan plan;
     plan.per_thread_bytes = static_cast<std::size_t>(p.head_dim + p.value_dim) * sizeof(double);
-    plan.work_items = p.batch * p.q_heads * row_blocks(p);
-    plan.schedule = std::make_unique<const ReferenceSchedule>(p);
+    auto entries = std::make_unique<const ReferenceSchedule>(p);
+    plan.work_items = p.batch * p.q_heads * row_blocks(*entries);
+    plan.schedule = std::move(entries);
     if (describe) plan.algorithm = "row by row in double, two passes over the keys";
     return plan;
 }
 
 void run(const AttentionProblem& p, const Target&, const Workspace& workspace, Executor& executor) {
-    const Index blocks = row_blocks(p);
     const ReferenceSchedule& entries = ReferenceSchedule::of(workspace);
+    const Index blocks = row_blocks(entries);
     with_element_type(p.dtype, [&](auto element) {
         using T = decltype(element);
         auto item_fn = [&](Index item, int slot) {
             auto* scratch = reinterpret_cast<double*>(workspace.per_thread + static_cast<std::size_t>(slot) *
                                                                                  workspace.per_thread_stride);
             const Index block = item % blocks, h = item / blocks % p.q_heads, b = item / blocks / p.q_heads;
-            const Index end = std::min(p.q_size, (block + 1) * kRowsPerItem);
+            const Entry& entry = entries[b];
+            const Index end = std::min(entry.q_size, (block + 1) * kRowsPerItem);
+            const AttentionProblem view = p.packed() ? view_of(p, entry) : p;
             for (Index i = block * kRowsPerItem; i < end && !executor.stop_requested(); ++i) {
-                const ReferenceRow<T> row(p, entries[b], scratch, b, h, i);
+                const ReferenceRow<T> row(view, entry, scratch, b, h, i);
                 Forward<T>(row, executor, scratch + p.head_dim).compute();
             }
         };
         executor.for_each(p.batch * p.q_heads * blocks, item_fn);
     });
+    if (p.packed()) clear_padding(p, [&](Index b) -> const Entry& { return entries[b]; }, executor);
 }
 
 constexpr DType kDtypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16};

@@ -20,6 +20,8 @@ from fastattn._core import (
     get_num_threads,
     mha,
     mha_backward,
+    mha_varlen,
+    mha_varlen_backward,
     set_num_threads,
 )
 
@@ -42,6 +44,8 @@ __all__ = [
     "kernels",
     "mha",
     "mha_backward",
+    "mha_varlen",
+    "mha_varlen_backward",
     "reference",
     "set_num_threads",
 ]

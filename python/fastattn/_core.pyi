@@ -41,8 +41,8 @@ class Buffer:
     @property
     def dtype(self) -> str: ...
 
-# The arguments that mha, explain and mha_backward share (csrc/core/arguments.inc).
-class _Options(TypedDict, total=False):
+# The arguments that the functions on attention share (csrc/core/arguments.inc).
+class _Shared(TypedDict, total=False):
     layout: _Layout
     scale: _Number | None
     causal: bool
@@ -53,12 +53,14 @@ class _Options(TypedDict, total=False):
     alibi_slopes: _Array | None
     softcap: _Number | None
     sinks: _Array | None
-    q_lens: _Array | None
     kv_lens: _Array | None
     dropout: _Number
     seed: SupportsIndex
     device: str | None
     kernel: str | None
+
+class _Options(_Shared, total=False):
+    q_lens: _Array | None
 
 @overload
 def mha(
@@ -115,11 +117,49 @@ def mha(
     out: _Q | None = None,
     **options: Unpack[_Options],
 ) -> Any: ...
+@overload
+def mha_varlen(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    cu_q: _Array,
+    cu_kv: _Array | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    out: _Q | None = None,
+    **options: Unpack[_Shared],
+) -> _Q: ...
+@overload
+def mha_varlen(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    cu_q: _Array,
+    cu_kv: _Array | None = None,
+    *,
+    return_lse: Literal[True],
+    out: _Q | None = None,
+    **options: Unpack[_Shared],
+) -> tuple[_Q, Any]: ...
+@overload
+def mha_varlen(
+    q: _Q,
+    k: _Array,
+    v: _Array,
+    cu_q: _Array,
+    cu_kv: _Array | None = None,
+    *,
+    return_lse: bool = False,
+    out: _Q | None = None,
+    **options: Unpack[_Shared],
+) -> Any: ...
 def explain(
     q: _Array,
     k: _Array,
     v: _Array,
     *,
+    cu_q: _Array | None = None,
+    cu_kv: _Array | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     out: _Array | None = None,
@@ -136,6 +176,20 @@ def mha_backward(
     dlse: _Array | None = None,
     need_dbias: bool = True,
     **options: Unpack[_Options],
+) -> Gradients: ...
+def mha_varlen_backward(
+    dout: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    lse: _Array,
+    cu_q: _Array,
+    cu_kv: _Array | None = None,
+    *,
+    dlse: _Array | None = None,
+    need_dbias: bool = True,
+    **options: Unpack[_Shared],
 ) -> Gradients: ...
 def argument_rows() -> tuple[tuple[str, str, str, str, str], ...]: ...
 def kernel_rows() -> list[tuple[str, str, tuple[str, ...], bool, str]]: ...

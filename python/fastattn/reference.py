@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastattn import _reference_varlen as _varlen
 from fastattn._attention import Gradients
 
-__all__ = ["dropout_keep", "mha", "mha_backward", "philox4x32"]
+__all__ = ["dropout_keep", "mha", "mha_backward", "mha_varlen", "mha_varlen_backward", "philox4x32"]
 
 Array = np.ndarray[Any, Any]
 
@@ -253,6 +254,85 @@ def mha_backward(
             return grads
         dtypes = [dtype] * 3 + [np.asarray(x).dtype for x in (bias, alibi_slopes, sinks)]
         return Gradients(*(None if x is None else x.astype(t) for x, t in zip(grads, dtypes, strict=True)))
+
+
+def mha_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_kv: Any = None,
+    *,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """`mha` of packed entries, by way of a padded batch of them.
+
+    Parameters
+    ----------
+    q, k, v : array
+        (Tq,Hq,D), (Tk,Hkv,D), (Tk,Hkv,Dv); heads first with ``layout="bhsd"``.
+    cu_q, cu_kv : integer array (B + 1,)
+        Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` and the keys of cu_kv, by default cu_q.
+    return_lse : bool
+    **options
+        As in `mha`, but q_lens and return_weights. mask and bias broadcast to (Hq,Tq,Tk), of which an entry
+        reads its own block; what `mha` has for each batch entry is here for each entry.
+
+    Returns
+    -------
+    out, or (out, lse): (Tq,Hq,Dv) in q's layout, (Hq,Tq). Rows outside of all entries are 0 and -inf.
+
+    Raises
+    ------
+    ValueError
+        Shapes, bounds or values that do not fit.
+    """
+    packed = _varlen.Packed(q, k, cu_q, cu_kv, layout)
+    out, lse = _varlen.forward(mha, packed, q, k, v, {"layout": layout, **options})
+    return (out, lse) if return_lse else out
+
+
+def mha_varlen_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_q: Any,
+    cu_kv: Any = None,
+    *,
+    dlse: Any = None,
+    layout: str = "bshd",
+    **options: Any,
+) -> Gradients:
+    """Gradients of `mha_varlen`, by way of a padded batch.
+
+    Parameters
+    ----------
+    dout, out, lse, dlse : array
+        As in `mha_backward`, in the shapes of `mha_varlen`'s results; out, lse and dlse may be None.
+    q, k, v, cu_q, cu_kv, layout, **options
+        As in `mha_varlen`, and `need_dbias` and `dtype` as in `mha_backward`.
+
+    Returns
+    -------
+    Gradients
+        As `mha_backward`; 0 outside of all entries, and for pairs of two entries.
+
+    Raises
+    ------
+    ValueError
+        Shapes, bounds or values that do not fit.
+    """
+    packed = _varlen.Packed(q, k, cu_q, cu_kv, layout)
+    given = {"layout": layout, **options}
+    grads = _varlen.backward(mha_backward, packed, [dout, q, out], [k, v], [lse, dlse], given)
+    if grads.dbias is not None:
+        grads = grads._replace(dbias=_sum_to(grads.dbias, np.shape(options["bias"])))
+    return grads
 
 
 class _Pairs(NamedTuple):

@@ -95,7 +95,7 @@ void add_chunk(BackwardBlock<E>& block, std::int64_t kv_head, std::int64_t chunk
     for (std::int64_t c = 0; plan.dq_sections && c < dq_size; ++c) total[c] = 0;
     if (block.alibi) {
         for (std::int64_t h = kv_head * p.group; h < (kv_head + 1) * p.group; ++h) {
-            const std::int64_t first = row_index(p, block.x.batch, h, 0);
+            const std::int64_t first = row_number(p, block.x.batch, block.x.entry, h, 0);
             for (std::int64_t i = 0; i < q_len; ++i)
                 block.slopes[(first + i) * block.schedule.most_chunks + chunk] = 0;
         }
@@ -160,18 +160,23 @@ void merge_chunks(const BackwardBlock<E>& block, std::int64_t item, typename E::
 template <class E, class S, class K, class W>
 void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t item, std::byte* workspace) {
     const EntryTable<BackwardEntry>& entries = call.schedule.entries;
-    if (phase == BackwardPhase::gradients || phase == BackwardPhase::merge) {
-        const bool merges = phase == BackwardPhase::merge;
-        const auto place = place_of(entries, merges ? &BackwardEntry::merges : &BackwardEntry::items, item);
-        BackwardBlock<E> block(call, place.entry->plan, place.batch, place.entry->lengths, workspace);
-        auto* const partials = reinterpret_cast<typename E::Acc*>(call.shared + place.shared);
-        if (merges) return merge_chunks<E, S>(block, place.item, partials);
-        return find_gradients<E, S, K, W>(block, place.item, partials);
+    Phase BackwardEntry::* const own = phase_of(call.problem, phase);
+    if (own == nullptr) {  // its items go through all entries
+        BackwardBlock<E> block(call, call.schedule.whole, 0, entries.rows[0].lengths, workspace);
+        if (phase == BackwardPhase::heads) return find_head_gradients(block, item);
+        return find_bias_gradient<E, S, K, W>(block, item);
     }
-    BackwardBlock<E> block(call, call.schedule.whole, 0, entries.rows[0].lengths, workspace);
-    if (phase == BackwardPhase::prepare) return prepare_rows<E, S, K>(block, item);
-    if (phase == BackwardPhase::heads) return find_head_gradients(block, item);
-    find_bias_gradient<E, S, K, W>(block, item);
+    const Place<BackwardEntry> place = place_of(entries, own, item);
+    const bool in_blocks = phase == BackwardPhase::gradients || phase == BackwardPhase::merge;
+    BackwardBlock<E> block(call, in_blocks ? place.entry->plan : call.schedule.whole, place.batch,
+                           place.entry->lengths, workspace);
+    auto* const partials = reinterpret_cast<typename E::Acc*>(call.shared + place.shared);
+    switch (phase) {
+        case BackwardPhase::prepare: return prepare_rows<E, S, K>(block, place.item);
+        case BackwardPhase::gradients: return find_gradients<E, S, K, W>(block, place.item, partials);
+        case BackwardPhase::merge: return merge_chunks<E, S>(block, place.item, partials);
+        default: return find_bias_gradient<E, S, K, W>(block, place.item);
+    }
 }
 
 }  // namespace

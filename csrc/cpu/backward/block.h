@@ -105,8 +105,9 @@ struct BackwardBlock {
     FlashBlock<E> x;  // its batch entry is the block's
     BackwardBuffers<E> at;
     // Shared by all threads:
-    BackwardRow<Acc>* states;  // (batch, q_heads, q_size)
-    double* slopes;  // sums for dalibi: (batch, q_heads, q_size, most_chunks)
+    BackwardRow<Acc>* states;  // of all rows: row_number
+    double* slopes;  // sums for dalibi: (rows, most_chunks)
+    double* bias_sums;  // see BackwardSchedule
     // The thread's own:
     std::int64_t d_units, v_units;  // of a row of q and k, of dout and v
     Acc keep_factor;  // of weights that dropout leaves
@@ -129,6 +130,7 @@ struct BackwardBlock {
           at(backward_buffers<E>(backward_offsets(problem, plan, tile_shape<E>()), plan, workspace)),
           states(reinterpret_cast<BackwardRow<Acc>*>(call.shared + schedule.states)),
           slopes(reinterpret_cast<double*>(call.shared + schedule.slopes)),
+          bias_sums(reinterpret_cast<double*>(call.shared + schedule.bias_sums)),
           d_units((forward.head_dim + E::scalars - 1) / E::scalars),
           v_units((forward.value_dim + E::scalars - 1) / E::scalars),
           keep_factor(Acc(1.0 / (1.0 - forward.dropout))),
@@ -142,11 +144,6 @@ struct BackwardBlock {
         x.entry = entry_at(schedule.entries, b).lengths;
     }
 };
-
-// Where row i of query head h has its place among all rows.
-inline std::int64_t row_index(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i) {
-    return (b * p.q_heads + h) * p.q_size + i;
-}
 
 // n sums move to their totals.
 template <class Acc>

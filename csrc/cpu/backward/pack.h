@@ -96,6 +96,8 @@ void plan_ahead(BackwardBlock<E>& block) {
     };
     const std::int64_t first_head = keys.head * p.group;
     std::int64_t b = block.x.batch, head = block.rows.head;
+    std::int64_t rows_on = 0,
+                 keys_on = 0;  // to the next item's, where entries are packed (core/entry_view.h)
     const BackwardPlan* plan = &block.plan;
     const Entry* entry = &block.x.entry;
     std::int64_t row = next_rows(p, *plan, *entry, block.rows.first + plan->row_block, keys.first, keys.size);
@@ -115,6 +117,8 @@ void plan_ahead(BackwardBlock<E>& block) {
             if (next < block.schedule.items) {
                 const Place<BackwardEntry> place =
                     place_of(block.schedule.entries, &BackwardEntry::items, next);
+                rows_on = place.entry->lengths.first_row - entry->first_row;
+                keys_on = place.entry->lengths.first_key - entry->first_key;
                 b = place.batch;
                 plan = &place.entry->plan;
                 entry = &place.entry->lengths;
@@ -125,8 +129,8 @@ void plan_ahead(BackwardBlock<E>& block) {
         }
         if (key < entry->kv_len) {
             const std::int64_t n = rest(entry->kv_len, key, plan->key_block);
-            ahead.k = keys_ahead(KeyRows<K>(p.k, b, kv_head), key, p.head_dim, n);
-            ahead.v = keys_ahead(KeyRows<W>(p.v, b, kv_head), key, p.value_dim, n);
+            ahead.k = keys_ahead(KeyRows<K>(p.k, b, kv_head), key + keys_on, p.head_dim, n);
+            ahead.v = keys_ahead(KeyRows<W>(p.v, b, kv_head), key + keys_on, p.value_dim, n);
             if (n > most) most = n;
             head = kv_head * p.group;
             row = next_rows(p, *plan, *entry, 0, key, n);
@@ -134,8 +138,8 @@ void plan_ahead(BackwardBlock<E>& block) {
     }
     if (row < entry->q_len) {
         const std::int64_t n = rest(entry->q_len, row, plan->row_block);
-        ask(S{}, ahead.q, p.q, b, row, head, p.head_dim, n);
-        ask(S{}, ahead.dout, problem.dout, b, row, head, p.value_dim, n);
+        ask(S{}, ahead.q, p.q, b, row + rows_on, head, p.head_dim, n);
+        ask(S{}, ahead.dout, problem.dout, b, row + rows_on, head, p.value_dim, n);
     }
     const std::int64_t tiles = block.rows.padded / E::mr, share = (most + tiles - 1) / tiles;
     ahead.share = share < kMostShare ? share : kMostShare;
@@ -171,7 +175,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
         if (r < live) {
             info = row_info(p, x.entry, i + r, head);
             if (x.elementwise || block.alibi) find_features(x, info);
-            state = block.states[row_index(p, x.batch, head, i + r)];
+            state = block.states[row_number(p, x.batch, x.entry, head, i + r)];
             pack_row<E>(at.q_rows + r * plan.q_units, q[r], p.q.dim, p.head_dim);
             pack_row<E>(at.dout_rows + r * plan.v_units, dout[r], d.dim, p.value_dim);
         } else {

@@ -159,7 +159,8 @@ void finish_panel(const BackwardBlock<E>& block, std::int64_t r, std::int64_t c)
         if (featured && block.alibi && !block.into_bias) {
             const RowBlock& rows = block.rows;
             for (int s = 0; s < E::scalars && r + m + s < rows.live; ++s)
-                block.slopes[row_index(block.forward, block.x.batch, rows.head, rows.first + r + m + s) *
+                block.slopes[row_number(block.forward, block.x.batch, block.x.entry, rows.head,
+                                        rows.first + r + m + s) *
                                  block.schedule.most_chunks +
                              block.chunk] -= double(V::reduce_add(distance[s]));
         }

@@ -110,18 +110,17 @@ BackwardRow<typename E::Acc> find_state(const BackwardBlock<E>& block, std::int6
 template <class E, class S, class K>
 void prepare_rows(BackwardBlock<E>& block, std::int64_t item) {
     const AttentionProblem& p = block.forward;
-    const std::int64_t all = p.q_heads * p.q_size;
-    const std::int64_t items = (all + kRowsPerPreparation - 1) / kRowsPerPreparation;
-    const std::int64_t begin = item % items * kRowsPerPreparation, b = item / items;
+    const Entry& entry = block.x.entry;
+    const std::int64_t all = p.q_heads * entry.q_size, b = block.x.batch;
+    const std::int64_t begin = item * kRowsPerPreparation;
     const std::int64_t most = begin + kRowsPerPreparation, end = most < all ? most : all;
     const bool heads_first = heads_side_by_side(block.problem.dout);
-    block.go_to_entry(b);
     for (std::int64_t r = begin; r < end && !block.executor.stop_requested(); ++r) {
-        const std::int64_t h = heads_first ? r % p.q_heads : r / p.q_size;
-        const std::int64_t i = heads_first ? r / p.q_heads : r % p.q_size;
-        BackwardRow<typename E::Acc>& state = block.states[row_index(p, b, h, i)];
+        const std::int64_t h = heads_first ? r % p.q_heads : r / entry.q_size;
+        const std::int64_t i = heads_first ? r / p.q_heads : r % entry.q_size;
+        BackwardRow<typename E::Acc>& state = block.states[row_number(p, b, entry, h, i)];
         state = {};
-        if (i < block.x.entry.q_len) state = find_state<E, S, K>(block, h, i);
+        if (i < entry.q_len) state = find_state<E, S, K>(block, h, i);
     }
 }
 
@@ -152,7 +151,7 @@ void find_head_gradients(const BackwardBlock<E>& block, std::int64_t h) {
         if (dalibi.batch != 0) slope_sum = 0;
         const BackwardEntry& entry = entry_at(block.schedule.entries, b);
         for (std::int64_t i = 0; i < entry.lengths.q_len; ++i) {
-            const std::int64_t row = row_index(p, b, h, i);
+            const std::int64_t row = row_number(p, b, entry.lengths, h, i);
             if (dsinks.data != nullptr) sink_sum += sink_gradient(sink, block.states[row]);
             for (std::int64_t c = 0; block.alibi && c < entry.plan.chunks; ++c)
                 slope_sum += double(block.slopes[row * stride + c]);

@@ -59,29 +59,44 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
     : entries_(problem.forward) {
     const AttentionProblem& p = problem.forward;
     BackwardSchedule& all = backward_;
-    all.prepare_items = p.batch * ceil_div(p.q_heads * p.q_size, kRowsPerPreparation);
     all.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
-    BackwardPlan& whole = all.whole = plan_backward(problem, {p.q_size, p.kv_size, 0}, tile, threads);
-    const AxisSizes bias = own_sizes(problem.dbias, p);
-    all.bias_items = bias.batch * bias.head * (problem.dbias.query == 0 ? 1 : whole.row_blocks) *
-                     (problem.dbias.key == 0 ? 1 : whole.key_blocks);
+    Entry largest{p.q_size, p.kv_size, 0};
+    if (p.packed()) {
+        largest = {};
+        for_each_entry(p, [&](std::int64_t, const Entry& entry) {
+            largest.q_len = std::max(largest.q_len, entry.q_size);
+            largest.kv_len = std::max(largest.kv_len, entry.kv_size);
+        });
+    }
+    BackwardPlan& whole = all.whole = plan_backward(problem, largest, tile, threads);
+    const ScoreOperand& dbias = problem.dbias;
+    const AxisSizes bias = own_sizes(dbias, p);
+    // Blocks of dbias, those of dS in each; both of one entry where entries are packed.
+    const auto bias_items = [&](std::int64_t row_blocks, std::int64_t key_blocks) {
+        return bias.batch * bias.head * (dbias.query == 0 ? 1 : row_blocks) *
+               (dbias.key == 0 ? 1 : key_blocks);
+    };
+    const std::int64_t whole_items = bias_items(whole.row_blocks, whole.key_blocks);
     // No axis is empty where there is an item.
-    const std::int64_t blocks = p.batch * p.q_heads * whole.row_blocks * whole.key_blocks;
+    const std::int64_t blocks = p.array_batch() * p.q_heads * whole.row_blocks * whole.key_blocks;
     whole.bias_sections =
-        tile.unit_bytes == 4 && all.bias_items > 0 && blocks / all.bias_items > kBiasSectionBlocks;
+        tile.unit_bytes == 4 && whole_items > 0 && blocks / whole_items > kBiasSectionBlocks;
+    if (!p.packed()) all.bias_items = whole_items;
 
-    const auto rows = static_cast<std::size_t>(p.batch * p.q_heads * p.q_size);
+    const auto rows = static_cast<std::size_t>(p.array_batch() * p.q_heads * p.q_size);
     auto take = [&](std::size_t bytes) {
         const std::size_t start = all.shared_bytes;
         all.shared_bytes += (bytes + 63) / 64 * 64;
         return start;
     };
     // A shorter entry may have more chunks than the whole.
-    all.most_chunks = p.has_kv_lens ? kMostChunks : whole.chunks;
+    all.most_chunks = p.has_kv_lens || p.packed() ? kMostChunks : whole.chunks;
     all.states = take(rows * 3 * static_cast<std::size_t>(tile.unit_bytes));
     all.slopes = take(problem.dalibi.data == nullptr
                           ? 0
                           : rows * static_cast<std::size_t>(all.most_chunks) * sizeof(double));
+    all.bias_sums =
+        take(p.packed() ? static_cast<std::size_t>(p.batch * bias.head) * sizeof(double) : std::size_t{0});
     all.per_thread_bytes = backward_offsets(problem, whole, tile).total;
 
     const std::int64_t times = entries_.times();
@@ -90,10 +105,19 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
         BackwardEntry& entry = entries_.add();
         entry.lengths = lengths;
         const BackwardPlan& plan = entry.plan = plan_backward(problem, lengths, tile, threads);
+        entry.prepares = {all.prepare_items, ceil_div(p.q_heads * lengths.q_size, kRowsPerPreparation)};
         entry.items = {all.items, plan.items};
         entry.merges = {all.merge_items, plan.merge_items};
         entry.shared_size = (plan.partial_bytes + 63) / 64 * 64;
         entry.shared = static_cast<std::int64_t>(take(static_cast<std::size_t>(times * entry.shared_size)));
+        all.prepare_items += times * entry.prepares.count;
+        if (p.packed()) {
+            const std::int64_t row_blocks = ceil_div(lengths.q_size, whole.row_block),
+                               key_blocks = ceil_div(lengths.kv_size, whole.key_block);
+            entry.biases = {all.bias_items,
+                            row_blocks * key_blocks == 0 ? 0 : bias_items(row_blocks, key_blocks)};
+            all.bias_items += times * entry.biases.count;
+        }
         all.items += times * plan.items;
         all.merge_items += times * plan.merge_items;
         all.per_thread_bytes = std::max(all.per_thread_bytes, backward_offsets(problem, plan, tile).total);

@@ -42,17 +42,19 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, c
 struct BackwardEntry {
     Entry lengths;
     BackwardPlan plan;
-    Phase items, merges;
+    Phase prepares, items, merges, biases;  // biases: of packed entries
     std::int64_t shared = 0, shared_size = 0;  // dq of the chunks, with split
 };
 
 struct BackwardSchedule {
     EntryTable<BackwardEntry> entries;
-    BackwardPlan whole;  // of the arrays' sizes: the blocks of dbias, which entries may share
+    BackwardPlan whole;  // of the arrays' sizes, or of the largest packed ones: the blocks of dbias
     std::int64_t items = 0, merge_items = 0, prepare_items = 0, head_items = 0, bias_items = 0;
     std::int64_t groups = 1;  // of items: see Executor
     std::int64_t most_chunks = 1;  // of an entry
     std::size_t states = 0, slopes = 0;  // where these begin in the shared workspace
+    std::size_t bias_sums =
+        0;  // of packed entries, where dbias tells neither rows nor keys apart: (entry, head)
     std::size_t per_thread_bytes = 0, shared_bytes = 0;
 };
 

@@ -128,7 +128,8 @@ private:
             j = (keys.begin > next_item.key_begin ? keys.begin : next_item.key_begin) / block * block;
             n = next_item.key_end - j < block ? next_item.key_end - j : block;
         }
-        return keys_ahead(KeyRows<K>(p_.k, item->batch, item->kv_head), j, p_.head_dim, n, item->heads);
+        return keys_ahead(KeyRows<K>(p_.k, item->batch, item->kv_head), j + keys_between(item_, *item),
+                          p_.head_dim, n, item->heads);
     }
 
     // x (in s) of row r becomes weights, and its sums follow.

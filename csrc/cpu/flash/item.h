@@ -47,6 +47,15 @@ inline ItemRange item_range(const FlashCall& call, std::int64_t number) {
     return x;
 }
 
+// How far the rows and keys of another item's entry are from this one's, where entries are packed: addresses count from
+// the latter's first (core/entry_view.h).
+inline std::int64_t rows_between(const ItemRange& mine, const ItemRange& other) {
+    return other.entry->lengths.first_row - mine.entry->lengths.first_row;
+}
+inline std::int64_t keys_between(const ItemRange& mine, const ItemRange& other) {
+    return other.entry->lengths.first_key - mine.entry->lengths.first_key;
+}
+
 // A row of an entry, with the keys that it may attend.
 FASTATTN_INLINE RowInfo row_info(const AttentionProblem& p, const Entry& entry, std::int64_t query,
                                  std::int64_t head) {

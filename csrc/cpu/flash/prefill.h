@@ -111,6 +111,7 @@ private:
             n = keys.end - j < block ? keys.end - j : block;
             next_q_ = query_rows_ahead<false>(p_.q, item, p_.head_dim);
         }
+        j += keys_between(item_, item);
         next_k_ = keys_ahead(KeyRows<K>(p_.k, item.batch, item.kv_head), j, p_.head_dim, n);
         next_v_ = keys_ahead(KeyRows<W>(p_.v, item.batch, item.kv_head), j, p_.value_dim, n);
         prefetch_rows_ = ((n < item.rows ? item.rows : n) + tiles - 1) / tiles;
@@ -137,8 +138,9 @@ private:
     RowPrefetch<for_writing> query_rows_ahead(const Operand& x, const ItemRange& item,
                                               std::int64_t dim) const {
         if (p_.group > 1 && !heads_side_by_side(x)) return {};
-        return rows_ahead<S, for_writing>(x, item.batch, item.row_begin / p_.group, item.kv_head * p_.group,
-                                          dim, (item.rows + p_.group - 1) / p_.group, p_.group);
+        return rows_ahead<S, for_writing>(
+            x, item.batch, item.row_begin / p_.group + rows_between(item_, item), item.kv_head * p_.group,
+            dim, (item.rows + p_.group - 1) / p_.group, p_.group);
     }
 
     // Keys [j, j + n), less the panels before the first that anybody attends.

@@ -1,3 +1,6 @@
+// The reason of kernels that have no way from a packed entry to its rows and keys.
+inline constexpr const char* kRefusesPacked = "takes no packed entries (cu_q)";
+
 // A kernel of the device, as the staging pipeline and calls on device arrays know it.
 #pragma once
 

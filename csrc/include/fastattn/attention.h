@@ -67,6 +67,11 @@ struct AttentionParams {
     TensorView sinks;  // any float dtype, (Hq,)
     TensorView q_lens;  // integer (B,)
     TensorView kv_lens;  // integer (B,)
+    // Packed entries: q (Tq,Hq,D), k, v (Tk,Hkv,D) without a batch axis, integer (B + 1,) bounds. Entry b has the
+    // rows [cu_q[b], cu_q[b + 1]) and the keys of cu_kv, by default cu_q. Above, B is the number of entries where
+    // it stands alone or before Hq, and the axes of mask, bias and results are (Hq,Tq,Tk); q_lens and weights
+    // must not be given.
+    TensorView cu_q, cu_kv;
     std::optional<double> softcap;
     double dropout = 0.0;
     std::uint64_t seed = 0;
@@ -102,15 +107,16 @@ struct AttentionProblem {
     DType k_dtype = DType::f32, v_dtype = DType::f32;  // make_problem() wants q's
     DType lse_dtype = DType::f32;  // of lse and weights
     Device device{};
-    std::int64_t batch = 0, q_heads = 0, kv_heads = 0;
+    std::int64_t batch = 0, q_heads = 0, kv_heads = 0;  // batch: entries, packed ones too
     std::int64_t group = 1;  // q_heads / kv_heads: 0 without query heads, 1 without any
-    std::int64_t q_size = 0, kv_size = 0;  // Sq, Sk
+    std::int64_t q_size = 0, kv_size = 0;  // Sq, Sk; Tq, Tk of packed entries
     std::int64_t head_dim = 0, value_dim = 0;  // D, Dv
     Operand q, k, v, out;
     ScoreOperand lse;  // key stride unused
     ScoreOperand weights, mask, bias;
     HeadOperand alibi_slopes, sinks;
     HeadOperand q_lens, kv_lens, q_offsets;  // head stride unused
+    HeadOperand cu_q, cu_kv;  // bounds of packed entries, batch + 1 each
     bool has_q_lens = false, has_kv_lens = false, has_q_offset = false;
     std::int64_t q_offset = 0;  // used when has_q_offset and q_offsets.data == nullptr
     double scale = 1.0;
@@ -119,6 +125,16 @@ struct AttentionProblem {
     std::int64_t window_left = -1, window_right = -1;  // -1: unbounded
     double dropout = 0.0;
     std::uint64_t seed = 0;
+
+    bool packed() const noexcept { return cu_q.data != nullptr; }
+    // Entries that the arrays have an axis for.
+    std::int64_t array_batch() const noexcept { return packed() ? 1 : batch; }
+    // Where the rows and keys of an entry begin and end in the arrays, padding too.
+    KeyRange rows_of(std::int64_t b) const noexcept;
+    KeyRange keys_of(std::int64_t b) const noexcept;
+    // How many of `size` rows or keys that an entry has place for are there.
+    std::int64_t q_len_among(std::int64_t b, std::int64_t size) const noexcept;
+    std::int64_t kv_len_among(std::int64_t b, std::int64_t size) const noexcept;
 
     // Whether the host can read the lengths and offsets. Where it cannot, the functions below know only the
     // sizes, and key_range() may be too wide.
