@@ -30,7 +30,7 @@ site=$PWD/build/$name-site
 
 python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$site" \
   --config-settings=build-dir="build/$name-python" --config-settings=cmake.build-type=Debug \
-  --config-settings=cmake.define.CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" --config-settings=install.strip=false \
+  --config-settings=cmake.define.CMAKE_CXX_FLAGS_DEBUG="-Og -g1" --config-settings=install.strip=false \
   --config-settings=cmake.define.FASTATTN_SANITIZE="$sanitize" \
   --config-settings=cmake.define.FASTATTN_CUDA=OFF .
 

@@ -1,9 +1,11 @@
 """Reads the machine code of the fused CUDA kernels and says whether it is what their sources mean.
 
-    python tools/sass_check.py build/ci/libfastattn.a
+    cd build/ci/CMakeFiles
+    python tools/sass_check.py [--assemble 80,90] fastattn_cuda_*.dir/csrc/cuda/fused/*/launch.cu.o
 
-For each kernel of each architecture: the tensor-core and copy instructions that it is written for are there;
-its main loop, which is what lies between its first and its last product, keeps everything in registers; and
+It reads the machine code in the files, and with --assemble what their PTX becomes on these architectures. For
+each kernel of each architecture: the tensor-core and copy instructions that it is written for are there; its
+main loop, which is what lies between its first and its last product, keeps everything in registers; and
 Hopper's products run asynchronously (the compiler serialises them, with no more than a remark, where it does
 not see that it need not).
 
@@ -13,12 +15,16 @@ nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,26 +136,41 @@ def faults_of_pool(function: Function, given: int) -> list[str]:
     return [] if wanted <= pool else [f"warp groups want {wanted} registers, the launch has {pool}"]
 
 
-def main(paths: list[str]) -> int:
-    """Prints a line for each kernel; 1 when one is wrong."""
+def run(*command: str, cwd: str | None = None) -> str:
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(find("nvdisasm")).parent), os.environ.get("PATH", "")])
     }
+    return subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def printed_of(path: str, architecture: str | None) -> list[str]:
+    """What ``cuobjdump`` prints of an object file's code, or of what the assembler makes of its PTX."""
+    cuobjdump, options = find("cuobjdump"), ("-sass", "-res-usage")
+    if architecture is None:
+        return [run(cuobjdump, option, path) for option in options]
+    nvcc = find(os.environ.get("CUDACXX", "nvcc"))
+    printed = [["", ""]]
+    with tempfile.TemporaryDirectory() as folder:
+        run(cuobjdump, "-xptx", "all", str(Path(path).resolve()), cwd=folder)
+        for ptx in sorted(Path(folder).glob("*.ptx")):
+            cubin = str(ptx.with_suffix(".cubin"))
+            run(nvcc, "-cubin", f"-arch=sm_{architecture}", str(ptx), "-o", cubin)
+            printed.append([run(cuobjdump, option, cubin) for option in options])
+    return ["".join(parts) for parts in zip(*printed, strict=True)]
+
+
+def main(paths: list[str], architectures: Sequence[str] = ()) -> int:
+    """Prints a line for each kernel; 1 when one is wrong."""
     failed = False
     seen: set[str] = set()
-    for path in paths:
-        said = [
-            subprocess.run(
-                [find("cuobjdump"), option, path],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-        given = registers(said[1])
-        for function in parse(said[0]):
+    jobs = [(path, architecture) for architecture in (*architectures, None) for path in paths]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        printed = list(pool.map(lambda job: printed_of(*job), jobs))
+    for listing, usage in printed:
+        given = registers(usage)
+        for function in parse(listing):
             seen.add(function.kernel)
             wrong = faults(function) + faults_of_pool(function, given.get(function.name, 0))
             failed = failed or bool(wrong)
@@ -164,6 +185,10 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", metavar="file")
+    parser.add_argument("--assemble", default="", metavar="80,90")
+    given = parser.parse_args()
+    sys.exit(main(given.paths, [x for x in given.assemble.split(",") if x]))

@@ -222,21 +222,21 @@ private:
     std::fenv_t saved_;
 };
 
-void run_forward(const CallFrame& frame) {
+void handle_forward(const CallFrame& frame) {
     BackwardParams params;
     RunOptions options;
     read_call(frame, params, options);
     attention_forward(make_problem(params.forward), options);
 }
 
-void run_backward(const CallFrame& frame) {
+void handle_backward(const CallFrame& frame) {
     BackwardParams params;
     RunOptions options;
     read_call(frame, params, options);
     attention_backward(make_backward_problem(params), options);
 }
 
-void run_not_here(const CallFrame&) {
+void handle_not_here(const CallFrame&) {
     throw UnsupportedError(
         "fastattn.jax computes on the CPU only, and this program was compiled for another platform. Put the "
         "arrays on the CPU (jax.device_put(x, jax.devices(\"cpu\")[0])), or run in "
@@ -283,9 +283,9 @@ void describe(const CallFrame& frame, Metadata& metadata) noexcept {
     if (metadata.bytes >= sizeof(Metadata)) metadata.state_type = 0;
 }
 
-using Run = void(const CallFrame&);
+using Handle = void(const CallFrame&);
 
-template <Run run>
+template <Handle run>
 xla_ffi::Error* handle(CallFrame* frame) noexcept {
     if (frame->bytes < sizeof(CallFrame)) {
         // Not even the place of the function that makes errors is known.
@@ -316,16 +316,16 @@ xla_ffi::Error* handle(CallFrame* frame) noexcept {
     }
 }
 
-template <Run run>
+template <Handle run>
 py::capsule target() {
     return py::capsule(reinterpret_cast<const void*>(static_cast<Handler*>(&handle<run>)));
 }
 
 py::dict xla_ffi_targets() {
     py::dict targets;
-    targets["mha"] = target<run_forward>();
-    targets["mha_backward"] = target<run_backward>();
-    targets["not_here"] = target<run_not_here>();
+    targets["mha"] = target<handle_forward>();
+    targets["mha_backward"] = target<handle_backward>();
+    targets["not_here"] = target<handle_not_here>();
     return targets;
 }
 

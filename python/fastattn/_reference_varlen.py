@@ -29,10 +29,11 @@ class Packed:
 
     @staticmethod
     def _bounds(name: str, cu: Any, size: int) -> Array:
-        cu = np.asarray(cu).astype(np.int64)
-        if cu.ndim != 1 or cu.size == 0 or cu[0] < 0 or cu[-1] > size or np.any(np.diff(cu) < 0):
+        bounds: Array = np.asarray(cu).astype(np.int64)
+        wrong = bounds.ndim != 1 or bounds.size == 0
+        if wrong or bounds[0] < 0 or bounds[-1] > size or np.any(np.diff(bounds) < 0):
             raise ValueError(f"{name}: expected (B + 1,) bounds that do not decrease, from 0 to {size}")
-        return cu
+        return bounds
 
     def _pad(self, x: Array, cu: Array, axis: int) -> list[Array]:
         """Each entry's part along an axis, with zeros up to the longest."""
