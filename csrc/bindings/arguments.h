@@ -34,7 +34,8 @@ inline constexpr ArgumentRow kArguments[] = {
 #undef FASTATTN_ARGUMENT
 };
 
-// What a function takes: some arguments by position or name, the first ones of them required, the others by name.
+// What a function takes: some arguments by position or name, the first ones of them required, the others by
+// name.
 struct Signature {
     const char* function;
     Taken ArgumentRow::* taken;

@@ -12,7 +12,8 @@ namespace fastattn {
 struct Entry {
     std::int64_t q_len = 0, kv_len = 0;
     std::int64_t offset = 0;  // the position of row 0
-    // Rows and keys of the arrays that are the entry's, padding too, and the first of them: 0 in a padded batch.
+    // Rows and keys of the arrays that are the entry's, padding too, and the first of them: 0 in a padded
+    // batch.
     std::int64_t q_size = 0, kv_size = 0;
     std::int64_t first_row = 0, first_key = 0;
 };

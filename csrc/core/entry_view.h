@@ -1,5 +1,5 @@
-// A packed entry as kernels see it: the problem with its arrays begun at the entry's own rows and keys. The number of the
-// entry stays what it was: per-entry arguments and the dropout mask go by it.
+// A packed entry as kernels see it: the problem with its arrays begun at the entry's own rows and keys. The
+// number of the entry stays what it was: per-entry arguments and the dropout mask go by it.
 #pragma once
 
 #include <cstddef>

@@ -45,7 +45,8 @@ struct Gap {
     Index batch, begin, end;
 };
 
-// What lies beyond the entries' own in an array of `size` rows or keys. Entry: (b) -> {first, there, place for}.
+// What lies beyond the entries' own in an array of `size` rows or keys. Entry: (b) -> {first, there, place
+// for}.
 template <class Own>
 std::vector<Gap> find_gaps(const AttentionProblem& p, Index size, Own own) {
     std::vector<Gap> gaps;

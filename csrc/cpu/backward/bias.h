@@ -12,8 +12,8 @@ namespace {
 // Blocks that have n rows or keys of an entry.
 inline std::int64_t blocks_of(std::int64_t n, std::int64_t block) { return (n + block - 1) / block; }
 
-// The sums of the block, over rows or keys that the bias does not tell apart. Packed entries add up only later where it
-// tells neither apart.
+// The sums of the block, over rows or keys that the bias does not tell apart. Packed entries add up only
+// later where it tells neither apart.
 template <class E>
 void store_bias(const BackwardBlock<E>& block, std::int64_t b, std::int64_t h, std::int64_t i,
                 std::int64_t j) {

@@ -20,8 +20,8 @@ struct BackwardCall {
 // One after the other; what each needs of the earlier ones is complete.
 enum class BackwardPhase { prepare, gradients, merge, heads, bias };
 
-// Where an entry's items of a phase are numbered; nullptr: an item of the phase goes through all entries. dbias has
-// blocks that entries share, unless they are packed.
+// Where an entry's items of a phase are numbered; nullptr: an item of the phase goes through all entries.
+// dbias has blocks that entries share, unless they are packed.
 inline Phase BackwardEntry::* phase_of(const BackwardProblem& problem, BackwardPhase phase) noexcept {
     switch (phase) {
         case BackwardPhase::prepare: return &BackwardEntry::prepares;

@@ -47,8 +47,8 @@ inline ItemRange item_range(const FlashCall& call, std::int64_t number) {
     return x;
 }
 
-// How far the rows and keys of another item's entry are from this one's, where entries are packed: addresses count from
-// the latter's first (core/entry_view.h).
+// How far the rows and keys of another item's entry are from this one's, where entries are packed: addresses
+// count from the latter's first (core/entry_view.h).
 inline std::int64_t rows_between(const ItemRange& mine, const ItemRange& other) {
     return other.entry->lengths.first_row - mine.entry->lengths.first_row;
 }

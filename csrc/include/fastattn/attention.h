@@ -67,10 +67,10 @@ struct AttentionParams {
     TensorView sinks;  // any float dtype, (Hq,)
     TensorView q_lens;  // integer (B,)
     TensorView kv_lens;  // integer (B,)
-    // Packed entries: q (Tq,Hq,D), k, v (Tk,Hkv,D) without a batch axis, integer (B + 1,) bounds. Entry b has the
-    // rows [cu_q[b], cu_q[b + 1]) and the keys of cu_kv, by default cu_q. Above, B is the number of entries where
-    // it stands alone or before Hq, and the axes of mask, bias and results are (Hq,Tq,Tk); q_lens and weights
-    // must not be given.
+    // Packed entries: q (Tq,Hq,D), k, v (Tk,Hkv,D) without a batch axis, integer (B + 1,) bounds. Entry b has
+    // the rows [cu_q[b], cu_q[b + 1]) and the keys of cu_kv, by default cu_q. Above, B is the number of
+    // entries where it stands alone or before Hq, and the axes of mask, bias and results are (Hq,Tq,Tk);
+    // q_lens and weights must not be given.
     TensorView cu_q, cu_kv;
     std::optional<double> softcap;
     double dropout = 0.0;
