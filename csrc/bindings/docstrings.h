@@ -202,8 +202,8 @@ Examples
 inline constexpr const char* kVarlenDoc =
     R"doc(`mha` of packed entries: sequences of any lengths one after another, without padding.
 
-Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` of q and the keys ``cu_kv[b]:cu_kv[b + 1]`` of k and v, and attends
-nothing else. On a CPU each has the bits that `mha` gives for it alone. An entry may be empty.
+Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` of q and the keys ``cu_kv[b]:cu_kv[b + 1]`` of k and v, and
+attends nothing else. On a CPU each has the bits that `mha` gives for it alone. An entry may be empty.
 
 Parameters
 ----------
@@ -242,7 +242,7 @@ TypeError, ValueError, UnsupportedError, CudaError, MemoryError
 
 Notes
 -----
-The bounds, lengths and offsets are read once, before anything is computed. There is no largest length to give.
+The bounds, lengths and offsets are read once, before anything is computed. No largest length is asked for.
 
 Examples
 --------
