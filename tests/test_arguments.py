@@ -140,7 +140,7 @@ def test_the_compiled_functions(function, wanted):
 
 def test_the_reference():
     # It has no devices or kernels, writes into nothing, and takes the dtype of the computation.
-    forward = without(FORWARD, "out", "device", "kernel") | {"dtype": None}
+    forward = without(FORWARD, "out", "out_dtype", "device", "kernel") | {"dtype": None}
     assert list(signature(reference.mha).items()) == list(forward.items())
     backward = without(BACKWARD, "device", "kernel") | {"out": None, "lse": None, "dtype": None}
     assert list(signature(reference.mha_backward).items()) == list(backward.items())
@@ -149,18 +149,20 @@ def test_the_reference():
 def test_pytorch():
     torch = pytest.importorskip("fastattn.torch")
     # seed=None draws from PyTorch's generator.
-    assert list(signature(torch.mha).items()) == list((without(FORWARD, "out") | {"seed": None}).items())
+    assert list(signature(torch.mha).items()) == list(
+        (without(FORWARD, "out", "out_dtype") | {"seed": None}).items()
+    )
     for operator in ("mha", "mha_backward"):
         schema = getattr(pytest.importorskip("torch").ops.fastattn, operator).default._schema
         names = {x.name.removesuffix("_tensor") for x in schema.arguments}
         names = {re.sub("^window_(left|right)$", "window", name) for name in names}
-        wanted = set(FORWARD) - {"out", "return_lse"} if operator == "mha" else set(BACKWARD)
-        assert names - {"need_dscale", "need_dsoftcap"} == wanted
+        wanted = set(FORWARD) - {"out", "out_dtype", "return_lse"} if operator == "mha" else set(BACKWARD)
+        assert names - {"need_dscale", "need_dsoftcap"} == wanted | {"cu_q", "cu_kv"}
 
 
 def test_jax():
     jax = pytest.importorskip("fastattn.jax")
-    assert list(signature(jax.mha).items()) == list(without(FORWARD, "out", "device").items())
+    assert list(signature(jax.mha).items()) == list(without(FORWARD, "out", "out_dtype", "device").items())
 
 
 NEW_NUMBER = """

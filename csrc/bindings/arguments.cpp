@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include <fastattn/attention.h>
 
@@ -183,6 +184,35 @@ const char* to_text(const Arguments& arguments, Slot slot) {
         raise(PyExc_ValueError, "%s: %R is not a name", slot_name(slot), object);
     }
     return text;
+}
+
+DType to_float_dtype(const Arguments& arguments, Slot slot) {
+    PyObject* object = arguments[slot];
+    PyRef text = PyRef::borrow(object);
+    if (!PyUnicode_Check(object)) {
+        // np.dtype has a name, np.float32 and ml_dtypes' types are classes, torch.float32 has its str()
+        // alone.
+        PyRef name = optional_attribute(object, "name");
+        if (!name) {
+            name = optional_attribute(object, "__name__");
+        }
+        text = name ? std::move(name) : PyRef::checked(PyObject_Str(object));
+    }
+    const char* found = PyUnicode_Check(text.get()) ? PyUnicode_AsUTF8(text.get()) : nullptr;
+    if (found != nullptr) {
+        std::string_view name = found;
+        if (const std::size_t dot = name.rfind('.'); dot != std::string_view::npos) {
+            name.remove_prefix(dot + 1);
+        }
+        for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16}) {
+            if (name == dtype_name(dtype)) {
+                return dtype;
+            }
+        }
+    }
+    PyErr_Clear();
+    raise(PyExc_TypeError, "%s: expected float64, float32, float16 or bfloat16, got %R", slot_name(slot),
+          object);
 }
 
 std::uint64_t to_seed(const Arguments& arguments) {

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include <fastattn/tensor_view.h>
+
 #include "bindings/py_util.h"
 
 namespace fastattn::bindings {
@@ -77,6 +79,8 @@ bool to_bool(const Arguments& arguments, Slot slot, bool fallback);
 double to_double(const Arguments& arguments, Slot slot, double fallback);
 // Text of a str argument, alive as long as the argument; nullptr when not given.
 const char* to_text(const Arguments& arguments, Slot slot);
+// A float dtype, by its name, as NumPy's, or of another library.
+DType to_float_dtype(const Arguments& arguments, Slot slot);
 std::uint64_t to_seed(const Arguments& arguments);
 // (left, right)
 void to_window(const Arguments& arguments, std::optional<std::int64_t>& left,

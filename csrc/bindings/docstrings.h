@@ -53,7 +53,9 @@ return_lse : bool
 return_weights : bool
     Return the softmax, before dropout, too. This makes the Sq x Sk array.
 out : array, optional
-    Written in place and returned. The result's shape and q's dtype; may not overlap an input.
+    Written in place and returned. The result's shape and dtype; may not overlap an input.
+out_dtype : dtype or str, optional
+    Of the result: q's, or "float32" (of float64 "float64"), which leaves out unrounded for `merge_states`.
 device : str, optional
     "cpu", "cuda" or "cuda:N". Default: the environment variable FASTATTN_DEVICE, else where the arrays
     are; host arrays go to a GPU when the whole call, transfers counted, is estimated faster there.
@@ -225,7 +227,7 @@ layout, scale, causal, window, softcap, sinks
     As in `mha`; positions are those within an entry.
 dropout, seed
     As in `mha`; b is the number of the entry.
-return_lse, out, device, kernel
+return_lse, out, out_dtype, device, kernel
     As in `mha`.
 
 Returns

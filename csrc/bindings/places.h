@@ -52,6 +52,7 @@ constexpr bool holds(const Places& places, int slot) noexcept {
 constexpr const char* kind_of(int slot) noexcept {
     switch (slot) {
         case kLayout:
+        case kOutDtype:
         case kDevice:
         case kKernel: return "text";
         case kWindow: return "window";

@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include <fastattn/attention.h>
 
@@ -95,6 +96,9 @@ void read_arguments(const Arguments& arguments, Call& call) {
     if (arguments.given(kWindow)) {
         to_window(arguments, params.window_left, params.window_right);
     }
+    if (arguments.given(kOutDtype)) {
+        params.out_dtype = to_float_dtype(arguments, kOutDtype);
+    }
     if (const char* device = to_text(arguments, kDevice)) {
         call.options.device = device;
     }
@@ -147,7 +151,7 @@ bool shape_results(Call& call, bool with_out) noexcept {
     if (with_out) {
         std::copy_n(params.q.shape, rank - 1, shape);
         shape[rank - 1] = params.v.shape[rank - 1];
-        set_shape(params.out, params.q.dtype, rank, shape);
+        set_shape(params.out, params.out_dtype.value_or(params.q.dtype), rank, shape);
     }
     const QAxes axes = axes_of_q(params);
     const DType lse_dtype = params.q.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -434,6 +438,66 @@ PyRef run_explain(PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     return PyRef::checked(PyObject_Call(type.get(), none.get(), keyword_arguments.get()));
 }
 
+// merge_states(outs, lses, layout, out): tuples, a str, an array or None, all by position.
+PyRef run_merge(PyObject* const* args, Py_ssize_t count, PyObject*) {
+    if (count != 4 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
+        raise(PyExc_TypeError, "merge_states: expected (tuple, tuple, layout, out)");
+    }
+    Call call;
+    MergeParams params;
+    Arguments layout;
+    layout.values[kLayout] = args[2];
+    params.layout = to_layout(layout);
+    std::vector<std::string> names;
+    names.reserve(static_cast<std::size_t>(PyTuple_GET_SIZE(args[0]) + PyTuple_GET_SIZE(args[1])));
+    const auto read = [&](PyObject* parts, const char* name, std::vector<TensorView>& views) {
+        for (Py_ssize_t p = 0; p < PyTuple_GET_SIZE(parts); ++p) {
+            names.push_back(std::string(name) + "[" + std::to_string(p) + "]");
+            views.push_back(call.arrays.input(PyTuple_GET_ITEM(parts, p), names.back().c_str()));
+        }
+    };
+    read(args[0], "outs", params.outs);
+    read(args[1], "lses", params.lses);
+    PyObject* const given_out = args[3] == Py_None ? nullptr : args[3];
+    Results results;
+    PyObject* const like = params.outs.empty() ? nullptr : PyTuple_GET_ITEM(args[0], 0);
+    if (given_out != nullptr) {
+        params.out = call.arrays.output(given_out, "out");
+        call.arrays.check_overlap_of_copies(params.out);
+    }
+    const auto allocate = [&](Result& result, const char* name, const TensorView& of, TensorView& view) {
+        result.allocate(like, of.device, name, of.dtype, std::min(of.rank, kMaxRank), of.shape, view,
+                        call.arrays.cuda());
+    };
+    if (like != nullptr && !params.lses.empty()) {  // else merge_states() says what is missing
+        if (given_out == nullptr) {
+            allocate(results.out, "out", params.outs[0], params.out);
+        }
+        allocate(results.lse, "lse", params.lses[0], params.lse);
+    }
+    call.options.max_threads = thread_limit;
+    const CudaUse::Wait wait(call.arrays.cuda());
+    if (may_release_gil()) {
+        WithoutGil detached;
+        call.options.poll = &WithoutGil::poll;
+        call.options.poll_context = &detached;
+        merge_states(params, call.options);
+    } else {
+        merge_states(params, call.options);
+    }
+    finish(call);
+    if (given_out != nullptr) {
+        call.arrays.write_back();
+        mark_written(given_out);
+    }
+    PyRef tuple = PyRef::checked(PyTuple_New(2));
+    PyTuple_SET_ITEM(
+        tuple.get(), 0,
+        given_out != nullptr ? PyRef::borrow(given_out).release() : results.out.take(like).release());
+    PyTuple_SET_ITEM(tuple.get(), 1, results.lse.take(like).release());
+    return tuple;
+}
+
 const char* taken_text(Taken taken) noexcept {
     return taken == Taken::none ? "none" : taken == Taken::position ? "position" : "name";
 }
@@ -485,6 +549,8 @@ void register_attention(py::module_& m) {
          docs[3].c_str()},
         {"mha_varlen_backward", c_function<run_backward<kVarlenBackwardSignature>>(),
          METH_FASTCALL | METH_KEYWORDS, docs[4].c_str()},
+        {"merge_states", c_function<run_merge>(), METH_FASTCALL | METH_KEYWORDS,
+         "merge_states($module, outs, lses, layout, out, /)\n--\n\nSee fastattn.merge_states."},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) {

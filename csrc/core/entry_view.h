@@ -30,7 +30,7 @@ inline ScoreOperand from_pair(ScoreOperand x, const Entry& entry) noexcept {
 inline AttentionProblem view_of(const AttentionProblem& p, const Entry& entry) noexcept {
     AttentionProblem view = p;
     view.q = from_row(p.q, p.dtype, entry.first_row);
-    view.out = from_row(p.out, p.dtype, entry.first_row);
+    view.out = from_row(p.out, p.out_dtype, entry.first_row);
     view.k = from_row(p.k, p.k_dtype, entry.first_key);
     view.v = from_row(p.v, p.v_dtype, entry.first_key);
     view.lse = from_pair(p.lse, entry);

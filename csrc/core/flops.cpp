@@ -72,7 +72,7 @@ double score_bytes(const AttentionProblem& p, const ScoreOperand& x, Index keys)
 }  // namespace
 
 double count_result_bytes(const AttentionProblem& p) noexcept {
-    const double out = static_cast<double>(item_size(p.dtype)) * static_cast<double>(p.array_batch()) *
+    const double out = static_cast<double>(item_size(p.out_dtype)) * static_cast<double>(p.array_batch()) *
                        static_cast<double>(p.q_size) * static_cast<double>(p.q_heads) *
                        static_cast<double>(p.value_dim);
     return out + score_bytes(p, p.lse, 1) + score_bytes(p, p.weights, p.kv_size);

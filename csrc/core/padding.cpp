@@ -96,7 +96,7 @@ void for_gaps(const std::vector<Gap>& gaps, Index heads, Executor& executor, F&&
 
 void clear_padding(const AttentionProblem& p, const EntryAt& entry_at, Executor& executor) {
     for_gaps(row_gaps(p, entry_at), p.q_heads, executor, [&](const Gap& gap, Index h) {
-        clear_rows(p.out, p.dtype, gap.batch, h, gap.begin, gap.end, p.value_dim, executor);
+        clear_rows(p.out, p.out_dtype, gap.batch, h, gap.begin, gap.end, p.value_dim, executor);
         constexpr double none = -std::numeric_limits<double>::infinity();
         store_rows(p.lse, gap.batch, h, gap.begin, gap.end, 1, none, executor);
         store_rows(p.weights, gap.batch, h, gap.begin, gap.end, p.kv_size, 0.0, executor);

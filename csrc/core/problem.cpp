@@ -96,7 +96,7 @@ void set_optional_inputs(const AttentionParams& a, AttentionProblem& p, Arrays& 
     }
     if (a.bias.given()) {
         if (a.bias.dtype != p.dtype && a.bias.dtype != p.lse_dtype)
-            fail_bias_dtype(p.dtype, p.lse_dtype, a.bias.dtype);
+            fail_float_pair("bias", p.dtype, p.lse_dtype, a.bias.dtype);
         p.bias = to_score_operand("bias", a.bias, p);
         arrays.side_input("bias", a.bias);
     }
@@ -207,13 +207,16 @@ alignas(64) unsigned char not_yet_made[64];
 
 void set_outputs(const AttentionParams& a, AttentionProblem& p, Arrays& arrays, bool for_execution) {
     if (a.out.given()) {
+        if (a.out_dtype && a.out.dtype != p.out_dtype)
+            fail_dtype("out", (std::string(dtype_name(p.out_dtype)) + " as out_dtype says").c_str(),
+                       a.out.dtype);
         p.out = to_matching_operand("out", a.out, a, {p.array_batch(), p.q_size, p.q_heads, p.value_dim},
-                                    p.dtype, "q", a.q);
+                                    p.out_dtype, "q", a.q);
         p.out.data = add_output("out", a.out, arrays, for_execution);
     } else if (for_execution) {
         fail_value("out", "expected an array for the result, got none");
     } else {
-        check_byte_count("out", {p.array_batch(), p.q_size, p.q_heads, p.value_dim}, p.dtype);
+        check_byte_count("out", {p.array_batch(), p.q_size, p.q_heads, p.value_dim}, p.out_dtype);
     }
     if (a.lse.given()) {
         p.lse = to_score_rows("lse", a.lse, p, a.q.rank, false);
@@ -295,6 +298,9 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
     p.k_dtype = a.k.dtype;
     p.v_dtype = a.v.dtype;
     p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    p.out_dtype = a.out_dtype.value_or(p.dtype);
+    if (p.out_dtype != p.dtype && p.out_dtype != p.lse_dtype)
+        fail_float_pair("out_dtype", p.dtype, p.lse_dtype, p.out_dtype);
     p.device = a.q.device;
     set_operands(a, p, axes_of(a.q.rank, a.layout), arrays);
     set_entries(a, p, arrays);

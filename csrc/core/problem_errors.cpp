@@ -86,10 +86,10 @@ void fail_dtype_match(const char* name, DType expected, DType got) {
                     dtype_name(got));
 }
 
-void fail_bias_dtype(DType dtype, DType lse_dtype, DType got) {
+void fail_float_pair(const char* name, DType dtype, DType lse_dtype, DType got) {
     std::string expected = dtype_name(dtype);
     if (lse_dtype != dtype) expected += std::string(" or ") + dtype_name(lse_dtype);
-    fail_dtype("bias", expected.c_str(), got);
+    fail_dtype(name, expected.c_str(), got);
 }
 
 void fail_device(const char* name, Device got, Device expected) {

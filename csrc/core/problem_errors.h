@@ -30,7 +30,8 @@ std::string shape_string(const TensorView& view);
 // as_bool: how the caller makes a bool array of it; hint: more to say, or empty.
 [[noreturn]] void fail_mask_dtype(const char* as_bool, const TensorView& got, const std::string& hint);
 [[noreturn]] void fail_dtype_match(const char* name, DType expected, DType got);
-[[noreturn]] void fail_bias_dtype(DType dtype, DType lse_dtype, DType got);
+// A dtype that is neither q's nor lse's.
+[[noreturn]] void fail_float_pair(const char* name, DType dtype, DType lse_dtype, DType got);
 [[noreturn]] void fail_device(const char* name, Device got, Device expected);
 [[noreturn]] void fail_view(const char* name, const TensorView& view, ViewFault fault);
 [[noreturn]] void fail_shape(const char* name, const std::string& expected, const TensorView& got);

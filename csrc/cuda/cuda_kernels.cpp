@@ -22,7 +22,7 @@ constexpr DType kHalfDtypes[] = {DType::f16, DType::bf16};
 
 // cuBLAS counts the columns of a matrix in 32 bits, and so do the kernels the keys of a row.
 const char* refuses(const AttentionProblem& p) {
-    if (p.packed()) return kRefusesPacked;
+    if (const char* why = refuses_everywhere(p)) return why;
     constexpr Index most = (Index{1} << 31) - 1024;
     return whole(p).keys > most ? "a row attends more than 2**31 keys" : nullptr;
 }

@@ -67,7 +67,7 @@ private:
     void store(double divisor, double lse) {
         const Index out = row_.b * p_.out.batch + row_.i * p_.out.seq + row_.h * p_.out.head;
         for (Index d = 0; d < p_.value_dim; ++d)
-            store_real(p_.out.data, p_.dtype, out + d * p_.out.dim, acc_[d] / divisor);
+            store_real(p_.out.data, p_.out_dtype, out + d * p_.out.dim, acc_[d] / divisor);
         if (p_.lse.data != nullptr)
             store_real(p_.lse.data, p_.lse.dtype, score_index(p_.lse, row_.b, row_.h, row_.i, 0), lse);
         if (p_.weights.data != nullptr)

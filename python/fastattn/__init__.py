@@ -24,6 +24,7 @@ from fastattn._core import (
     mha_varlen_backward,
     set_num_threads,
 )
+from fastattn._merge import merge_states
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "kernels",
+    "merge_states",
     "mha",
     "mha_backward",
     "mha_varlen",

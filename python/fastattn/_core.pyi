@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, TypeVar, overload
 
+import numpy as np
 from typing_extensions import Unpack
 
 from fastattn._attention import Explanation, Gradients
@@ -19,6 +20,7 @@ _Q = TypeVar("_Q", bound=_Array)
 _Layout = Literal["bshd", "bhsd"]
 _Number = SupportsFloat | SupportsIndex
 _Side = SupportsIndex | None
+_DType = str | type | np.dtype[Any]
 _Window = tuple[_Side, _Side] | list[_Side] | list[int] | list[None]
 
 def cuda_build() -> str: ...
@@ -71,6 +73,7 @@ def mha(
     return_lse: Literal[False] = False,
     return_weights: Literal[False] = False,
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> _Q: ...
 @overload
@@ -82,6 +85,7 @@ def mha(
     return_lse: Literal[True],
     return_weights: Literal[False] = False,
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> tuple[_Q, Any]: ...
 @overload
@@ -93,6 +97,7 @@ def mha(
     return_lse: Literal[False] = False,
     return_weights: Literal[True],
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> tuple[_Q, Any]: ...
 @overload
@@ -104,6 +109,7 @@ def mha(
     return_lse: Literal[True],
     return_weights: Literal[True],
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> tuple[_Q, Any, Any]: ...
 @overload
@@ -115,6 +121,7 @@ def mha(
     return_lse: bool = False,
     return_weights: bool = False,
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> Any: ...
 @overload
@@ -127,6 +134,7 @@ def mha_varlen(
     *,
     return_lse: Literal[False] = False,
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Shared],
 ) -> _Q: ...
 @overload
@@ -139,6 +147,7 @@ def mha_varlen(
     *,
     return_lse: Literal[True],
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Shared],
 ) -> tuple[_Q, Any]: ...
 @overload
@@ -151,6 +160,7 @@ def mha_varlen(
     *,
     return_lse: bool = False,
     out: _Q | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Shared],
 ) -> Any: ...
 def explain(
@@ -163,6 +173,7 @@ def explain(
     return_lse: bool = False,
     return_weights: bool = False,
     out: _Array | None = None,
+    out_dtype: _DType | None = None,
     **options: Unpack[_Options],
 ) -> Explanation: ...
 def mha_backward(
@@ -191,6 +202,7 @@ def mha_varlen_backward(
     need_dbias: bool = True,
     **options: Unpack[_Shared],
 ) -> Gradients: ...
+def merge_states(outs: tuple[Any, ...], lses: tuple[Any, ...], layout: str, out: Any, /) -> tuple[Any, Any]: ...
 def argument_rows() -> tuple[tuple[str, str, str, str, str], ...]: ...
 def kernel_rows() -> list[tuple[str, str, tuple[str, ...], bool, str]]: ...
 def cpu_features() -> dict[str, str | None]: ...

@@ -1,4 +1,4 @@
-"""fastattn for JAX: `mha` as an operation of XLA on the CPU, with gradients.
+"""fastattn for JAX: `mha` and `mha_varlen` as operations of XLA on the CPU, with gradients.
 
 Under ``jax.jit`` the compiled program calls fastattn's C++ directly, on XLA's own buffers: nothing is copied
 and Python does not run. Gradients, ``jax.vmap``, ``jax.checkpoint`` and ``jax.eval_shape`` work.
@@ -25,9 +25,9 @@ from jax.custom_batching import custom_vmap
 from fastattn import Gradients, _core
 from fastattn._arguments import OPTIONS
 
-__all__ = ["mha"]
+__all__ = ["mha", "mha_varlen"]
 
-_INPUTS = ("q", "k", "v", *(x.name for x in OPTIONS if x.kind == "array"))
+_INPUTS = ("q", "k", "v", *(x.name for x in OPTIONS if x.kind == "array"), "cu_q", "cu_kv")
 # What must be known when a function is traced, apart from the two flags that say what is returned.
 _STATIC = {x.name: x.kind for x in OPTIONS if x.kind not in ("array", "integer") and x.name != "device"}
 _SIDE = frozenset(name.removeprefix("d") for name in Gradients._fields[3:])  # side arguments with gradients
@@ -127,7 +127,67 @@ def mha(
         Whichever JAX makes of an error when the program runs: lengths out of range, a negative seed, no
         memory, another platform than the CPU.
     """
-    given = dict(locals())
+    return _attend(dict(locals()))
+
+
+def mha_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_kv: Any = None,
+    *,
+    layout: str = "bshd",
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
+    dropout: float = 0.0,
+    seed: Any = 0,
+    return_lse: bool = False,
+    kernel: str | None = None,
+) -> Any:
+    """`fastattn.mha_varlen` for JAX: packed entries, differentiable as `mha`.
+
+    Parameters
+    ----------
+    q, k, v : array of float64, float32, float16 or bfloat16
+        (Tq,Hq,D), (Tk,Hkv,D), (Tk,Hkv,Dv); heads first with ``layout="bhsd"``.
+    cu_q, cu_kv : integer array (B + 1,)
+        Bounds of the entries, traced or not; cu_kv None: cu_q. No value causes another compilation.
+    mask, bias : array, broadcastable to (Hq,Tq,Tk), optional
+    q_offset, kv_lens, alibi_slopes
+        Of each entry: (B,), (B,) and (Hq,) or (B,Hq).
+    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, kernel
+        As in `mha`.
+
+    Returns
+    -------
+    out : Array (Tq,Hq,Dv) in q's layout
+    lse : Array (Hq,Tq), if asked for
+
+    Raises
+    ------
+    TypeError, ValueError, fastattn.UnsupportedError, jax.errors.JaxRuntimeError
+        As `mha`; bounds that do not fit when the program runs.
+    """
+    if cu_q is None:
+        raise TypeError("cu_q: expected an integer array (B + 1,), got None")
+    return _attend(dict(locals()))
+
+
+def _attend(given: dict[str, Any]) -> Any:
+    """Either function; what one of them does not take is absent."""
+    given = dict.fromkeys((*_INPUTS, "return_weights")) | given
+    given["return_weights"] = given["return_weights"] or False
+    q_offset, seed, layout, dropout = (given[name] for name in ("q_offset", "seed", "layout", "dropout"))
+    return_lse, return_weights = given["return_lse"], given["return_weights"]
     arrays = {name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"}
     if q_offset is not None:
         arrays["q_offset"] = _offset(q_offset)
@@ -240,6 +300,8 @@ def _attention(settings: _Settings, names: tuple[str, ...], arrays: _Arrays) -> 
     given = arrays["q"].shape
 
     def without_axes(name: str, x: Any) -> Any:  # those that q lacks
+        if "cu_q" in arrays:
+            return x
         return x.reshape((*given[:-1], x.shape[-1]) if name == "out" else x.shape[4 - len(given) :])
 
     return tuple(without_axes(name, results[name]) for name in names)
@@ -297,7 +359,9 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 # ---- axes -------------------------------------------------------------------------------------------
 def _with_all_axes(settings: _Settings, arrays: _Arrays) -> _Arrays:
-    """q, k, v, mask and bias with four axes."""
+    """q, k, v, mask and bias with four axes; packed entries have none for a batch."""
+    if "cu_q" in arrays:
+        return arrays
     rank = arrays["q"].ndim
     head = 1 if settings.layout == "bhsd" else 2
     missing = {2: (0, head), 3: (0,), 4: ()}[rank]
@@ -308,10 +372,10 @@ def _with_all_axes(settings: _Settings, arrays: _Arrays) -> _Arrays:
 
 # ---- the call of the handler ------------------------------------------------------------------------
 def _result_types(settings: _Settings, names: tuple[str, ...], operands: _Arrays) -> _Arrays:
-    """Shape and dtype of each result; q, k, v have four axes."""
+    """Shape and dtype of each result; q, k, v have four axes, or three of packed entries."""
     q, k, v = operands["q"], operands["k"], operands["v"]
-    seq, head = (1, 2) if settings.layout == "bshd" else (2, 1)
-    rows = (q.shape[0], q.shape[head], q.shape[seq])
+    seq, head = (-3, -2) if settings.layout == "bshd" else (-2, -3)
+    rows = (*q.shape[:-3], q.shape[head], q.shape[seq])
     stats = np.float64 if q.dtype == np.float64 else np.float32
     types = {
         "out": _Struct((*q.shape[:-1], v.shape[-1]), q.dtype),
@@ -363,7 +427,7 @@ def _call(target: str, settings: _Settings, names: tuple[str, ...], operands: _A
 # elsewhere there is one call after the other.
 def _can_fold(settings: _Settings, names: tuple[str, ...], mapped: set[str], one: _Arrays) -> bool:
     batch = one["q"].shape[0]
-    if settings.dropout > 0:  # the mask depends on the place in the batch
+    if settings.dropout > 0 or "cu_q" in one:  # the mask depends on the place in the batch; bounds are of one call
         return False
     if "sinks" in mapped or "dsinks" in names:  # sinks have no batch axis
         return False

@@ -76,16 +76,27 @@ FASTATTN_INLINE RowFactors finish_sums(const FlashBlock<E>& x, const RowInfo& ro
     return factors;
 }
 
-// Writes the output of one row.
-template <class E, class S>
-FASTATTN_INLINE void write_output(const FlashBlock<E>& x, const RowInfo& row, double factor,
-                                  const typename E::Acc* o) {
+// T: the dtype of out.
+template <class E, class T>
+FASTATTN_INLINE void write_numbers(const FlashBlock<E>& x, const RowInfo& row, double factor,
+                                   const typename E::Acc* o) {
     using V = typename E::V;
     const AttentionProblem& p = x.problem;
     const V scale = V::set1(static_cast<typename E::Acc>(factor));
-    S* out = row_pointer<S>(p.out, x.batch, row.query, row.head);
+    T* out = row_pointer<T>(p.out, x.batch, row.query, row.head);
     for (std::int64_t c = 0; c < p.value_dim; c += V::width) {
         store_strided(V::load(o + c) * scale, out + c * p.out.dim, p.out.dim, p.value_dim - c);
+    }
+}
+
+// Writes the output of one row, in q's dtype S, or unrounded.
+template <class E, class S>
+FASTATTN_INLINE void write_output(const FlashBlock<E>& x, const RowInfo& row, double factor,
+                                  const typename E::Acc* o) {
+    if (x.problem.out_dtype == x.problem.dtype) {
+        write_numbers<E, S>(x, row, factor, o);
+    } else {
+        write_numbers<E, typename E::Acc>(x, row, factor, o);
     }
 }
 

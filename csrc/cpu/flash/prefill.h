@@ -97,7 +97,8 @@ private:
         const std::int64_t tiles = (padded_ + E::mr - 1) / E::mr;
         if (n == 0) {
             // With split keys the output is written by the merge.
-            if (plan_.key_splits == 1) out_ = query_rows_ahead<true>(p_.out, item_, p_.value_dim);
+            if (plan_.key_splits == 1 && p_.out_dtype == p_.dtype)
+                out_ = query_rows_ahead<true>(p_.out, item_, p_.value_dim);
             prefetch_rows_ = (item_.rows + tiles - 1) / tiles;
             const std::int64_t next = call_.executor.next_item();
             if (next >= call_.schedule.items) return;

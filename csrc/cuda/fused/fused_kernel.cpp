@@ -9,7 +9,7 @@
 namespace fastattn::cuda {
 
 const char* FusedKernel::refuses(const AttentionProblem& p) {
-    if (p.packed()) return kRefusesPacked;
+    if (const char* why = refuses_everywhere(p)) return why;
     if (p.weights.data != nullptr) return "does not return the weights";
     if (p.head_dim % 8 != 0 || p.value_dim % 8 != 0) return "takes head dimensions that are multiples of 8";
     if (std::max(p.head_dim, p.value_dim) > 256) return "takes head dimensions up to 256";

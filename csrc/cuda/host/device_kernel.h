@@ -1,6 +1,12 @@
 // The reason of kernels that have no way from a packed entry to its rows and keys.
 inline constexpr const char* kRefusesPacked = "takes no packed entries (cu_q)";
 
+// What no kernel of the device takes, or nullptr.
+inline const char* refuses_everywhere(const AttentionProblem& p) noexcept {
+    if (p.packed()) return kRefusesPacked;
+    return p.out_dtype != p.dtype ? "returns out in q's dtype (out_dtype)" : nullptr;
+}
+
 // A kernel of the device, as the staging pipeline and calls on device arrays know it.
 #pragma once
 

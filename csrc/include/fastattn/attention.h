@@ -75,6 +75,8 @@ struct AttentionParams {
     std::optional<double> softcap;
     double dropout = 0.0;
     std::uint64_t seed = 0;
+    // Of out in the forward: q's, or lse's, which leaves results unrounded for merge_states().
+    std::optional<DType> out_dtype;
 };
 
 // ---- the validated problem ----------------------------------------------------------------------
@@ -103,7 +105,8 @@ struct KeyRange {
 };
 
 struct AttentionProblem {
-    DType dtype = DType::f32;  // of q and out
+    DType dtype = DType::f32;  // of q
+    DType out_dtype = DType::f32;  // of out: dtype or lse_dtype; of the backward dtype
     DType k_dtype = DType::f32, v_dtype = DType::f32;  // make_problem() wants q's
     DType lse_dtype = DType::f32;  // of lse and weights
     Device device{};
@@ -197,6 +200,17 @@ struct RunOptions {
 
 void attention_forward(const AttentionProblem& problem, const RunOptions& options = {});
 void attention_backward(const BackwardProblem& problem, const RunOptions& options = {});
+
+// Exact attention over the union of disjoint sets of keys, from out and lse of each: all outs of one shape
+// and dtype, the lses (B,Hq,Sq). Sums in f32 (f64), in the order given, rounded once. A part with lse -inf
+// counts for nothing, whatever its out holds; of no other ones the result is 0 and -inf. Sinks belong into
+// one part alone. On the CPU.
+struct MergeParams {
+    std::vector<TensorView> outs, lses;
+    TensorView out, lse;  // the results: out of outs' dtype or another that is summed alike
+    Layout layout = Layout::bshd;
+};
+void merge_states(const MergeParams& params, const RunOptions& options = {});
 
 struct Refusal {
     std::string kernel, reason;

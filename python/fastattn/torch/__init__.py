@@ -1,7 +1,7 @@
 """fastattn for PyTorch: attention that autograd, torch.compile, autocast and Transformers know.
 
-`mha` is `fastattn.mha` with gradients, `scaled_dot_product_attention` PyTorch's function of that name, and
-`register` makes both available to Transformers as ``attn_implementation="fastattn"``.
+`mha` and `mha_varlen` are those of `fastattn` with gradients, `scaled_dot_product_attention` is PyTorch's function
+of that name, and `register` makes both available to Transformers as ``attn_implementation="fastattn"``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ except ModuleNotFoundError as error:
     message = "fastattn.torch needs PyTorch, which is not installed: pip install 'fastattn[torch]'"
     raise ModuleNotFoundError(message, name="torch") from None
 
-from fastattn.torch._mha import mha
+from fastattn.torch._mha import mha, mha_varlen
 from fastattn.torch._sdpa import scaled_dot_product_attention
 
-__all__ = ["mha", "register", "scaled_dot_product_attention"]
+__all__ = ["mha", "mha_varlen", "register", "scaled_dot_product_attention"]
 
 
 def register(name: str = "fastattn") -> None:

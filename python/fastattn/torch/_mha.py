@@ -1,4 +1,4 @@
-"""`fastattn.mha` for tensors."""
+"""`fastattn.mha` and `fastattn.mha_varlen` for tensors."""
 
 from __future__ import annotations
 
@@ -108,19 +108,91 @@ def mha(
     >>> q.grad.shape
     torch.Size([1, 128, 8, 64])
     """
-    given: dict[str, Any] = {
-        "layout": layout, "scale": scale, "causal": causal, "window": window, "q_offset": q_offset,
-        "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks,
-        "q_lens": q_lens, "kv_lens": kv_lens, "dropout": dropout, "seed": seed, "device": device,
-        "kernel": kernel,
-    }  # fmt: skip
-    tensors = (q, k, v, *given.values())
+    # TorchDynamo does not trace locals().
+    return _attend(mha, {
+        "q": q, "k": k, "v": v, "layout": layout, "scale": scale, "causal": causal, "window": window,
+        "q_offset": q_offset, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
+        "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "dropout": dropout, "seed": seed,
+        "return_lse": return_lse, "return_weights": return_weights, "device": device, "kernel": kernel,
+    })  # fmt: skip
+
+
+def mha_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_kv: Tensor | None = None,
+    *,
+    layout: str = "bshd",
+    scale: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sinks: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    device: str | torch.device | None = None,
+    kernel: str | None = None,
+) -> Any:
+    """`fastattn.mha_varlen` for tensors, with gradients as those of `mha`.
+
+    Parameters
+    ----------
+    q, k, v : Tensor of float64, float32, float16 or bfloat16
+        (Tq, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv): the rows and keys of all entries; heads first with
+        ``layout="bhsd"``.
+    cu_q, cu_kv : integer Tensor (B + 1,)
+        Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` and the keys of cu_kv, by default cu_q.
+    mask, bias : Tensor, broadcastable to (Hq, Tq, Tk), optional
+    q_offset, kv_lens, alibi_slopes
+        Of each entry: int or (B,), (B,), (Hq,) or (B, Hq).
+    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, device, kernel
+        As in `mha`. A softcap that requires grad is refused in the backward pass.
+
+    Returns
+    -------
+    out : Tensor (Tq, Hq, Dv), in q's layout
+    lse : Tensor (Hq, Tq), only with ``return_lse``
+
+    Raises
+    ------
+    TypeError, ValueError, fastattn.UnsupportedError, fastattn.CudaError, MemoryError, RuntimeError
+        As `mha`.
+
+    Examples
+    --------
+    >>> import torch, fastattn.torch
+    >>> q = torch.randn(6, 8, 64, requires_grad=True)
+    >>> fastattn.torch.mha_varlen(q, q, q, torch.tensor([0, 1, 4, 6])).sum().backward()
+    """
+    return _attend(mha_varlen, {
+        "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_kv": cu_kv, "layout": layout, "scale": scale,
+        "causal": causal, "window": window, "q_offset": q_offset, "mask": mask, "bias": bias,
+        "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks, "kv_lens": kv_lens,
+        "dropout": dropout, "seed": seed, "return_lse": return_lse, "device": device, "kernel": kernel,
+    })  # fmt: skip
+
+
+def _attend(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Either function; `given`: its arguments by name."""
+    tensors = tuple(given.values())
     if has_torch_function(tensors):
-        given |= {"return_lse": return_lse, "return_weights": return_weights}
-        return handle_torch_function(mha, tensors, q, k, v, **given)
-    q, k, v = checked(TypeError, q=q, k=k, v=v)
-    given["seed"] = _seed(seed, number("dropout", dropout))
+        return handle_torch_function(function, tensors, **given)
+    q, k, v = checked(TypeError, q=given["q"], k=given["k"], v=given["v"])
+    given["seed"] = _seed(given["seed"], number("dropout", given["dropout"]))
     made = _options(given, q)
+    for name in ("cu_q", "cu_kv") if "cu_q" in given else ():
+        if (x := given[name]) is not None or name == "cu_q":
+            check_side(TypeError, name, x, q)
+            made[name] = x
+    return_lse, return_weights = given["return_lse"], given.get("return_weights", False)
     made |= {"q": q, "k": k, "v": v, "return_weights": _flag("return_weights", return_weights)}
     out, lse, weights = call(made)
     if not (return_lse or return_weights):
@@ -168,7 +240,7 @@ def _options(given: dict[str, Any], q: Tensor) -> dict[str, Any]:
     """The options of `mha` as those of the operators; what has its default is left out."""
     made: dict[str, Any] = {}
     for name, kind, default in _OPTIONS:
-        x = given[name]
+        x = given.get(name, default)
         if x is default:
             continue
         if kind == "array":

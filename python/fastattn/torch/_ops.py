@@ -30,7 +30,9 @@ def _option_types() -> dict[str, str]:
     return types
 
 
-_ARRAYS = names("array")
+# Bounds make it `mha_varlen`.
+_BOUNDS = ("cu_q", "cu_kv")
+_ARRAYS = (*names("array"), *_BOUNDS)
 _QKV = dict.fromkeys(("q", "k", "v"), "Tensor")
 _SIDES = dict.fromkeys((*_ARRAYS, *(f"{name}_tensor" for name in names("integer"))), "Tensor?")
 _OPTIONS = _option_types()
@@ -136,8 +138,14 @@ def _keywords(given: dict[str, Any]) -> dict[str, Any]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = args[:3]
     keywords = _keywords(_given(_FORWARD, args))
-    results = _limited(_core.mha, _lend(q), _lend(k), _lend(v), return_lse=True, **keywords)
-    weights = results[2] if keywords["return_weights"] else None
+    return_weights = keywords.pop("return_weights")
+    if "cu_q" in keywords:
+        results = _limited(_core.mha_varlen, _lend(q), _lend(k), _lend(v), return_lse=True, **keywords)
+    else:
+        if return_weights:
+            keywords["return_weights"] = True
+        results = _limited(_core.mha, _lend(q), _lend(k), _lend(v), return_lse=True, **keywords)
+    weights = results[2] if return_weights else None
     return _adopt(results[0], q), _adopt(results[1], q), _adopt(weights, q)
 
 
@@ -147,6 +155,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     keywords = _keywords(given)
     need_dbias = keywords.pop("need_dbias")
     dscale = dsoftcap = None
+    if given.get("need_dsoftcap") and "cu_q" in keywords:
+        raise NotImplementedError("softcap: there is no gradient of it for packed entries; use softcap.detach()")
     if given.get("need_dsoftcap"):
         value = softcap_gradient(
             lambda *args, **kw: _limited(_core.mha, *args, **kw), _lend, dout, dlse, q, k, v, out, keywords
@@ -156,7 +166,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     if given.get("need_dscale"):
         folded, keywords["scale"], factor = fold_scale(q, keywords["scale"])
     grads = _limited(
-        _core.mha_backward,
+        _core.mha_varlen_backward if "cu_q" in keywords else _core.mha_backward,
         _lend(dout),
         *(_lend(x) for x in (folded, k, v, out, lse)),
         dlse=None if dlse is None else _lend(dlse),
