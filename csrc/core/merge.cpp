@@ -1,4 +1,5 @@
-// Attention over disjoint sets of keys, put together by the softmax states of the parts: with m the largest lse,
+// Attention over disjoint sets of keys, put together by the softmax states of the parts: with m the largest
+// lse,
 //
 //   w_p = exp(lse_p - m)   out = sum_p w_p out_p / sum_p w_p   lse = m + log sum_p w_p
 //
