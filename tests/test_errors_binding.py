@@ -15,11 +15,9 @@ from inputs import qkv
 from subproc import run
 
 import fastattn
+from fastattn import _arguments
 
-KEYWORDS = [
-    "layout", "scale", "causal", "window", "q_offset", "mask", "bias", "alibi_slopes", "softcap", "sinks",
-    "q_lens", "kv_lens", "dropout", "seed", "return_lse", "return_weights", "out", "device", "kernel",
-]  # fmt: skip
+KEYWORDS = [x.name for x in _arguments.ARGUMENTS if x.forward == "name"]  # of mha
 FUNCTIONS = ["mha", "explain"]
 
 
@@ -103,10 +101,8 @@ def test_positions_by_keyword(arrays):
 
 
 def test_none_is_the_default_where_the_default_is_none(arrays):
-    optional = [
-        "scale", "window", "q_offset", "mask", "bias", "alibi_slopes", "softcap", "sinks", "q_lens",
-        "kv_lens", "out", "device", "kernel",
-    ]  # fmt: skip
+    optional = [x.name for x in _arguments.ARGUMENTS if x.forward == "name" and x.default is None]
+    assert len(optional) > 12
     assert np.array_equal(fastattn.mha(*arrays, **dict.fromkeys(optional)), fastattn.mha(*arrays))
     for name in sorted(set(KEYWORDS) - set(optional)):
         with pytest.raises(TypeError, match=rf"^{name}: expected .*, got NoneType$"):
@@ -115,7 +111,8 @@ def test_none_is_the_default_where_the_default_is_none(arrays):
 
 def test_signature_and_docstring(function, arrays):
     signature = inspect.signature(function)
-    assert list(signature.parameters) == ["q", "k", "v", *KEYWORDS]
+    more = [] if function is fastattn.mha else ["cu_q", "cu_kv"]
+    assert list(signature.parameters) == ["q", "k", "v", *more, *KEYWORDS]
     for name, parameter in signature.parameters.items():
         if name in "qkv":
             assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -195,7 +192,7 @@ def test_bools(function, arrays, name, value):
         function(*arrays, **{name: value})
 
 
-NUMBERS = ["scale", "softcap", "dropout"]
+NUMBERS = _arguments.names("number")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from inputs import normal
 torch = pytest.importorskip("torch")
 
 import fastattn.torch as ft  # noqa: E402
+from fastattn.torch import _ops  # noqa: E402
 
 Tensor = torch.Tensor
 F32, F64 = torch.float32, torch.float64
@@ -34,22 +35,13 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-SIDES = ("mask", "bias", "alibi_slopes", "sinks", "q_lens", "kv_lens", "q_offset_tensor", "seed_tensor")
-OPTIONS = {
-    "layout": "bshd", "scale": None, "causal": False, "window_left": None, "window_right": None,
-    "q_offset": None, "softcap": None, "dropout": 0.0, "seed": 0, "device": None, "kernel": None,
-    "return_weights": False,
-}  # fmt: skip
-
-
 def arguments(changed: dict[str, Any]) -> tuple[Any, ...]:
-    """All arguments of torch.ops.fastattn.mha."""
-    sides = [changed.get(name) for name in SIDES]
-    return (
-        *qkv(dtype=changed.get("dtype", F32)),
-        *sides,
-        *(changed.get(name, OPTIONS[name]) for name in OPTIONS),
-    )
+    """All arguments of torch.ops.fastattn.mha but the tensors that are learned numbers."""
+    first = dict(zip("qkv", qkv(dtype=changed.get("dtype", F32)), strict=True))
+    rest = {name: x for name, x in changed.items() if name != "dtype"}
+    given = _ops._DEFAULTS | first | rest
+    assert given.keys() == _ops._DEFAULTS.keys()
+    return tuple(given.values())[: _ops._N_PLAIN]
 
 
 SAMPLES: dict[str, dict[str, Any]] = {

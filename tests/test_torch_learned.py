@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 import torch_math  # noqa: E402
 
 import fastattn.torch as ft  # noqa: E402
-from fastattn.torch import _learned  # noqa: E402
+from fastattn.torch import _learned, _ops  # noqa: E402
 
 Tensor = torch.Tensor
 F64, F32 = torch.float64, torch.float32
@@ -238,8 +238,9 @@ def test_compiled_in_one_graph():
 @pytest.mark.parametrize("which", [(0.3, None), (None, 2.0), (0.3, 2.0)])
 def test_opcheck(which):
     numbers = [None if x is None else torch.tensor(x).requires_grad_() for x in which]
-    options = ("bshd", None, False, None, None, None, None, 0.0, 0, None, None)
-    forward = (*(x.requires_grad_() for x in qkv(F32)), *(None,) * 8, *options, False, *numbers)
+    first = dict(zip("qkv", (x.requires_grad_() for x in qkv(F32)), strict=True))
+    learned_numbers = {f"{name}_tensor": x for name, x in zip(_ops.LEARNED, numbers, strict=True)}
+    forward = tuple((_ops._DEFAULTS | first | learned_numbers).values())
     torch.library.opcheck(torch.ops.fastattn.mha.default, forward)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in forward]
     out, lse, _ = torch.ops.fastattn.mha.default(*detached)

@@ -277,10 +277,10 @@ private:
         const auto attends = [&](int v) { return sees_key(begin[r], end[r], v); };
         each([&](int, float& x) { x = times(x, score.scale); });
         if (score.elementwise) {
-            if (score.cap > 0) {
+            if (score.modifies()) {
                 each([&](int, float& x) {
-                    float share;
-                    x = score.capped(x, share);
+                    float derivative;
+                    x = score.modified(x, derivative);
                 });
             }
             if (p.alibi_slopes.data != nullptr) {

@@ -1,12 +1,3 @@
-// The reason of kernels that have no way from a packed entry to its rows and keys.
-inline constexpr const char* kRefusesPacked = "takes no packed entries (cu_q)";
-
-// What no kernel of the device takes, or nullptr.
-inline const char* refuses_everywhere(const AttentionProblem& p) noexcept {
-    if (p.packed()) return kRefusesPacked;
-    return p.out_dtype != p.dtype ? "returns out in q's dtype (out_dtype)" : nullptr;
-}
-
 // A kernel of the device, as the staging pipeline and calls on device arrays know it.
 #pragma once
 
@@ -15,10 +6,17 @@ inline const char* refuses_everywhere(const AttentionProblem& p) noexcept {
 
 #include <fastattn/attention.h>
 
+#include "cuda/host/packed.h"
 #include "cuda/simt/chunk.h"
 #include "cuda/simt/runtime.h"
 
 namespace fastattn::cuda {
+
+// What no kernel of the device takes, or nullptr.
+inline const char* refuses_everywhere(const AttentionProblem& p) noexcept {
+    if (const char* why = refuses_packed(p)) return why;
+    return p.out_dtype != p.dtype ? "returns out in q's dtype (out_dtype)" : nullptr;
+}
 
 // What a kernel is handed of the device's memory.
 struct KernelMemory {

@@ -1,11 +1,14 @@
 #include "cuda/host/run.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/scalar_access.h"
 #include "cuda/host/errors.h"
+#include "cuda/host/packed.h"
 #include "cuda/host/staging.h"
 
 namespace fastattn::cuda {
@@ -18,21 +21,25 @@ public:
     explicit Frozen(const Problem& asked) : problem_(asked) {
         AttentionProblem& p = forward_of(problem_);
         for (const auto side :
-             {&AttentionProblem::q_lens, &AttentionProblem::kv_lens, &AttentionProblem::q_offsets}) {
-            HeadOperand& x = p.*side;
-            if (x.data == nullptr || x.place != DeviceType::cpu) continue;
-            std::vector<std::int64_t>& values = values_[kept_++];
-            for (Index b = 0; b < p.batch; ++b) values.push_back(load_integer(x.data, x.dtype, b * x.batch));
-            x = {values.data(), DType::i64, 1, 0, DeviceType::cpu};
-        }
+             {&AttentionProblem::q_lens, &AttentionProblem::kv_lens, &AttentionProblem::q_offsets})
+            keep(p.*side, p.batch);
+        for (const auto bounds : {&AttentionProblem::cu_q, &AttentionProblem::cu_kv})
+            keep(p.*bounds, p.batch + 1);
     }
     Frozen(const Frozen&) = delete;
     Frozen& operator=(const Frozen&) = delete;
     const Problem& problem() const noexcept { return problem_; }
 
 private:
+    void keep(HeadOperand& x, Index count) {
+        if (x.data == nullptr || x.place != DeviceType::cpu) return;
+        std::vector<std::int64_t>& values = values_[kept_++];
+        for (Index b = 0; b < count; ++b) values.push_back(load_integer(x.data, x.dtype, b * x.batch));
+        x = {values.data(), DType::i64, 1, 0, DeviceType::cpu};
+    }
+
     Problem problem_;
-    std::array<std::vector<std::int64_t>, 3> values_;
+    std::array<std::vector<std::int64_t>, 5> values_;
     std::size_t kept_ = 0;
 };
 
@@ -80,6 +87,19 @@ KernelPlan plan_call(const DeviceKernel<Problem>& kernel, const Problem& asked, 
     }
     const Frozen frozen(asked);
     const Problem& p = frozen.problem();
+    if (forward_of(p).packed()) {
+        std::int64_t entries = 0;
+        for (const Problem& one : entry_problems(p)) {
+            KernelPlan own = plan_call(kernel, one, threads, describe && plan.algorithm.empty());
+            plan.device_bytes = std::max(plan.device_bytes, own.device_bytes);
+            plan.work_items = std::max(plan.work_items, own.work_items);
+            if (plan.algorithm.empty()) plan.algorithm = std::move(own.algorithm);
+            ++entries;
+        }
+        if (describe)
+            plan.algorithm += ", " + std::to_string(entries) + " calls, one for each packed entry or gap";
+        return plan;
+    }
     const bool staged = forward_of(p).device.type == DeviceType::cpu;
     plan.device_bytes = staged ? staged_bytes(p, kernel) : lay_out_call(p, kernel, nullptr).bytes;
     plan.work_items = staged ? threads : 1;  // of the host: the threads copy
@@ -97,6 +117,10 @@ void run_call(const DeviceKernel<Problem>& kernel, const DeviceContext& device, 
     if (!has_results(asked)) return;
     const Frozen frozen(asked);
     const Problem& p = frozen.problem();
+    if (forward_of(p).packed()) {
+        for (const Problem& one : entry_problems(p)) run_call(kernel, device, one, stream, executor);
+        return;
+    }
     const CurrentDevice current(device.index);
     if (forward_of(p).device.type == DeviceType::cpu) return run_staged(p, device, kernel, executor);
     const CallMemory sizes = lay_out_call(p, kernel, nullptr);

@@ -184,8 +184,8 @@ private:
         Quad<Acc> of_bias{};
         FASTATTN_UNROLL
         for (int e = 0; e < 4; ++e) {
-            Acc share;
-            const Acc x = score(v + e, raw.at[e], share);
+            Acc derivative;
+            const Acc x = score(v + e, raw.at[e], derivative);
             if (x == -infinity<Acc>()) continue;  // whatever k, v, q and dout hold
             const Acc weight = power2(x - state.shift) * state.factor;
             Acc keep = 1, dp = products.at[e];
@@ -199,7 +199,7 @@ private:
                 of_bias.at[e] = g;
                 if (a.slopes != nullptr)
                     slope += g * static_cast<Acc>(fabs(row.position - static_cast<double>(j + e)));
-                if (score.cap > 0) g *= Acc(1) - share * share;
+                if (score.modifies()) g *= derivative;
             }
             ds[e] = g;
             if constexpr (kScaled) {

@@ -143,18 +143,18 @@ struct Scorer {
     }
 
     __device__ __forceinline__ Acc operator()(int v, Acc raw) const {
-        Acc share;
-        return (*this)(v, raw, share);
+        Acc derivative;
+        return (*this)(v, raw, derivative);
     }
 
-    // share: of the cap, that is the score before alibi and bias over the cap; 0 without one.
-    __device__ __forceinline__ Acc operator()(int v, Acc raw, Acc& share) const {
+    // derivative: of the score by scale * q.k.
+    __device__ __forceinline__ Acc operator()(int v, Acc raw, Acc& derivative) const {
         const Acc masked = -infinity<Acc>();
-        share = 0;
+        derivative = 1;
         if (!sees_key(begin, end, v)) return masked;
         Acc t = times(raw, scale);
         if (!elementwise) return t;
-        if (cap > 0) t = capped(t, share);
+        if (modifies()) t = modified(t, derivative);
         if (p.mask.data != nullptr && is_masked(v)) return masked;
         if (p.alibi_slopes.data != nullptr) t = with_alibi(t, distance(v));
         if (p.bias.data != nullptr) {
@@ -165,8 +165,11 @@ struct Scorer {
     }
 
     // ---- its operations; v counts keys from the chunk's first ---------------------------------------------
-    __device__ __forceinline__ Acc capped(Acc t, Acc& share) const {
-        share = static_cast<Acc>(tanh(times(t, inverse_cap)));
+    // What comes before biases: core/score_math.h.
+    __device__ __forceinline__ bool modifies() const { return cap > 0; }
+    __device__ __forceinline__ Acc modified(Acc t, Acc& derivative) const {
+        const Acc share = static_cast<Acc>(tanh(times(t, inverse_cap)));
+        derivative = Acc(1) - share * share;
         return times(cap, share);
     }
     __device__ __forceinline__ bool is_masked(int v) const {
