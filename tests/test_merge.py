@@ -182,3 +182,15 @@ def test_refusals_of_out():
             fastattn.mha(q, q, q, out_dtype=wrong)
     with pytest.raises(TypeError, match="out: expected float32 as out_dtype says, got float16"):
         fastattn.mha(q, q, q, out_dtype="float32", out=np.zeros((1, 2, 1, 8), np.float16))
+
+
+def test_sums_do_not_overflow():
+    outs = np.full((2, 4, 8), 3e38, np.float32)
+    out, _ = fastattn.merge_states(outs, np.zeros((2, 4), np.float32))
+    np.testing.assert_allclose(out, outs[0], rtol=1e-6)
+
+
+def test_shapes_are_checked_before_memory_is_asked_for():
+    huge = np.broadcast_to(np.float32(1), (1 << 14, 1 << 14, 64, 64))
+    with pytest.raises(ValueError, match=r"lses\[0\]: expected shape"):
+        fastattn.merge_states([OUTS[0][None]], [huge])

@@ -341,3 +341,45 @@ def test_a_gradient_names_its_shape():
         fastattn.mha_varlen_backward(out, Q, K, K, out, lse[:, :5], cu_q, cu_kv)
     with pytest.raises(ValueError, match="dout"):
         fastattn.mha_varlen_backward(out[:5], Q, K, K, out, lse, cu_q, cu_kv)
+
+
+@pytest.mark.parametrize("shape", ["1Q1", "HQ1", "H1K", "11K", "HQK"])
+def test_dbias_of_an_entry_has_the_bits_that_it_has_alone(kernel, dtype, shape):
+    """Its blocks are those of the entry's own sizes, whatever stands beside it."""
+    lengths = [(2, 600), (3, 1600), (0, 5), (7, 700)]
+    arrays, cu_q, cu_kv = pack(padded_batch(dtype, lengths, 8, 8), lengths)
+    size = {"H": HQ, "Q": len(arrays[0]), "K": len(arrays[1]), "1": 1}
+    kw = {"bias": normal(tuple(size[axis] for axis in shape), dtype, seed=4)}
+    kw["kv_lens"] = np.diff(cu_kv) - 1
+    got = attend_packed(kernel, arrays, cu_q, cu_kv, kw)["dbias"]
+    for b in range(len(lengths)):
+        rows, keys = slice(*cu_q[b : b + 2]), slice(*cu_kv[b : b + 2])
+        part = (
+            slice(None),
+            rows if shape[1] == "Q" else slice(None),
+            keys if shape[2] == "K" else slice(None),
+        )
+        own = {"bias": kw["bias"][part], "kv_lens": kw["kv_lens"][b : b + 1]}
+        q, k, v, dout = (x[None, y] for x, y in zip(arrays, (rows, keys, keys, rows), strict=True))
+        out, lse = fastattn.mha(q, k, v, kernel=kernel, return_lse=True, **own)
+        want = fastattn.mha_backward(dout, q, k, v, out, lse, kernel=kernel, **own).dbias
+        assert np.array_equal(bits(got[part]), bits(want)), b
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_lens": [3, 7, 2]}, "kv_lens: expected lengths"),
+        ({"kv_lens": [-1, 1, 1]}, "kv_lens: expected lengths"),
+        ({"q_lens": [1, 1, 1]}, "q_lens: expected none"),
+        ({"cu_q": [0.0, 1.0, 3.0, 6.0]}, "cu_q: expected"),
+        ({"cu_q": None}, "cu_q: expected"),
+        ({"cu_kv": [0, 2, 4, 10]}, "cu_kv: expected"),
+        ({"v": K[:8]}, "v: expected"),
+        ({"return_weights": True}, "return_weights: expected none"),
+    ],
+)
+def test_refusals_of_the_reference(change, message):
+    call = {"q": Q, "k": K, "v": K, "cu_q": [0, 1, 3, 6], "cu_kv": [0, 2, 4, 9]} | change
+    with pytest.raises(ValueError, match=message):
+        reference.mha_varlen(**call)

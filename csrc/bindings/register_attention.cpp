@@ -25,6 +25,7 @@ namespace {
 
 // Below this, releasing and taking back the GIL would be a good part of the call.
 constexpr double kFlopsToReleaseGil = 20e3;
+constexpr std::int64_t kEntriesToReleaseGil = 256;
 // Results up to this are allocated before the arguments are checked, larger ones after.
 constexpr std::int64_t kSmallResultBytes = std::int64_t{1} << 20;
 
@@ -250,7 +251,8 @@ void compute(const Problem& problem, Call& call) {
         prepare_cuda();
         on_gpu = true;
     }
-    if ((flops_at_most(forward) < kFlopsToReleaseGil && !on_gpu) || !may_release_gil()) {
+    const bool is_short = flops_at_most(forward) < kFlopsToReleaseGil && forward.batch < kEntriesToReleaseGil;
+    if ((is_short && !on_gpu) || !may_release_gil()) {
         run(problem, options);
         return;
     }
@@ -469,7 +471,18 @@ PyRef run_merge(PyObject* const* args, Py_ssize_t count, PyObject*) {
         result.allocate(like, of.device, name, of.dtype, std::min(of.rank, kMaxRank), of.shape, view,
                         call.arrays.cuda());
     };
-    if (like != nullptr && !params.lses.empty()) {  // else merge_states() says what is missing
+    // Else merge_states() says what is wrong, which is worth more than "no memory" for a result.
+    const auto elements_of = [](const TensorView& view) {
+        double elements = 1.0;
+        for (int axis = 0; axis < std::min(view.rank, kMaxRank); ++axis) {
+            elements *= static_cast<double>(view.shape[axis]);
+        }
+        return elements;
+    };
+    if (like != nullptr && params.lses.size() == params.outs.size() && params.outs[0].rank >= 2 &&
+        params.outs[0].rank <= kMaxRank && params.lses[0].rank == params.outs[0].rank - 1 &&
+        elements_of(params.lses[0]) * static_cast<double>(params.outs[0].shape[params.outs[0].rank - 1]) ==
+            elements_of(params.outs[0])) {
         if (given_out == nullptr) {
             allocate(results.out, "out", params.outs[0], params.out);
         }

@@ -32,7 +32,17 @@ template <class F>
 void for_each_entry(const AttentionProblem& p, F&& f) {
     if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0, p.q_size, p.kv_size, 0, 0});
     const std::int64_t count = entries_alike(p) ? 1 : p.batch;
-    for (std::int64_t b = 0; b < count; ++b) f(b, read_entry(p, b));
+    std::int64_t row = 0, key = 0;  // the first ones that no packed entry had so far
+    for (std::int64_t b = 0; b < count; ++b) {
+        Entry entry = read_entry(p, b);
+        // Bounds that somebody wrote to between two of them: no two entries may write to the same place.
+        if (p.packed() && (entry.first_row < row || entry.first_key < key)) entry = {};
+        if (p.packed()) {
+            row = entry.first_row + entry.q_size;
+            key = entry.first_key + entry.kv_size;
+        }
+        f(b, entry);
+    }
 }
 
 }  // namespace fastattn

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/entries.h"
@@ -20,6 +21,7 @@ public:
     EntryList& operator=(const EntryList&) = delete;
 
     Planned& add() { return alike_ ? first_ : more_.emplace_back(); }
+    std::span<Planned> rows() { return alike_ ? std::span(&first_, 1) : std::span(more_); }
     EntryTable<Planned> table() const {
         return {alike_ ? &first_ : more_.data(), alike_ ? 1 : batch_, alike_};
     }

@@ -36,7 +36,7 @@ struct Merge {
     State result;
 };
 
-// f(x, dim stride) for the elements as what they are.
+// f(the element at an offset, as a number).
 template <class F>
 void with_elements(const Operand& x, DType dtype, Index at, F&& f) {
     switch (dtype) {
@@ -69,27 +69,32 @@ void merge_row(const Merge& m, Index b, Index h, Index i, Acc* sum, double* weig
         is_nan = is_nan || weights[p] != weights[p];
         top = std::max(top, weights[p]);
     }
+    // Shares first: a sum of shares of outs is no larger than they are.
     double total = 0.0;
-    std::fill(sum, sum + m.dim, Acc(0));
     for (std::size_t p = 0; p < count; ++p) {
         const double lse = weights[p];
-        if (lse == -inf) continue;  // whatever its out holds
-        const double w = is_nan       ? std::numeric_limits<double>::quiet_NaN()
-                         : top == inf ? (lse == inf ? 1.0 : 0.0)
-                                      : std::exp(lse - top);
-        if (w == 0.0 && top == inf) continue;  // beside an infinite sink
-        total += w;
+        weights[p] = is_nan        ? std::numeric_limits<double>::quiet_NaN()
+                     : lse == -inf ? 0.0
+                     : top == inf  ? (lse == inf ? 1.0 : 0.0)
+                                   : std::exp(lse - top);
+        total += weights[p];
+    }
+    std::fill(sum, sum + m.dim, Acc(0));
+    for (std::size_t p = 0; p < count; ++p) {
+        const ScoreOperand& lse = m.parts[p].lse;
+        const double of_part = load_real(lse.data, lse.dtype, lse_place(lse, b, h, i));
+        // Whatever their outs hold: parts without keys, and those beside an infinite sink.
+        if (of_part == -inf || (weights[p] == 0.0 && top == inf)) continue;
         const Operand& x = m.parts[p].out;
         with_elements(x, m.dtype, row_start(x, b, i, h), [&](auto element) {
-            const Acc weight = static_cast<Acc>(w);
-            for (Index d = 0; d < m.dim; ++d) sum[d] += weight * static_cast<Acc>(element(d * x.dim));
+            const Acc share = static_cast<Acc>(weights[p] / total);
+            for (Index d = 0; d < m.dim; ++d) sum[d] += share * static_cast<Acc>(element(d * x.dim));
         });
     }
     const Operand& out = m.result.out;
     const Index at = row_start(out, b, i, h);
-    const double factor = total == 0.0 ? 0.0 : 1.0 / total;
     for (Index d = 0; d < m.dim; ++d)
-        store_real(out.data, m.out_dtype, at + d * out.dim, static_cast<double>(sum[d]) * factor);
+        store_real(out.data, m.out_dtype, at + d * out.dim, static_cast<double>(sum[d]));
     const ScoreOperand& lse = m.result.lse;
     store_real(lse.data, lse.dtype, lse_place(lse, b, h, i), total == 0.0 ? -inf : top + std::log(total));
 }

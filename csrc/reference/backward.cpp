@@ -212,7 +212,8 @@ private:
     void store_row(const Operand& x, Index b, Index i, Index h, Index dim, const double* acc,
                    double factor) const {
         const Index at = b * x.batch + i * x.seq + h * x.head;
-        for (Index d = 0; d < dim; ++d) store_real(x.data, p_.dtype, at + d * x.dim, factor * acc[d]);
+        for (Index d = 0; d < dim; ++d)
+            store_real(x.data, p_.dtype, at + d * x.dim, acc[d] == 0 ? 0.0 : factor * acc[d]);
     }
 
     const BackwardProblem& b_;

@@ -29,6 +29,8 @@ class Packed:
 
     @staticmethod
     def _bounds(name: str, cu: Any, size: int) -> Array:
+        if cu is None or np.asarray(cu).dtype.kind not in "iu":
+            raise ValueError(f"{name}: expected (B + 1,) integers")
         bounds: Array = np.asarray(cu).astype(np.int64)
         wrong = bounds.ndim != 1 or bounds.size == 0
         if wrong or bounds[0] < 0 or bounds[-1] > size or np.any(np.diff(bounds) < 0):
@@ -45,16 +47,26 @@ class Packed:
     def _stack(self, entries: list[Array], like: Array) -> Array:
         return np.stack(entries) if entries else np.zeros((0, *like.shape), like.dtype)
 
-    def rows_of(self, x: Any) -> Array:
+    def rows_of(self, x: Any, name: str = "q") -> Array:
         """q, out and their gradients: (B, ...) of the longest entry's rows."""
-        return self._stack(self._pad(np.asarray(x), self.cu_q, self.seq), np.asarray(x))
+        x = self._checked(name, x, 3, self.seq, self.rows)
+        return self._stack(self._pad(x, self.cu_q, self.seq), x)
 
-    def keys_of(self, x: Any) -> Array:
-        return self._stack(self._pad(np.asarray(x), self.cu_kv, self.seq), np.asarray(x))
+    def keys_of(self, x: Any, name: str = "k") -> Array:
+        x = self._checked(name, x, 3, self.seq, self.keys)
+        return self._stack(self._pad(x, self.cu_kv, self.seq), x)
 
-    def stats_of(self, x: Any) -> Array:
+    def stats_of(self, x: Any, name: str = "lse") -> Array:
         """lse and its gradient: (Hq, Tq) to (B, Hq, Sq)."""
-        return self._stack(self._pad(np.asarray(x), self.cu_q, 1), np.asarray(x))
+        x = self._checked(name, x, 2, 1, self.rows)
+        return self._stack(self._pad(x, self.cu_q, 1), x)
+
+    @staticmethod
+    def _checked(name: str, given: Any, rank: int, axis: int, size: int) -> Array:
+        x: Array = np.asarray(given)
+        if x.ndim != rank or x.shape[axis] != size:
+            raise ValueError(f"{name}: expected {rank} axes with {size} on axis {axis}, got shape {x.shape}")
+        return x
 
     def pairs_of(self, x: Any) -> Array:
         """mask and bias: broadcast to (Hq, Tq, Tk), each entry's own block of it."""
@@ -81,7 +93,7 @@ class Packed:
         return x
 
     def packed_pairs(self, padded: Array) -> Array:
-        x = np.zeros((self.heads, self.rows, self.keys))
+        x = np.zeros((self.heads, self.rows, self.keys), padded.dtype)
         for b, (n, m) in enumerate(zip(self.q_lens, self.kv_lens, strict=True)):
             x[:, self.cu_q[b] : self.cu_q[b + 1], self.cu_kv[b] : self.cu_kv[b + 1]] = padded[b, :, :n, :m]
         return x
@@ -92,13 +104,19 @@ class Packed:
         for name in ("mask", "bias"):
             if options.get(name) is not None:
                 options[name] = self.pairs_of(options[name])
+        for name in ("q_lens", "return_weights"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"{name}: expected none for packed entries")
         if options.get("kv_lens") is None:
             options["kv_lens"] = self.kv_lens
+        lens = np.broadcast_to(options["kv_lens"], self.kv_lens.shape)
+        if np.any(lens < 0) or np.any(lens > self.kv_lens):
+            raise ValueError(f"kv_lens: expected lengths from 0 to {self.kv_lens}, got {lens}")
         return options | {"q_lens": self.q_lens}
 
 
 def forward(mha: Callable[..., Any], x: Packed, q: Any, k: Any, v: Any, given: dict[str, Any]) -> Any:
-    out, lse = mha(x.rows_of(q), x.keys_of(k), x.keys_of(v), **x.options(given), return_lse=True)
+    out, lse = mha(x.rows_of(q), x.keys_of(k), x.keys_of(v, "v"), **x.options(given), return_lse=True)
     return x.packed(out, x.cu_q, x.rows, x.seq), x.packed(lse, x.cu_q, x.rows, 1, -np.inf)
 
 
@@ -107,9 +125,9 @@ def backward(
     given: dict[str, Any],
 ) -> Gradients:  # fmt: skip
     """rows: dout, q, out; keys: k, v; stats: lse, dlse. What is None stays None."""
-    dout, q, out = (None if y is None else x.rows_of(y) for y in rows)
-    k, v = (x.keys_of(y) for y in keys)
-    lse, dlse = (None if y is None else x.stats_of(y) for y in stats)
+    dout, q, out = (None if y is None else x.rows_of(y, n) for n, y in zip(("dout", "q", "out"), rows, strict=True))
+    k, v = (x.keys_of(y, n) for n, y in zip("kv", keys, strict=True))
+    lse, dlse = (None if y is None else x.stats_of(y, n) for n, y in zip(("lse", "dlse"), stats, strict=True))
     grads = mha_backward(dout, q, k, v, out, lse, dlse=dlse, **x.options(given))
     return grads._replace(
         dq=x.packed(grads.dq, x.cu_q, x.rows, x.seq),

@@ -331,7 +331,8 @@ def mha_varlen_backward(
     given = {"layout": layout, **options}
     grads = _varlen.backward(mha_backward, packed, [dout, q, out], [k, v], [lse, dlse], given)
     if grads.dbias is not None:
-        grads = grads._replace(dbias=_sum_to(grads.dbias, np.shape(options["bias"])))
+        dbias = _sum_to(grads.dbias.astype(np.float64), np.shape(options["bias"]))
+        grads = grads._replace(dbias=dbias.astype(grads.dbias.dtype))
     return grads
 
 

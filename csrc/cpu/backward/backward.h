@@ -167,9 +167,8 @@ void flash_backward(const BackwardCall& call, BackwardPhase phase, std::int64_t 
         return find_bias_gradient<E, S, K, W>(block, item);
     }
     const Place<BackwardEntry> place = place_of(entries, own, item);
-    const bool in_blocks = phase == BackwardPhase::gradients || phase == BackwardPhase::merge;
-    BackwardBlock<E> block(call, in_blocks ? place.entry->plan : call.schedule.whole, place.batch,
-                           place.entry->lengths, workspace);
+    const BackwardPlan& plan = phase == BackwardPhase::bias ? place.entry->bias_plan : place.entry->plan;
+    BackwardBlock<E> block(call, plan, place.batch, place.entry->lengths, workspace);
     auto* const partials = reinterpret_cast<typename E::Acc*>(call.shared + place.shared);
     switch (phase) {
         case BackwardPhase::prepare: return prepare_rows<E, S, K>(block, place.item);

@@ -22,7 +22,7 @@ constexpr std::int64_t kMostPartialBytes = std::int64_t{512} << 20;
 }  // namespace
 
 BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile,
-                           int threads) {
+                           int threads, double heads) {
     const AttentionProblem& p = problem.forward;
     BackwardPlan plan;
     const std::int64_t key_unit = std::lcm(tile.mr, tile.nr), row_unit = std::lcm(tile.mr, tile.scalars);
@@ -45,10 +45,8 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, c
     plan.weight_stride = plan.key_block + kPadding;
     plan.ds_stride = plan.key_block / tile.scalars + kPadding;
 
-    const std::int64_t heads = p.batch * p.kv_heads;
     const std::int64_t partial_bytes = p.kv_heads * plan.chunks * plan.dq_size * tile.unit_bytes;
-    plan.split =
-        plan.chunks > 1 && heads < std::int64_t{4} * threads && p.batch * partial_bytes <= kMostPartialBytes;
+    plan.split = plan.chunks > 1 && heads < 4.0 * threads && p.batch * partial_bytes <= kMostPartialBytes;
     plan.items = plan.split ? p.kv_heads * plan.chunks : p.kv_heads;
     plan.merge_items = plan.split ? p.q_heads * plan.row_blocks : 0;
     plan.partial_bytes = plan.split ? partial_bytes : 0;
@@ -60,15 +58,22 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
     const AttentionProblem& p = problem.forward;
     BackwardSchedule& all = backward_;
     all.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
-    Entry largest{p.q_size, p.kv_size, 0};
-    if (p.packed()) {
-        largest = {};
-        for_each_entry(p, [&](std::int64_t, const Entry& entry) {
-            largest.q_len = std::max(largest.q_len, entry.q_size);
-            largest.kv_len = std::max(largest.kv_len, entry.kv_size);
-        });
-    }
-    BackwardPlan& whole = all.whole = plan_backward(problem, largest, tile, threads);
+    for_each_entry(p, [&](std::int64_t, const Entry& lengths) { entries_.add().lengths = lengths; });
+    const std::int64_t times = entries_.times();
+    const auto work_of = [](const Entry& entry) {
+        return static_cast<double>(std::max<std::int64_t>(entry.q_len, 1)) *
+               static_cast<double>(std::max<std::int64_t>(entry.kv_len, 1));
+    };
+    double work = 0;
+    for (const BackwardEntry& entry : entries_.rows())
+        work += static_cast<double>(times) * work_of(entry.lengths);
+    const auto plan_of = [&](const Entry& entry, double of_work) {
+        // So many heads of this size are as much work as all there is.
+        return plan_backward(problem, entry, tile, threads, work / of_work * static_cast<double>(p.kv_heads));
+    };
+    // Packed entries have no blocks together.
+    const Entry arrays = p.packed() ? Entry{} : Entry{p.q_size, p.kv_size, 0};
+    BackwardPlan& whole = all.whole = plan_of(arrays, work);
     const ScoreOperand& dbias = problem.dbias;
     const AxisSizes bias = own_sizes(dbias, p);
     // Blocks of dbias, those of dS in each; both of one entry where entries are packed.
@@ -76,12 +81,14 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
         return bias.batch * bias.head * (dbias.query == 0 ? 1 : row_blocks) *
                (dbias.key == 0 ? 1 : key_blocks);
     };
-    const std::int64_t whole_items = bias_items(whole.row_blocks, whole.key_blocks);
-    // No axis is empty where there is an item.
-    const std::int64_t blocks = p.array_batch() * p.q_heads * whole.row_blocks * whole.key_blocks;
-    whole.bias_sections =
-        tile.unit_bytes == 4 && whole_items > 0 && blocks / whole_items > kBiasSectionBlocks;
-    if (!p.packed()) all.bias_items = whole_items;
+    const auto plan_bias = [&](BackwardPlan& plan) {
+        const std::int64_t items = bias_items(plan.row_blocks, plan.key_blocks);
+        // No axis is empty where there is an item.
+        const std::int64_t blocks = p.array_batch() * p.q_heads * plan.row_blocks * plan.key_blocks;
+        plan.bias_sections = tile.unit_bytes == 4 && items > 0 && blocks / items > kBiasSectionBlocks;
+        return plan.row_blocks * plan.key_blocks == 0 && p.packed() ? 0 : items;
+    };
+    all.bias_items = plan_bias(whole);
 
     const auto rows = static_cast<std::size_t>(p.array_batch() * p.q_heads * p.q_size);
     auto take = [&](std::size_t bytes) {
@@ -99,36 +106,38 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
         take(p.packed() ? static_cast<std::size_t>(p.batch * bias.head) * sizeof(double) : std::size_t{0});
     all.per_thread_bytes = backward_offsets(problem, whole, tile).total;
 
-    const std::int64_t times = entries_.times();
     bool split = false;
-    for_each_entry(p, [&](std::int64_t, const Entry& lengths) {
-        BackwardEntry& entry = entries_.add();
-        entry.lengths = lengths;
-        const BackwardPlan& plan = entry.plan = plan_backward(problem, lengths, tile, threads);
+    for (BackwardEntry& entry : entries_.rows()) {
+        const Entry& lengths = entry.lengths;
+        const BackwardPlan& plan = entry.plan = plan_of(lengths, work_of(lengths));
         entry.prepares = {all.prepare_items, ceil_div(p.q_heads * lengths.q_size, kRowsPerPreparation)};
         entry.items = {all.items, plan.items};
         entry.merges = {all.merge_items, plan.merge_items};
         entry.shared_size = (plan.partial_bytes + 63) / 64 * 64;
         entry.shared = static_cast<std::int64_t>(take(static_cast<std::size_t>(times * entry.shared_size)));
         all.prepare_items += times * entry.prepares.count;
-        if (p.packed()) {
-            const std::int64_t row_blocks = ceil_div(lengths.q_size, whole.row_block),
-                               key_blocks = ceil_div(lengths.kv_size, whole.key_block);
-            entry.biases = {all.bias_items,
-                            row_blocks * key_blocks == 0 ? 0 : bias_items(row_blocks, key_blocks)};
+        if (p.packed() && dbias.data != nullptr) {
+            // As of the arrays of the entry alone.
+            entry.bias_plan = plan_of({lengths.q_size, lengths.kv_size, 0}, work);
+            entry.biases = {all.bias_items, plan_bias(entry.bias_plan)};
             all.bias_items += times * entry.biases.count;
+            all.per_thread_bytes =
+                std::max(all.per_thread_bytes, backward_offsets(problem, entry.bias_plan, tile).total);
         }
         all.items += times * plan.items;
         all.merge_items += times * plan.merge_items;
         all.per_thread_bytes = std::max(all.per_thread_bytes, backward_offsets(problem, plan, tile).total);
         split = split || plan.split;
-    });
+    }
     all.entries = entries_.table();
+    all.packed = p.packed();
     all.groups = split ? 1 : std::max<std::int64_t>(all.items, 1);
 }
 
 std::string GradientSchedule::describe(const TileShape& tile) const {
-    const BackwardPlan& plan = backward_.whole;
+    const EntryTable<BackwardEntry>& entries = backward_.entries;
+    const bool packed = backward_.packed && entries.count > 0;
+    const BackwardPlan& plan = packed ? entries.rows[0].plan : backward_.whole;
     std::string text = "backward, tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr) +
                        ", block " + std::to_string(plan.row_block) + "x" + std::to_string(plan.key_block);
     if (plan.split) text += ", key chunks " + std::to_string(plan.chunks);

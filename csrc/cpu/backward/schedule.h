@@ -20,7 +20,8 @@ inline constexpr std::int64_t kRowsPerPreparation = 64;
 // keys for dq. For dbias, any of its blocks, each a single term of a sum.
 inline constexpr std::int64_t kSectionBlocks = 64, kBiasSectionBlocks = 16;
 
-// Of one entry: its rows and keys alone. Only `split` looks at threads and at the other entries.
+// Of one entry: its rows and keys alone. Only `split` looks at threads and at the other entries: `heads` of
+// its size are as much work as the whole call.
 struct BackwardPlan {
     std::int64_t key_block = 0, row_block = 0;  // multiples of the register tile's sides
     std::int64_t key_blocks = 0, row_blocks = 0;  // of a head
@@ -37,18 +38,19 @@ struct BackwardPlan {
 };
 
 BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile,
-                           int threads);
+                           int threads, double heads);
 
 struct BackwardEntry {
     Entry lengths;
-    BackwardPlan plan;
+    BackwardPlan plan, bias_plan;  // bias_plan: the blocks of dbias, where entries are packed
     Phase prepares, items, merges, biases;  // biases: of packed entries
     std::int64_t shared = 0, shared_size = 0;  // dq of the chunks, with split
 };
 
 struct BackwardSchedule {
     EntryTable<BackwardEntry> entries;
-    BackwardPlan whole;  // of the arrays' sizes, or of the largest packed ones: the blocks of dbias
+    bool packed = false;
+    BackwardPlan whole;  // of the arrays' sizes: the blocks of dbias, which padded entries share
     std::int64_t items = 0, merge_items = 0, prepare_items = 0, head_items = 0, bias_items = 0;
     std::int64_t groups = 1;  // of items: see Executor
     std::int64_t most_chunks = 1;  // of an entry

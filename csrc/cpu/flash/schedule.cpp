@@ -151,22 +151,27 @@ std::string describe_plan(const AttentionProblem& p, const FlashPlan& plan, cons
 }  // namespace
 
 std::string ForwardSchedule::describe(const AttentionProblem& p, const TileShape& tile) const {
+    constexpr std::size_t kMostKinds = 8;
     std::vector<std::pair<std::string, std::int64_t>> kinds;
+    std::int64_t others = 0;
     for (std::int64_t row = 0; row < flash_.entries.count; ++row) {
         std::string text = describe_plan(p, flash_.entries.rows[row].plan, tile);
         const auto same = [&](const auto& kind) { return kind.first == text; };
         const auto found = std::find_if(kinds.begin(), kinds.end(), same);
-        if (found == kinds.end()) {
+        if (found == kinds.end() && kinds.size() == kMostKinds) {
+            ++others;
+        } else if (found == kinds.end()) {
             kinds.emplace_back(std::move(text), 1);
         } else {
             ++found->second;
         }
     }
-    if (kinds.size() == 1) return kinds[0].first;
+    if (kinds.size() == 1 && others == 0) return kinds[0].first;
     std::string all;
     for (const auto& [text, entries] : kinds)
         all += (all.empty() ? "" : "; ") + std::to_string(entries) +
                (entries == 1 ? " entry: " : " entries: ") + text;
+    if (others > 0) all += "; " + std::to_string(others) + " others";
     return all;
 }
 
