@@ -16,7 +16,7 @@ using testing::message_of;
 AttentionProblem problem(std::int64_t batch, std::int64_t q_size, std::int64_t kv_size,
                          DType dtype = DType::f32, std::int64_t dim = 64) {
     AttentionProblem p;
-    p.dtype = p.k_dtype = p.v_dtype = dtype;
+    p.dtype = p.out_dtype = p.k_dtype = p.v_dtype = dtype;
     p.lse_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
     p.batch = batch, p.q_heads = p.kv_heads = 8;
     p.q_size = q_size, p.kv_size = kv_size, p.head_dim = p.value_dim = dim;
