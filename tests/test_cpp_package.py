@@ -256,9 +256,12 @@ os.chdir({str(tree)!r})
 print(build_wheel({str(tmp_path)!r}, {options!r}))
 """
     before = sorted(tree.rglob("*"))
+    # CI names a folder for builds below the sources; a user's build has none.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SKBUILD_")}
     done = subprocess.run(
         [sys.executable, "-c", code],
         preexec_fn=without_the_right_to_write,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
