@@ -33,7 +33,7 @@ void set_device_speeds(const DeviceSpeeds& s) {
     speeds_in_use.store(new DeviceSpeeds(s), std::memory_order_release);
 }
 
-DeviceEstimate estimate_devices(const AttentionProblem& p, int threads, const DeviceSpeeds& s) noexcept {
+DeviceEstimate estimate_devices(const AttentionProblem& p, int threads, const DeviceSpeeds& s) {
     double cpu = s.cpu_per_thread_f32, gpu = s.gpu_half;
     if (p.dtype == DType::f64) {
         cpu = s.cpu_per_thread_f64;

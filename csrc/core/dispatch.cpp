@@ -56,8 +56,8 @@ const Pass<BackwardProblem>& pass_of(const Kernel& kernel, const BackwardProblem
 }
 
 // Beside the forward's q.k and p.v the backward has two more products for each: 5 instead of 2 at D = Dv.
-double flops_of(const AttentionProblem& problem) noexcept { return count_flops(problem); }
-double flops_of(const BackwardProblem& problem) noexcept { return 2.5 * count_flops(problem.forward); }
+double flops_of(const AttentionProblem& problem) { return count_flops(problem); }
+double flops_of(const BackwardProblem& problem) { return 2.5 * count_flops(problem.forward); }
 
 // ---- the device -----------------------------------------------------------------------------------
 std::string quoted(std::string_view text) { return "\"" + std::string(text) + "\""; }

@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "core/entry.h"
+#include "core/mask_lists.h"
 
 namespace fastattn {
 
 // Whether nothing tells the entries of the batch apart.
 inline bool entries_alike(const AttentionProblem& p) {
-    return p.batch <= 1 || (!p.packed() && !p.has_q_lens && !p.has_kv_lens && p.q_offsets.data == nullptr);
+    const bool by_lengths = p.packed() || p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr;
+    return p.batch <= 1 || (!by_lengths && conditions_alike(p));
 }
 
 inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
@@ -27,10 +29,11 @@ inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
     return entry;
 }
 
-// f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike.
+// f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike. `lists` keeps
+// what the entries point to.
 template <class F>
-void for_each_entry(const AttentionProblem& p, F&& f) {
-    if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0, p.q_size, p.kv_size, 0, 0});
+void for_each_entry(const AttentionProblem& p, MaskLists& lists, F&& f) {
+    if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0, p.q_size, p.kv_size, 0, 0, {}});
     const std::int64_t count = entries_alike(p) ? 1 : p.batch;
     std::int64_t row = 0, key = 0;  // the first ones that no packed entry had so far
     for (std::int64_t b = 0; b < count; ++b) {
@@ -41,6 +44,7 @@ void for_each_entry(const AttentionProblem& p, F&& f) {
             row = entry.first_row + entry.q_size;
             key = entry.first_key + entry.kv_size;
         }
+        entry.lists = lists.of(p, b, entry);
         f(b, entry);
     }
 }

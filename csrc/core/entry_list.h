@@ -20,6 +20,12 @@ public:
     EntryList(const EntryList&) = delete;
     EntryList& operator=(const EntryList&) = delete;
 
+    // f(b, entry) for each entry; see for_each_entry.
+    template <class F>
+    void for_each(const AttentionProblem& p, F&& f) {
+        for_each_entry(p, lists_, f);
+    }
+
     Planned& add() { return alike_ ? first_ : more_.emplace_back(); }
     std::span<Planned> rows() { return alike_ ? std::span(&first_, 1) : std::span(more_); }
     EntryTable<Planned> table() const {
@@ -31,6 +37,7 @@ public:
 private:
     const bool alike_;
     const std::int64_t batch_;
+    MaskLists lists_;
     Planned first_{};  // no second allocation where the entries are alike
     std::vector<Planned> more_;
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "core/mask_lists.h"
+
 namespace fastattn {
 namespace {
 
@@ -44,7 +46,9 @@ double count_elements(std::initializer_list<Index> sizes, std::initializer_list<
 
 }  // namespace
 
-double count_flops(const AttentionProblem& p) noexcept {
+double count_flops(const AttentionProblem& p) {
+    if (p.condition_count > 0)
+        return count_listed_pairs(p) * 2.0 * static_cast<double>(p.head_dim + p.value_dim);
     double pairs = 0.0;
     const bool differ = p.packed() || p.has_q_lens || p.has_kv_lens || p.q_offsets.data != nullptr;
     if (differ) {

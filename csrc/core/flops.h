@@ -5,8 +5,9 @@
 
 namespace fastattn {
 
-// 2 * (D + Dv) for each (head, row, key) within causal, window and lengths. Closed form per batch entry.
-double count_flops(const AttentionProblem& problem) noexcept;
+// 2 * (D + Dv) for each (head, row, key) within causal, window, lengths and lists of keys. Without lists in
+// closed form per batch entry.
+double count_flops(const AttentionProblem& problem);
 
 // The same without causal, window and lengths, in a few operations; one key more than there is, as the
 // rows of a call without keys are written all the same.

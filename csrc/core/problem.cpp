@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/mask_lists.h"
 #include "core/problem_errors.h"
 #include "core/problem_parts.h"
 #include "core/scalar_access.h"
@@ -306,6 +307,9 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
     set_entries(a, p, arrays);
     set_numbers(a, p);
     set_optional_inputs(a, p, arrays);
+    p.conditions = a.conditions.data();
+    p.condition_count = static_cast<Index>(a.conditions.size());
+    check_conditions(p);
     return p;
 }
 

@@ -10,6 +10,17 @@
 #include "core/host_device.h"
 
 namespace fastattn {
+
+struct Span {
+    std::int64_t begin, end;
+};
+
+// The list of a row: intervals, ascending and disjoint, of keys less `shift`. Without a first one: all keys.
+struct RowSpans {
+    const Span* first = nullptr;
+    std::int64_t count = 0, shift = 0;
+};
+
 namespace {
 
 [[maybe_unused]] FASTATTN_HOST_DEVICE static inline std::int64_t saturating_add(std::int64_t a,
@@ -87,6 +98,109 @@ inline void add_row(RowsRange& rows, std::int64_t begin, std::int64_t end) noexc
 inline Seen seen_by(const RowsRange& rows, std::int64_t j, std::int64_t n) noexcept {
     if (rows.begin >= rows.end || rows.begin >= j + n || rows.end <= j) return Seen::none;
     return sees_all(rows.all_begin, rows.all_end, j, n) ? Seen::all : Seen::some;
+}
+
+// ---- lists of keys --------------------------------------------------------------------------------------
+// The first interval that ends beyond key j.
+inline std::int64_t span_after(const RowSpans& list, std::int64_t j) noexcept {
+    const std::int64_t own = saturating_add(j, -list.shift);
+    std::int64_t low = 0, high = list.count;
+    while (low < high) {
+        const std::int64_t middle = low + (high - low) / 2;
+        if (list.first[middle].end > own) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+inline bool in_list(const RowSpans& list, std::int64_t j) noexcept {
+    const std::int64_t n = span_after(list, j);
+    return n < list.count && list.first[n].begin <= saturating_add(j, -list.shift);
+}
+
+// Cuts a range down to the keys of a list, which is no list any more where they are one interval.
+inline void cut_to_list(KeyRange& range, RowSpans& list) noexcept {
+    const std::int64_t first = span_after(list, range.begin);
+    std::int64_t low = first, high = list.count;  // the first interval that begins at range.end or beyond
+    const std::int64_t end = saturating_add(range.end, -list.shift);
+    while (low < high) {
+        const std::int64_t middle = low + (high - low) / 2;
+        if (list.first[middle].begin >= end) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    if (low == first) {
+        range.end = range.begin;
+        list = {};
+        return;
+    }
+    const std::int64_t from = saturating_add(list.first[first].begin, list.shift),
+                       to = saturating_add(list.first[low - 1].end, list.shift);
+    range.begin = from > range.begin ? from : range.begin;
+    range.end = to < range.end ? to : range.end;
+    if (low - first == 1) {
+        list = {};
+    } else {
+        list.first += first;
+        list.count = low - first;
+    }
+}
+
+// Row: has begin, end and spans. n keys from j on, of one row.
+template <class Row>
+Seen seen_by_row(const Row& row, std::int64_t j, std::int64_t n) noexcept {
+    if (row.begin >= j + n || row.end <= j) return Seen::none;
+    const bool whole = sees_all(row.begin, row.end, j, n);
+    if (row.spans.first == nullptr) return whole ? Seen::all : Seen::some;
+    const std::int64_t at = span_after(row.spans, j), own = j - row.spans.shift;
+    if (at == row.spans.count || row.spans.first[at].begin >= own + n) return Seen::none;
+    const Span& span = row.spans.first[at];
+    return whole && span.begin <= own && span.end >= own + n ? Seen::all : Seen::some;
+}
+
+// Whether two rows have the same keys, as far as that costs nothing to see.
+template <class Row>
+bool see_alike(const Row& a, const Row& b) noexcept {
+    return a.begin == b.begin && a.end == b.end && a.spans.first == b.spans.first &&
+           a.spans.count == b.spans.count && a.spans.shift == b.spans.shift;
+}
+
+// The same of several rows.
+template <class Row>
+Seen seen_by_rows(const Row* rows, std::int64_t count, std::int64_t j, std::int64_t n) noexcept {
+    bool any = false, all = true;
+    for (std::int64_t r = 0; r < count; ++r) {
+        if (r > 0 && see_alike(rows[r], rows[r - 1])) continue;
+        const Seen seen = seen_by_row(rows[r], j, n);
+        any = any || seen != Seen::none;
+        all = all && seen == Seen::all;
+        if (any && !all) return Seen::some;
+    }
+    return any ? Seen::all : Seen::none;
+}
+
+// The first key from j on that any of the rows may attend; `end` or beyond: none before it.
+template <class Row>
+std::int64_t next_seen(const Row* rows, std::int64_t count, std::int64_t j, std::int64_t end) noexcept {
+    for (std::int64_t r = 0; r < count && end > j; ++r) {
+        const Row& row = rows[r];
+        if ((r > 0 && see_alike(row, rows[r - 1])) || row.end <= j) continue;
+        std::int64_t next = row.begin > j ? row.begin : j;
+        if (row.spans.first != nullptr) {
+            const std::int64_t at = span_after(row.spans, next);
+            if (at == row.spans.count) continue;
+            const std::int64_t begin = row.spans.first[at].begin + row.spans.shift;
+            next = begin > next ? begin : next;
+            if (next >= row.end) continue;
+        }
+        end = next < end ? next : end;
+    }
+    return end;
 }
 
 // Whether any of n mask bytes from (b, head, query, j) on is set.

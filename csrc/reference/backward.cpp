@@ -205,7 +205,7 @@ private:
             if (!sees_key(range.begin, range.end, j)) continue;
             const ReferenceRow<T> row = row_of(b, h, i);
             double bias;
-            if (row.attends(j, bias)) f(row, bias);
+            if (sees_key(row.range.begin, row.range.end, j) && row.attends(j, bias)) f(row, bias);
         }
     }
 

@@ -71,7 +71,7 @@ public:
           values(p.v, b, kv_head),
           query(scratch) {
         exists = i < entry.q_len;
-        range = entry_keys(p, entry, i);
+        if (exists) range = row_keys(p, entry, h, i, list);
         position = static_cast<double>(entry.offset) + static_cast<double>(i);
         if (p.alibi_slopes.data != nullptr)
             slope = load_real(p.alibi_slopes.data, p.alibi_slopes.dtype,
@@ -85,6 +85,7 @@ public:
     // Whether the row may attend key j, which lies in its range; its bias then.
     bool attends(Index j, double& bias) const {
         bias = 0.0;
+        if (list.first != nullptr && !in_list(list, j)) return false;
         if (p.mask.data != nullptr &&
             load_as<std::uint8_t>(p.mask.data, score_index(p.mask, b, h, i, j)) == 0)
             return false;
@@ -136,6 +137,7 @@ public:
     const KeyRows<T> keys, values;
     bool exists;
     KeyRange range;
+    RowSpans list;  // where the row has not all keys of its range
     double position = 0.0, slope = 0.0, sink = -kInfinity;
 
 private:

@@ -12,7 +12,7 @@ namespace fastattn {
 class ReferenceSchedule final : public Schedule {
 public:
     explicit ReferenceSchedule(const AttentionProblem& p) : entries_(p) {
-        for_each_entry(p, [&](std::int64_t, const Entry& entry) {
+        entries_.for_each(p, [&](std::int64_t, const Entry& entry) {
             entries_.add() = entry;
             most_rows_ = std::max(most_rows_, entry.q_size);
             most_keys_ = std::max(most_keys_, entry.kv_size);

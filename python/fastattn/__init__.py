@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from fastattn import jax as jax
+    from fastattn import masks as masks
     from fastattn import reference as reference
     from fastattn import torch as torch
 
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "kernels",
+    "masks",
     "merge_states",
     "mha",
     "mha_backward",
@@ -55,7 +57,7 @@ __all__ = [
 _threadpoolctl.register()
 
 # Modules, imported when first used, and what each needs beside NumPy.
-_ON_DEMAND = {"jax": "jax", "reference": None, "torch": "torch"}
+_ON_DEMAND = {"jax": "jax", "masks": None, "reference": None, "torch": "torch"}
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._attention import Gradients
+from fastattn.masks import Mask
 
 Array = np.ndarray[Any, Any]
 
@@ -102,7 +103,7 @@ class Packed:
         """Of the call on the padded batch."""
         options = dict(given)
         for name in ("mask", "bias"):
-            if options.get(name) is not None:
+            if options.get(name) is not None and not isinstance(options[name], Mask):
                 options[name] = self.pairs_of(options[name])
         for name in ("q_lens", "return_weights"):
             if options.pop(name, None) is not None:
@@ -112,7 +113,19 @@ class Packed:
         lens = np.broadcast_to(options["kv_lens"], self.kv_lens.shape)
         if np.any(lens < 0) or np.any(lens > self.kv_lens):
             raise ValueError(f"kv_lens: expected lengths from 0 to {self.kv_lens}, got {lens}")
+        if isinstance(options.get("mask"), Mask):
+            options["mask"] = self.blocks_of(options["mask"], lens, options.get("q_offset"))
         return options | {"q_lens": self.q_lens}
+
+    def blocks_of(self, mask: Mask, kv_lens: Array, q_offset: Any) -> Array:
+        """A Mask as bool (B, Hq, Sq, Sk): its rows are the packed ones, its keys those of the entry."""
+        offsets = kv_lens - self.q_lens if q_offset is None else np.broadcast_to(q_offset, kv_lens.shape)
+        most_rows, most_keys = self._longest()
+        x = np.zeros((self.q_lens.size, self.heads, most_rows, most_keys), bool)
+        for b, (rows, n_keys) in enumerate(zip(self.q_lens, self.kv_lens, strict=True)):
+            shape = (self.heads, int(rows), int(n_keys))
+            x[b, :, :rows, :n_keys] = mask._of_entry(b, shape, int(offsets[b]), int(kv_lens[b]), int(self.cu_q[b]))
+        return x
 
 
 def forward(mha: Callable[..., Any], x: Packed, q: Any, k: Any, v: Any, given: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastattn import _reference_varlen as _varlen
 from fastattn._attention import Gradients
+from fastattn.masks import Mask
 
 __all__ = ["dropout_keep", "mha", "mha_backward", "mha_varlen", "mha_varlen_backward", "philox4x32"]
 
@@ -67,7 +68,7 @@ def mha(
         Row i sees p - left <= j <= p + right; None leaves that side open.
     q_offset : int or integer array (B,), optional
         Position of row 0 among the keys. Default: kv_len - q_len of the batch entry.
-    mask : bool array, broadcastable to (B,Hq,Sq,Sk), optional
+    mask : bool array, broadcastable to (B,Hq,Sq,Sk), or a Mask of `fastattn.masks`, optional
         True: may attend.
     bias : float array, broadcastable to (B,Hq,Sq,Sk), optional
         Added to the scores; -inf counts as masked.
@@ -372,7 +373,10 @@ class _Problem:
         self.causal, self.dropout, self.seed = x.causal, x.dropout, x.seed
         self.softcap = None if x.softcap is None else float(x.softcap)
         self.window = (None, None) if x.window is None else x.window
-        self.mask = None if x.mask is None else np.broadcast_to(np.asarray(x.mask, bool), self.score_shape)
+        if isinstance(x.mask, Mask):
+            self.mask: Any = x.mask
+        else:
+            self.mask = None if x.mask is None else np.broadcast_to(np.asarray(x.mask, bool), self.score_shape)
         self.bias = None if x.bias is None else np.broadcast_to(np.asarray(x.bias), self.score_shape)
         slopes = x.alibi_slopes
         self.slopes = None if slopes is None else self.wide(np.broadcast_to(slopes, (n_batch, n_heads)))
@@ -415,7 +419,10 @@ class _Problem:
             allowed &= j - i >= _clip(offset - int(left))
         if right is not None:
             allowed &= j - i <= _clip(offset + int(right))
-        if self.mask is not None:
+        if isinstance(self.mask, Mask):
+            shape = self.score_shape[1:]
+            allowed &= self.mask._of_entry(b, shape, self.offset[b], self.kv_len[b])[h]
+        elif self.mask is not None:
             allowed &= self.mask[b, h]
         if self.bias is not None:
             allowed &= _f64(self.bias[b, h]) != -np.inf

@@ -54,20 +54,29 @@ void pack_key_block(BackwardBlock<E>& block) {
     keys.packed = true;
 }
 
-// Whether any of n rows from i on attends any of the keys [first, first + keys), by the ranges alone.
-inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t i, std::int64_t n,
-                        std::int64_t first, std::int64_t keys) {
+// Whether any of n rows from i on of head h attends any of the keys [first, first + keys), by ranges and lists.
+inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t h, std::int64_t i,
+                        std::int64_t n, std::int64_t first, std::int64_t keys) {
     if (n == 0) return false;
     const KeyRange range = range_of_rows(entry_keys(p, entry, i), entry_keys(p, entry, i + n - 1));
-    return range.begin < first + keys && range.end > first;
+    if (range.begin >= first + keys || range.end <= first) return false;
+    if (entry.lists.index == nullptr) return true;
+    RowInfo before{};
+    for (std::int64_t r = i; r < i + n; ++r) {
+        const RowInfo row = row_info(p, entry, r, h);
+        if (r > i && see_alike(row, before)) continue;
+        if (seen_by_row(row, first, keys) != Seen::none) return true;
+        before = row;
+    }
+    return false;
 }
 
-// The first block of rows from i on, of one head, that has weights in the keys; q_len if there is none.
+// The first block of rows from i on, of head h, that has weights in the keys; q_len if there is none.
 inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& plan, const Entry& entry,
-                              std::int64_t i, std::int64_t first, std::int64_t keys) {
+                              std::int64_t h, std::int64_t i, std::int64_t first, std::int64_t keys) {
     for (; i < entry.q_len; i += plan.row_block) {
         const std::int64_t left = entry.q_len - i;
-        if (rows_attend(p, entry, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+        if (rows_attend(p, entry, h, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
     }
     return entry.q_len;
 }
@@ -100,9 +109,10 @@ void plan_ahead(BackwardBlock<E>& block) {
                  keys_on = 0;  // to the next item's, where entries are packed (core/entry_view.h)
     const BackwardPlan* plan = &block.plan;
     const Entry* entry = &block.x.entry;
-    std::int64_t row = next_rows(p, *plan, *entry, block.rows.first + plan->row_block, keys.first, keys.size);
+    std::int64_t row =
+        next_rows(p, *plan, *entry, head, block.rows.first + plan->row_block, keys.first, keys.size);
     if (row == entry->q_len && ++head < first_head + p.group)
-        row = next_rows(p, *plan, *entry, 0, keys.first, keys.size);
+        row = next_rows(p, *plan, *entry, head, 0, keys.first, keys.size);
     if (row == entry->q_len) {
         ask(K{}, ahead.dk, problem.dk, b, keys.first, keys.head, p.head_dim, keys.size);
         ask(W{}, ahead.dv, problem.dv, b, keys.first, keys.head, p.value_dim, keys.size);
@@ -133,7 +143,7 @@ void plan_ahead(BackwardBlock<E>& block) {
             ahead.v = keys_ahead(KeyRows<W>(p.v, b, kv_head), key + keys_on, p.value_dim, n);
             if (n > most) most = n;
             head = kv_head * p.group;
-            row = next_rows(p, *plan, *entry, 0, key, n);
+            row = next_rows(p, *plan, *entry, head, 0, key, n);
         }
     }
     if (row < entry->q_len) {
@@ -157,7 +167,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     RowBlock& rows = block.rows;
     FlashBlock<E>& x = block.x;
     const std::int64_t left = x.entry.q_len - i, live = left < plan.row_block ? left : plan.row_block;
-    if (!rows_attend(p, x.entry, i, live, keys.first, keys.size)) return false;
+    if (!rows_attend(p, x.entry, head, i, live, keys.first, keys.size)) return false;
     if (!keys.packed) pack_key_block<E, K, W>(block);
     static_assert(E::mr % E::scalars == 0);
     const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;

@@ -237,18 +237,23 @@ void find_tile(const BackwardBlock<E>& block, std::int64_t r) {
     TileColumns& tile = block.at.tiles[r / E::mr];
     tile = {0, 0};
     const std::int64_t first = begin / E::nr * E::nr;
+    const bool listed = block.x.entry.lists.index != nullptr;
     for (std::int64_t c = 0; c < keys; c += E::nr) {
         const std::int64_t left = end - c;
         const bool outside = begin >= end || c < first || left <= 0;
-        if (outside || mask_hides(block.forward.mask, block.x.batch, block.x.info + r, rows, first_key + c,
-                                  left < E::nr ? left : E::nr)) {
+        const std::int64_t n = left < E::nr ? left : E::nr;
+        const Seen seen = !listed ? Seen::all
+                          : outside ? Seen::none
+                                    : seen_by_rows(block.x.info + r, rows, first_key + c, n);
+        if (outside || seen == Seen::none ||
+            mask_hides(block.forward.mask, block.x.batch, block.x.info + r, rows, first_key + c, n)) {
             if (!block.into_bias) clear_panel(block, r, c);
             continue;
         }
         const int vectors = left >= E::nr ? E::nv : static_cast<int>((left + w - 1) / w);
         if (tile.last == 0) tile.first = c;
         tile.last = c + vectors * w;
-        const bool ranged = seen_by(range, first_key + c, vectors * w) != Seen::all;
+        const bool ranged = seen != Seen::all || seen_by(range, first_key + c, vectors * w) != Seen::all;
         with_count<E::nv>(vectors,
                           [&](auto count) { find_panel<decltype(count)::value>(block, r, c, ranged); });
     }

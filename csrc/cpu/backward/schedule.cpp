@@ -58,7 +58,7 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
     const AttentionProblem& p = problem.forward;
     BackwardSchedule& all = backward_;
     all.head_items = problem.dalibi.data != nullptr || problem.dsinks.data != nullptr ? p.q_heads : 0;
-    for_each_entry(p, [&](std::int64_t, const Entry& lengths) { entries_.add().lengths = lengths; });
+    entries_.for_each(p, [&](std::int64_t, const Entry& lengths) { entries_.add().lengths = lengths; });
     const std::int64_t times = entries_.times();
     const auto work_of = [](const Entry& entry) {
         return static_cast<double>(std::max<std::int64_t>(entry.q_len, 1)) *

@@ -33,7 +33,7 @@ void find_scores(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j, boo
             t[0] = t[0] * V::set1(x.scale_log2e);
             if (careful) t[0] = V::max(lowest, t[0]);
         }
-        keep_range(row, j + n * w, t);
+        keep_seen(row, j + n * w, t);
         t[0].store(scores + n * w);
     }
 }

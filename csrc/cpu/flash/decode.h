@@ -67,10 +67,14 @@ private:
     }
 
     void pass(bool careful) {
+        std::int64_t next_key = -1;  // with lists: no row sees a key before it
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (!mask_hides(p_.mask, item_.batch, x_.info, rows_, j, n)) attend_block(j, n, careful);
+            if (x_.listed && next_key < j) next_key = next_seen(x_.info, rows_, j, keys_.end);
+            const bool hidden = x_.listed && next_key >= j + n;
+            if (!hidden && !mask_hides(p_.mask, item_.batch, x_.info, rows_, j, n))
+                attend_block(j, n, careful);
             if (plan_.section_keys > 0 && (j + block) % plan_.section_keys == 0) end_sections();
         }
     }

@@ -63,7 +63,7 @@ FASTATTN_INLINE RowInfo row_info(const AttentionProblem& p, const Entry& entry, 
     row.query = query;
     row.head = head;
     if (query < entry.q_len) {
-        const KeyRange range = entry_keys(p, entry, query);
+        const KeyRange range = row_keys(p, entry, head, query, row.spans);
         row.begin = range.begin;
         row.end = range.end;
     }
@@ -178,6 +178,7 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
             if (info.begin < item.key_begin) info.begin = item.key_begin;
             if (info.end > item.key_end) info.end = item.key_end;
             if (info.end <= info.begin) info.begin = info.end = item.key_begin;
+            x.listed = x.listed || info.spans.first != nullptr;
             if (x.elementwise) find_features(x, info);
             x.info[r] = info;
             if (info.end > info.begin) {

@@ -48,7 +48,8 @@ public:
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (!mask_hides(p_.mask, item_.batch, x_.info, item_.rows, j, n)) attend_block(j, n);
+            const bool hidden = x_.listed && next_ >= j + n;
+            if (!hidden && !mask_hides(p_.mask, item_.batch, x_.info, item_.rows, j, n)) attend_block(j, n);
             if (call_.executor.stop_requested()) return;
             if (section_ends(j)) end_sections();
         }
@@ -69,6 +70,7 @@ public:
 private:
     void attend_block(std::int64_t j, std::int64_t n) {
         pack_block(j, n);
+        next_ = keys_.end;
         if (large_) plan_prefetch(j + plan_.key_block);
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
             if (call_.executor.stop_requested()) return;
@@ -83,6 +85,7 @@ private:
                 constexpr int mr = decltype(count)::value * kRowStep;
                 const TileColumns columns = tile_.template attend<mr>(r, j, n);
                 if (has_bad_) add_bad_values(r, mr, j, columns);
+                if (x_.listed) find_next<mr>(r, j + n);
             });
         }
     }
@@ -172,11 +175,19 @@ private:
 
     TileKeys& tile_of(std::int64_t r) { return at_.tiles[r / E::mr]; }
 
+    // Where the tile, and so the item, goes on after key j.
+    template <int rows>
+    void find_next(std::int64_t r, std::int64_t j) {
+        TileKeys& tile = tile_of(r);
+        if (tile.next < j) tile.next = next_seen(x_.info + r, rows, j, keys_.end);
+        if (tile.next < next_) next_ = tile.next;
+    }
+
     // The keys of each tile of rows, once for all blocks.
     void find_tile_keys() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             TileKeys& tile = tile_of(r);
-            if (r % E::mr == 0) tile = {no_rows(x_.entry.kv_len), false};
+            if (r % E::mr == 0) tile = {no_rows(x_.entry.kv_len), 0, false};
             add_row(tile.range, x_.info[r].begin, x_.info[r].end);
         }
     }
@@ -213,6 +224,7 @@ private:
     RowPrefetch<false> next_q_, next_k_, next_v_;
     RowPrefetch<true> out_;
     std::int64_t prefetch_rows_ = 0;
+    std::int64_t next_ = 0;  // with lists: no row sees a key before it
 };
 
 template <class E, class S, class K, class W>

@@ -37,7 +37,7 @@ public:
     TileColumns attend(std::int64_t r, std::int64_t j, std::int64_t n) {
         TileKeys& tile = at_.tiles[r / E::mr];
         const RowsRange range = tile.range;
-        if (seen_by(range, j, n) == Seen::none) return {0, 0};
+        if (seen_by(range, j, n) == Seen::none || (x_.listed && tile.next >= j + n)) return {0, 0};
         // Columns of the block that any row may attend.
         const std::int64_t begin = range.begin > j ? range.begin - j : 0;
         const std::int64_t end = range.end - j < n ? range.end - j : n;
@@ -45,13 +45,26 @@ public:
         // on.
         const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
         PanelWeights<MR> weights{*this, r, j, first};
-        std::int64_t last = first;
+        std::int64_t last = first, begun = first;  // columns from `begun` on wait for their product with v
         bool waiting = false;  // a panel has scores but no weights yet
         for (std::int64_t c = first, width; c < end; c += width) {
             width = E::nr - c % E::nr;
             const std::int64_t left = end - c < width ? end - c : width;
             const int vectors = static_cast<int>((left + w - 1) / w);
-            const bool ranged = seen_by(range, j + c, vectors * w) != Seen::all;
+            bool ranged = seen_by(range, j + c, vectors * w) != Seen::all;
+            if (x_.listed) {
+                const Seen seen = seen_by_rows(x_.info + r, MR, j + c, vectors * w);
+                if (seen == Seen::none) {
+                    if (begun < last) {
+                        multiply_values(r, begun, last, waiting, weights, !tile.started);
+                        tile.started = true;
+                    }
+                    waiting = false;
+                    begun = c + width;
+                    continue;
+                }
+                ranged = seen != Seen::all;
+            }
             last = c + vectors * w;
             if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
             if (mask_hides(p_.mask, x_.batch, x_.info + r, MR, j + c, left)) {
@@ -63,7 +76,7 @@ public:
             weights.bias_row = r;
             weights.bias_key = j + c + width;
             with_count<E::nv>(vectors, [&](auto count) {
-                score_panel<MR, decltype(count)::value>(r, j, first, c, ranged, waiting, weights);
+                score_panel<MR, decltype(count)::value>(r, j, begun, c, ranged, waiting, weights);
             });
             waiting = true;
             weights.column = c;
@@ -71,8 +84,10 @@ public:
         }
         weights.bias_row = r + MR < padded_ ? r + MR : 0;
         weights.bias_key = j + (weights.bias_row > 0 ? first : n);
-        multiply_values(r, first, last, waiting, weights, !tile.started);
-        tile.started = true;
+        if (begun < last) {
+            multiply_values(r, begun, last, waiting, weights, !tile.started);
+            tile.started = true;
+        }
         return {first, last < n ? last : n};
     }
 
@@ -209,7 +224,7 @@ private:
         for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < NV; ++n) acc[m][n] = acc[m][n] * scale;
-            if constexpr (ranged) keep_range(x_.info[r + m], j + c, acc[m]);
+            if constexpr (ranged) keep_seen(x_.info[r + m], j + c, acc[m]);
             top = V::max(largest<NV>(acc[m]) - V::set1(x_.row_max[r + m]), top);
         }
         store_scores<(NV > E::nv / 2 ? E::nv : E::nv / 2)>(acc, V::set1(-kInf<Acc>));

@@ -118,7 +118,7 @@ ForwardSchedule::ForwardSchedule(const AttentionProblem& p, const TileShape& til
     const std::int64_t times = entries_.times();
     FlashSchedule& all = flash_;
     std::int64_t groups = 0;
-    for_each_entry(p, [&](std::int64_t, const Entry& lengths) {
+    entries_.for_each(p, [&](std::int64_t, const Entry& lengths) {
         FlashEntry& entry = entries_.add();
         entry.lengths = lengths;
         const FlashPlan& plan = entry.plan = plan_flash(p, lengths, tile, threads);

@@ -60,6 +60,7 @@ struct FlashBlock {
     bool alibi, bias, mask;
     bool elementwise;        // softcap, alibi, bias or mask: not just scale and ranges
     bool has_slope;          // the scores' derivative by scale * q.k is not 1
+    bool listed;             // some row has a list of keys
     std::int64_t o_stride;
     RowInfo* info;           // (rows)
     Acc* row_max;            // m (rows)
@@ -87,6 +88,7 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry&
             p.mask.data != nullptr,
             is_elementwise(p),
             cap > 0,
+            false,
             0,
             nullptr,
             nullptr,
@@ -101,6 +103,7 @@ FlashBlock<E> make_block(const AttentionProblem& p, std::int64_t b, const Entry&
 template <class E>
 bool attends(const FlashBlock<E>& x, const RowInfo& row, std::int64_t j) {
     if (!sees_key(row.begin, row.end, j)) return false;
+    if (row.spans.first != nullptr && !in_list(row.spans, j)) return false;
     const ScoreOperand &mask = x.problem.mask, &bias = x.problem.bias;
     if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, j, 1)) return false;
     return bias.data == nullptr ||
@@ -114,7 +117,7 @@ bool attends_any(const FlashBlock<E>& x, const RowInfo& row) {
     if (row.begin >= row.end) return false;
     if (mask.data != nullptr && !mask_any(mask, x.batch, row.head, row.query, row.begin, row.end - row.begin))
         return false;
-    if (bias.data == nullptr) return true;
+    if (bias.data == nullptr && (mask.data == nullptr || row.spans.first == nullptr)) return true;
     for (std::int64_t j = row.begin; j < row.end; ++j) {
         if (attends(x, row, j)) return true;
     }
@@ -142,6 +145,35 @@ FASTATTN_INLINE void keep_range(const RowInfo& row, std::int64_t j0, V (&x)[N]) 
         const V key = V::iota() + V::set1(Acc(n * V::width));
         x[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), masked, x[n]), masked);
     }
+}
+
+// -inf for the keys j0, j0+1, ... that are not in the row's list.
+template <class V, int N>
+FASTATTN_INLINE void keep_list(const RowSpans& list, std::int64_t j0, V (&x)[N]) {
+    using Acc = typename V::value_type;
+    const V masked = V::set1(-kInf<Acc>);
+    V kept[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) kept[n] = masked;
+    const std::int64_t first = j0 - list.shift;
+    for (std::int64_t s = span_after(list, j0); s < list.count; ++s) {
+        if (list.first[s].begin >= first + N * V::width) break;
+        const V begin = V::set1(Acc(list.first[s].begin - first)), end = V::set1(Acc(list.first[s].end - first));
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const V key = V::iota() + V::set1(Acc(n * V::width));
+            kept[n] = V::select(V::gt(end, key), V::select(V::gt(begin, key), kept[n], x[n]), kept[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = kept[n];
+}
+
+// -inf for the keys j0, j0+1, ... that the row may not attend.
+template <class V, int N>
+FASTATTN_INLINE void keep_seen(const RowInfo& row, std::int64_t j0, V (&x)[N]) {
+    if (row.spans.first != nullptr) keep_list(row.spans, j0, x);
+    keep_range(row, j0, x);
 }
 
 // N vectors of a row of bias or mask whose next `left` elements lie `stride` apart.
@@ -271,7 +303,7 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
     using V = typename E::V;
     using Acc = typename E::Acc;
     constexpr int w = V::width;
-    const bool ranged = row.begin > j0 || row.end < j0 + vectors * w;
+    const bool ranged = row.begin > j0 || row.end < j0 + vectors * w || row.spans.first != nullptr;
     V top = V::set1(-kInf<Acc>);
     for (int c = 0; c < vectors; c += N) {
         V t[N];
@@ -284,7 +316,7 @@ typename E::V transform_row(const FlashBlock<E>& x, const RowInfo& row, typename
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) t[n] = t[n] * V::set1(x.scale_log2e);
         }
-        if (ranged) keep_range(row, j0 + c * w, t);
+        if (ranged) keep_seen(row, j0 + c * w, t);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             t[n].store(s + (c + n) * w);

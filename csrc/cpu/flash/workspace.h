@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/visible.h"
 #include "cpu/flash/schedule.h"
 
 namespace fastattn::cpu {
@@ -20,6 +21,7 @@ inline bool heads_side_by_side(const Operand& x) {
 // and where its bias and mask begin (elements from the array's, for key 0).
 struct RowInfo {
     std::int64_t begin, end, query, head;
+    RowSpans spans;  // where these are not all keys from begin to end
     std::int64_t bias, mask;
     double slope, position;  // ALiBi: adds slope * |position - key|
 };
@@ -27,6 +29,7 @@ struct RowInfo {
 // The same of a tile of rows; and whether O has anything yet.
 struct TileKeys {
     RowsRange range;
+    std::int64_t next;  // with lists: no row sees a key before it
     bool started;
 };
 

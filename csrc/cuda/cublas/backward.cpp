@@ -203,6 +203,7 @@ void queue_bias_store(const ScoreOperand& sums, const ScoreOperand& to, const At
 
 const char* CublasBackward::refuses(const BackwardProblem& b) {
     if (const char* why = refuses_packed(b)) return why;
+    if (const char* why = refuses_conditions(b.forward)) return why;
     // cuBLAS counts the columns of a matrix in 32 bits, and so do the kernels the keys of a row.
     constexpr Index most = (Index{1} << 31) - 1024;
     return whole(b.forward).keys > most ? "a row attends more than 2**31 keys" : nullptr;

@@ -12,9 +12,14 @@
 
 namespace fastattn::cuda {
 
+inline const char* refuses_conditions(const AttentionProblem& p) noexcept {
+    return p.condition_count > 0 ? "takes masks as bool arrays (a Mask: its to_bool(Sq, Sk))" : nullptr;
+}
+
 // What no kernel of the device takes, or nullptr.
 inline const char* refuses_everywhere(const AttentionProblem& p) noexcept {
     if (const char* why = refuses_packed(p)) return why;
+    if (const char* why = refuses_conditions(p)) return why;
     return p.out_dtype != p.dtype ? "returns out in q's dtype (out_dtype)" : nullptr;
 }
 

@@ -48,6 +48,29 @@ struct Cancelled : Error {  // RunOptions::poll asked to stop; outputs are incom
 // ---- what the caller fills --------------------------------------------------------------------
 enum class Layout : std::uint8_t { bshd, bhsd };
 
+// One condition of a mask without a place for every pair (fastattn.masks of Python), in memory of the host
+// that nobody writes to during a call. Positions are p = i + q_offset.
+struct MaskCondition {
+    enum class Kind : std::uint8_t {
+        lists,  // j is in the list of the row
+        prefix,  // j < length or j <= p
+        chunks,  // floor(j / size) == floor(p / size)
+        sinks_window,  // j < keep or p - left <= j <= p
+    };
+    Kind kind = Kind::lists;
+    // List n has the intervals [starts[n], starts[n + 1]) of `spans`, ascending and disjoint; the keys of each
+    // are [begin, end). int64, all: index (B or 1, heads or 1, blocks of rows or 1), starts (lists + 1,),
+    // spans (n, 2); the last two contiguous.
+    TensorView index, starts, spans;
+    std::int64_t row_block = 1;  // rows that have one list
+    bool kv_heads = false;  // the heads of index are those of k
+    bool from_end = false;  // keys count from the entry's kv_len: the last one is -1
+    bool exact = false;  // a key that the entry has no place for is an error, but within the last `size`
+    std::int64_t least_keys = 0, most_keys = INT64_MAX;  // Sk; of packed entries most_keys alone counts
+    TensorView lengths;  // int64 () or (B,)
+    std::int64_t size = 1, keep = 0, left = 0;
+};
+
 struct AttentionParams {
     TensorView q, k, v;  // rank 4, 3 (no batch) or 2 (no batch, no heads); axes as in layout
     TensorView out;  // q's rank and layout, last axis Dv
@@ -62,6 +85,8 @@ struct AttentionParams {
     TensorView q_offsets;  // the same per batch entry, integer (B,); at most one of the two
     TensorView mask;  // bool, broadcastable to (B,Hq,Sq,Sk); true: may attend
     const char* mask_as_bool = "mask.astype(bool)";  // for the message about a mask of another dtype
+    // A pair must satisfy all of them, beside the mask. They must outlive the problem. On the CPU.
+    std::vector<MaskCondition> conditions;
     TensorView bias;  // q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk)
     TensorView alibi_slopes;  // any float dtype, (Hq,) or (B,Hq)
     TensorView sinks;  // any float dtype, (Hq,)
@@ -128,6 +153,8 @@ struct AttentionProblem {
     std::int64_t window_left = -1, window_right = -1;  // -1: unbounded
     double dropout = 0.0;
     std::uint64_t seed = 0;
+    const MaskCondition* conditions = nullptr;  // those of the params
+    std::int64_t condition_count = 0;
 
     bool packed() const noexcept { return cu_q.data != nullptr; }
     // Entries that the arrays have an axis for.
