@@ -157,7 +157,7 @@ def test_pytorch():
         names = {x.name.removesuffix("_tensor") for x in schema.arguments}
         names = {re.sub("^window_(left|right)$", "window", name) for name in names}
         wanted = set(FORWARD) - {"out", "out_dtype", "return_lse"} if operator == "mha" else set(BACKWARD)
-        assert names - {"need_dscale", "need_dsoftcap"} == wanted | {"cu_q", "cu_kv"}
+        assert names - {"need_dscale", "need_dsoftcap"} == wanted | {"cu_q", "cu_kv", "mask_lists"}
 
 
 def test_jax():

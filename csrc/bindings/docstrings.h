@@ -31,9 +31,10 @@ window : tuple of (left, right), optional
 q_offset : int or integer array (B,), optional
     Position of query row 0 among the keys. Default: kv_len - q_len of the batch entry, so that the
     last row stands at the last key; 0 aligns the first row with the first key.
-mask : bool array, optional
+mask : bool array or fastattn.masks.Mask, optional
     Broadcastable to (B, Hq, Sq, Sk); True: may attend. A padding mask (B, Sk) goes in as
-    ``mask[:, None, None, :]``: as it is, NumPy's rules take its B for queries.
+    ``mask[:, None, None, :]``: as it is, NumPy's rules take its B for queries. A Mask says the same in O(S)
+    memory.
 bias : array of q's or lse's dtype, optional
     Broadcastable to (B, Hq, Sq, Sk); added to the scaled and softcapped scores. -inf counts as masked.
 alibi_slopes : float array (Hq,) or (B, Hq), optional
@@ -222,7 +223,8 @@ kv_lens : integer array (B,), optional
     Valid keys of each entry, at most those it has; the others are masked.
 alibi_slopes : float array (Hq,) or (B, Hq), optional
 mask, bias : array, optional
-    As in `mha`, broadcastable to (Hq, Tq, Tk); an entry reads its own block of it.
+    As in `mha`, broadcastable to (Hq, Tq, Tk); an entry reads its own block of it. Of a Mask the rows are
+    the packed ones, the keys are numbered within the entry.
 layout, scale, causal, window, softcap, sinks
     As in `mha`; positions are those within an entry.
 dropout, seed

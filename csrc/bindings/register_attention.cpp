@@ -13,6 +13,7 @@
 #include "bindings/docstrings.h"
 #include "bindings/errors.h"
 #include "bindings/gil.h"
+#include "bindings/mask_words.h"
 #include "bindings/numpy_interop.h"
 #include "bindings/places.h"
 #include "bindings/register.h"
@@ -51,7 +52,7 @@ struct Call {
     AttentionParams params;
     RunOptions options;
     Arrays arrays;
-    PyRef conditions;  // of a Mask
+    PyRef mask_words;  // of a Mask
     bool return_lse = false, return_weights = false;
 };
 
@@ -77,40 +78,16 @@ void read_q_offset(const Arguments& arguments, Call& call) {
     }
 }
 
-// fastattn.masks.Mask, by its conditions: tuples with the fields of MaskCondition in their order. False for
-// anything else.
-bool read_conditions(PyObject* mask, Call& call) {
+// fastattn.masks.Mask; false for anything else.
+bool read_mask_lists(PyObject* mask, Call& call) {
     if (is_ndarray(mask)) {
         return false;
     }
-    call.conditions = optional_attribute(mask, "_fastattn_conditions");
-    if (!call.conditions || !PyTuple_Check(call.conditions.get())) {
+    call.mask_words = optional_attribute(mask, "_fastattn_words");
+    if (!call.mask_words || !is_ndarray(call.mask_words.get())) {
         return false;
     }
-    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(call.conditions.get()); ++n) {
-        PyObject* const fields = PyTuple_GET_ITEM(call.conditions.get(), n);
-        constexpr Py_ssize_t kFields = 14;
-        if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != kFields) {
-            raise(PyExc_TypeError, "mask: expected a Mask of this version of fastattn");
-        }
-        const auto at = [&](Py_ssize_t field) { return PyTuple_GET_ITEM(fields, field); };
-        const auto number = [&](Py_ssize_t field) { return to_int64(at(field), "mask"); };
-        MaskCondition& c = call.params.conditions.emplace_back();
-        c.kind = static_cast<MaskCondition::Kind>(number(0));
-        c.index = call.arrays.input(at(1), "mask");
-        c.starts = call.arrays.input(at(2), "mask");
-        c.spans = call.arrays.input(at(3), "mask");
-        c.lengths = call.arrays.input(at(4), "mask");
-        c.row_block = number(5);
-        c.kv_heads = number(6) != 0;
-        c.from_end = number(7) != 0;
-        c.exact = number(8) != 0;
-        c.least_keys = number(9);
-        c.most_keys = number(10);
-        c.size = number(11);
-        c.keep = number(12);
-        c.left = number(13);
-    }
+    read_mask_words(call.arrays.input(call.mask_words.get(), "mask"), call.params);
     return true;
 }
 
@@ -146,7 +123,7 @@ void read_arguments(const Arguments& arguments, Call& call) {
     }
     for (const auto& [slot, member] : kArrays) {
         const bool required = slot == kQ || slot == kK || slot == kV;  // None is then no array, not absent
-        if (slot == kMask && arguments.given(kMask) && read_conditions(arguments[kMask], call)) {
+        if (slot == kMask && arguments.given(kMask) && read_mask_lists(arguments[kMask], call)) {
             continue;
         }
         if (slot != kQOffset && (required || arguments.given(slot))) {

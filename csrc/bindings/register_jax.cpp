@@ -17,6 +17,7 @@
 #include <fastattn/attention.h>
 
 #include "bindings/buffer.h"
+#include "bindings/mask_words.h"
 #include "bindings/places.h"
 #include "bindings/register.h"
 #include "bindings/xla_ffi_abi.h"
@@ -121,6 +122,8 @@ void set_array(BackwardParams& params, std::string_view name, const TensorView& 
         f.seed = to_seed(view);
     } else if (name == "q_offset" && view.rank == 0) {
         f.q_offset = to_integer(view, "q_offset");
+    } else if (name == "mask_lists") {
+        read_mask_words(view, f);
     } else if (TensorView* place = find_array(params, name)) {
         *place = view;
     } else {

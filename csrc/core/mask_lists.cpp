@@ -256,6 +256,45 @@ RowLists MaskLists::make(const AttentionProblem& p, Index b, const Entry& entry)
     return lists;
 }
 
+namespace {
+
+// Keys of a row within its range.
+Index count_keys(const KeyRange& range, const RowSpans& list) {
+    if (list.first == nullptr) return range.end - range.begin;
+    Index keys = 0;
+    for (Index n = 0; n < list.count; ++n)
+        keys += std::min(list.first[n].end + list.shift, range.end) -
+                std::max(list.first[n].begin + list.shift, range.begin);
+    return keys;
+}
+
+}  // namespace
+
+Selected selected_keys(const AttentionProblem& p, const Entry& entry) {
+    // Below so many keys in a row on average gathering is worth it, where it leaves out as many of all.
+    constexpr Index kRun = 24, kShare = 4;
+    constexpr Index kSample = 32, kExact = 256;
+    Selected found;
+    const RowLists& lists = entry.lists;
+    const bool by_group = lists.head == 0 || lists.heads == p.group;
+    const Index rows = p.kv_heads * entry.q_len;
+    if (lists.index == nullptr || !by_group || rows == 0) return found;
+    const Index step = rows <= kExact ? 1 : rows / kSample;
+    double keys = 0, runs = 0, all = 0;
+    for (Index n = 0; n < rows; n += step) {
+        RowSpans list;
+        const KeyRange range = row_keys(p, entry, n / entry.q_len * p.group, n % entry.q_len, list);
+        const Index own = count_keys(range, list);
+        found.most = std::max(found.most, own);
+        keys += static_cast<double>(own);
+        runs += static_cast<double>(list.first == nullptr ? 1 : list.count);
+        all += static_cast<double>(range.end - range.begin);
+    }
+    found.sparse = keys < kRun * runs && keys * kShare < all;
+    if (step != 1) found.most = entry.kv_len;
+    return found;
+}
+
 double count_listed_pairs(const AttentionProblem& p) {
     MaskLists lists;
     double pairs = 0.0;
@@ -268,10 +307,7 @@ double count_listed_pairs(const AttentionProblem& p) {
             for (Index i = 0; i < entry.q_len; ++i) {
                 RowSpans list;
                 const KeyRange range = row_keys(p, entry, h, i, list);
-                if (list.first == nullptr) pairs += each * static_cast<double>(range.end - range.begin);
-                for (Index n = 0; n < list.count; ++n)
-                    pairs += each * static_cast<double>(std::min(list.first[n].end + list.shift, range.end) -
-                                                        std::max(list.first[n].begin + list.shift, range.begin));
+                pairs += each * static_cast<double>(count_keys(range, list));
             }
     });
     return pairs;

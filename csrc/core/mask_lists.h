@@ -35,6 +35,13 @@ private:
     std::vector<std::unique_ptr<Made>> made_;
 };
 
+// Whether rows have few keys, far apart, and the heads of a group the same ones; as far as some rows tell.
+struct Selected {
+    bool sparse = false;
+    std::int64_t most = 0;  // keys of a row, or more
+};
+Selected selected_keys(const AttentionProblem& p, const Entry& entry);
+
 // Pairs of row and key that lengths, causal, window and lists leave, of all query heads.
 double count_listed_pairs(const AttentionProblem& p);
 

@@ -19,6 +19,7 @@ struct Span {
 struct RowSpans {
     const Span* first = nullptr;
     std::int64_t count = 0, shift = 0;
+    std::int64_t at = 0;  // where looking begins; any number of an interval
 };
 
 namespace {
@@ -104,7 +105,9 @@ inline Seen seen_by(const RowsRange& rows, std::int64_t j, std::int64_t n) noexc
 // The first interval that ends beyond key j.
 inline std::int64_t span_after(const RowSpans& list, std::int64_t j) noexcept {
     const std::int64_t own = saturating_add(j, -list.shift);
-    std::int64_t low = 0, high = list.count;
+    std::int64_t low = list.at, high = list.count;
+    if (low > 0 && list.first[low - 1].end > own) low = 0;
+    if (low < high && list.first[low].end > own) return low;
     while (low < high) {
         const std::int64_t middle = low + (high - low) / 2;
         if (list.first[middle].end > own) {
@@ -182,6 +185,56 @@ Seen seen_by_rows(const Row* rows, std::int64_t count, std::int64_t j, std::int6
         if (any && !all) return Seen::some;
     }
     return any ? Seen::all : Seen::none;
+}
+
+// Keys of a block, less those at either end that none of some rows sees; empty: none of them.
+struct SeenKeys {
+    std::int64_t begin, end;
+    bool all;  // by all of the rows, each of them
+};
+
+// Of the keys [j, j + n).
+template <class Row>
+SeenKeys seen_within(const Row* rows, std::int64_t count, std::int64_t j, std::int64_t n) noexcept {
+    SeenKeys seen{j + n, j, true};
+    for (std::int64_t r = 0; r < count; ++r) {
+        const Row& row = rows[r];
+        if (r > 0 && see_alike(row, rows[r - 1])) continue;
+        std::int64_t from = row.begin > j ? row.begin : j, to = row.end < j + n ? row.end : j + n;
+        if (from < to && row.spans.first != nullptr) {
+            std::int64_t at = span_after(row.spans, from);
+            const std::int64_t shift = row.spans.shift;
+            if (at < row.spans.count && row.spans.first[at].begin + shift < to) {
+                const std::int64_t begin = row.spans.first[at].begin + shift;
+                from = begin > from ? begin : from;
+                for (; at + 1 < row.spans.count && row.spans.first[at + 1].begin + shift < to; ++at)
+                    seen.all = false;
+                const std::int64_t end = row.spans.first[at].end + shift;
+                to = end < to ? end : to;
+            } else {
+                to = from;
+            }
+        }
+        if (from >= to) {
+            seen.all = false;
+            continue;
+        }
+        if (r > 0 && (from != seen.begin || to != seen.end)) seen.all = false;
+        seen.begin = from < seen.begin ? from : seen.begin;
+        seen.end = to > seen.end ? to : seen.end;
+    }
+    return seen;
+}
+
+// Looking in lists begins at key j from now on.
+template <class Row>
+void look_from(Row* rows, std::int64_t count, std::int64_t j) noexcept {
+    for (std::int64_t r = 0; r < count; ++r) {
+        if (rows[r].spans.first == nullptr) continue;
+        const std::int64_t at =
+            r > 0 && see_alike(rows[r], rows[r - 1]) ? rows[r - 1].spans.at : span_after(rows[r].spans, j);
+        rows[r].spans.at = at < rows[r].spans.count ? at : rows[r].spans.count - 1;
+    }
 }
 
 // The first key from j on that any of the rows may attend; `end` or beyond: none before it.

@@ -100,7 +100,7 @@ class Explanation:
     threads : int
         Threads that would take part.
     flops : float
-        2 * (D + Dv) for each (row, key) pair inside causal, window and lengths.
+        2 * (D + Dv) for each (row, key) pair inside causal, window, lengths and a Mask.
     bytes : float
         Inputs and outputs, each read or written once.
     refused : dict of str to str

@@ -6,6 +6,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from fastattn._attention import Explanation, Gradients
+from fastattn.masks import Mask
 
 __version__: str
 
@@ -50,7 +51,7 @@ class _Shared(TypedDict, total=False):
     causal: bool
     window: _Window | None
     q_offset: SupportsIndex | _Array | None
-    mask: _Array | None
+    mask: _Array | Mask | None
     bias: _Array | None
     alibi_slopes: _Array | None
     softcap: _Number | None

@@ -24,6 +24,7 @@ from jax.custom_batching import custom_vmap
 
 from fastattn import Gradients, _core
 from fastattn._arguments import OPTIONS
+from fastattn.masks import Mask
 
 __all__ = ["mha", "mha_varlen"]
 
@@ -98,8 +99,8 @@ def mha(
     q_offset : int or integer array () or (B,), optional
         Position of query row 0; an int of at most 32 bits without ``jax_enable_x64``. No value causes another
         compilation.
-    mask : bool array, broadcastable to (B,Hq,Sq,Sk), optional
-        A padding mask (B,Sk) goes in as ``mask[:, None, None, :]``.
+    mask : bool array, broadcastable to (B,Hq,Sq,Sk), or a Mask of `fastattn.masks`, optional
+        A Mask must be known when the function is traced. A padding mask (B,Sk) goes in as ``mask[:, None, None, :]``.
     bias : array of q's or lse's dtype, broadcastable to (B,Hq,Sq,Sk), optional
     alibi_slopes : float array (Hq,) or (B,Hq), optional
     sinks : float array (Hq,), optional
@@ -162,6 +163,7 @@ def mha_varlen(
     cu_q, cu_kv : integer array (B + 1,)
         Bounds of the entries, traced or not; cu_kv None: cu_q. No value causes another compilation.
     mask, bias : array, broadcastable to (Hq,Tq,Tk), optional
+        mask: or a Mask of `fastattn.masks`, whose rows are the packed ones.
     q_offset, kv_lens, alibi_slopes
         Of each entry: (B,), (B,) and (Hq,) or (B,Hq).
     layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, kernel
@@ -188,6 +190,9 @@ def _attend(given: dict[str, Any]) -> Any:
     given["return_weights"] = given["return_weights"] or False
     q_offset, seed, layout, dropout = (given[name] for name in ("q_offset", "seed", "layout", "dropout"))
     return_lse, return_weights = given["return_lse"], given["return_weights"]
+    lists = given["mask"] if isinstance(given["mask"], Mask) else None
+    if lists is not None:
+        given["mask"] = None
     arrays = {name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"}
     if q_offset is not None:
         arrays["q_offset"] = _offset(q_offset)
@@ -198,7 +203,13 @@ def _attend(given: dict[str, Any]) -> Any:
                 f"{name}: expected a value that is known when the function is traced, got a traced "
                 f"{value.aval}; see static_argnames of jax.jit"
             )
-    _check(tuple((name, x.shape, x.dtype) for name, x in arrays.items()), settings)
+    types = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
+    if lists is None:
+        _check(types, settings)
+    else:
+        _check_now(types, mask=lists, **settings)
+        # By halves: without jax_enable_x64 there is no int64.
+        arrays["mask_lists"] = jnp.asarray(lists._fastattn_words.view(np.uint32))
     words = _seed(seed)
     if dropout > 0:
         arrays["seed"] = words
@@ -427,7 +438,8 @@ def _call(target: str, settings: _Settings, names: tuple[str, ...], operands: _A
 # elsewhere there is one call after the other.
 def _can_fold(settings: _Settings, names: tuple[str, ...], mapped: set[str], one: _Arrays) -> bool:
     batch = one["q"].shape[0]
-    if settings.dropout > 0 or "cu_q" in one:  # the mask depends on the place in the batch; bounds are of one call
+    # The mask depends on the place in the batch; bounds and lists of keys are of one call.
+    if settings.dropout > 0 or "cu_q" in one or "mask_lists" in one:
         return False
     if "sinks" in mapped or "dsinks" in names:  # sinks have no batch axis
         return False

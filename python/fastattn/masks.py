@@ -43,6 +43,25 @@ class _Condition(NamedTuple):
     keep: int = 0
     left: int = 0
 
+    def to_words(self) -> list[Array]:
+        """The fields in order, sizes in place of arrays, and then these."""
+        arrays = (self.index, self.starts, self.spans, self.lengths)
+        sizes = (*self.index.shape, self.starts.size, self.spans.shape[0], self.lengths.ndim, self.lengths.size)
+        head = np.array([self.kind, *sizes, *map(int, self[5:])], np.int64)
+        return [head, *(np.ascontiguousarray(x, np.int64).ravel() for x in arrays)]
+
+    @classmethod
+    def of_words(cls, words: Array, at: int) -> tuple[_Condition, int]:
+        head = [int(x) for x in words[at : at + 17]]
+        at += 17
+        arrays = []
+        for shape in (head[1:4], (head[4],), (head[5], 2), (head[7],) * head[6]):
+            size = int(np.prod(shape))
+            arrays.append(words[at : at + size].reshape(shape))
+            at += size
+        flags = (bool(x) for x in head[9:12])
+        return cls(head[0], *arrays, head[8], *flags, *head[12:]), at
+
     def to_bool(self, rows: int, n_keys: int, offset: int, kv_len: int, first_row: int) -> Array:
         """(B or 1, heads or 1, rows, n_keys), for an entry of kv_len keys whose rows begin at first_row."""
         j = np.arange(n_keys)
@@ -54,8 +73,6 @@ class _Condition(NamedTuple):
             return (j // self.size == p // self.size)[None, None]
         if self.kind == _SINKS_WINDOW:
             return ((j < self.keep) | ((j >= p - self.left) & (j <= p)))[None, None]
-        if self.exact and np.any(self.spans - self.size >= n_keys):
-            raise ValueError(f"Sk: the mask selects key {int(self.spans.max()) - self.size}, got {n_keys} keys")
         edges = np.zeros((self.starts.size - 1, n_keys + 1), np.int8)
         owner = np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
         begin, end = np.clip(self.spans + (kv_len if self.from_end else 0), 0, n_keys).T
@@ -69,6 +86,8 @@ class _Condition(NamedTuple):
     def check_sizes(self, rows: int, n_keys: int) -> None:
         if self.kind != _LISTS:
             return
+        if self.exact and np.any(self.spans - self.size >= n_keys):
+            raise ValueError(f"Sk: the mask selects key {int(self.spans.max()) - self.size}, got {n_keys} keys")
         if not self.least_keys <= n_keys <= self.most_keys:
             raise ValueError(f"Sk: expected {self._sizes()} keys, as the mask has, got {n_keys}")
         found = self.index.shape[2]
@@ -91,21 +110,49 @@ class Mask:
         What it holds.
     """
 
-    __slots__ = ("_conditions",)
-    _conditions: tuple[_Condition, ...]
+    __slots__ = ("__weakref__", "_words")
+    _words: Array  # int64: all of it, as C++, PyTorch's operators and XLA's programs take it
 
     def __init__(self, conditions: tuple[_Condition, ...]) -> None:
+        parts = [np.array([len(conditions)], np.int64)]
         for condition in conditions:
-            for x in condition:
-                if isinstance(x, np.ndarray):
-                    x.setflags(write=False)
-        object.__setattr__(self, "_conditions", conditions)
+            parts += condition.to_words()
+        self._hold(np.concatenate(parts))
+
+    @classmethod
+    def _of_words(cls, words: Array) -> Mask:
+        mask = cls.__new__(cls)
+        mask._hold(words)
+        return mask
+
+    def _hold(self, words: Array) -> None:
+        words.setflags(write=False)
+        object.__setattr__(self, "_words", words)
+
+    @property
+    def _fastattn_words(self) -> Array:
+        """What the compiled module reads."""
+        return self._words
+
+    @property
+    def _conditions(self) -> tuple[_Condition, ...]:
+        found, at = [], 1
+        for _ in range(int(self._words[0])):
+            condition, at = _Condition.of_words(self._words, at)
+            found.append(condition)
+        return tuple(found)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Mask is immutable: cannot set {name}")
 
+    def __copy__(self) -> Mask:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Mask:
+        return self
+
     def __reduce__(self) -> Any:
-        return Mask, (self._conditions,)
+        return Mask._of_words, (np.array(self._words),)
 
     def __and__(self, other: Any) -> Mask:
         if not isinstance(other, Mask):
@@ -120,13 +167,8 @@ class Mask:
         return f"<fastattn Mask: {' & '.join(kinds[x.kind] for x in self._conditions)}, {self.nbytes} bytes>"
 
     @property
-    def _fastattn_conditions(self) -> tuple[_Condition, ...]:
-        """What the compiled module reads."""
-        return self._conditions
-
-    @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for condition in self._conditions for x in condition if isinstance(x, np.ndarray))
+        return int(self._words.nbytes)
 
     def to_bool(self, Sq: int, Sk: int, *, q_offset: int | None = None, q_heads: int | None = None) -> Array:
         """The same as an array with a place for every pair, for tests and pictures.
@@ -148,9 +190,12 @@ class Mask:
         ValueError
             The mask is of other sizes.
         """
-        for condition in self._conditions:
-            condition.check_sizes(Sq, Sk)
+        self._check_sizes(Sq, Sk)
         return self._pairs(Sq, Sk, Sk - Sq if q_offset is None else q_offset, Sk, 0, q_heads)
+
+    def _check_sizes(self, rows: int, n_keys: int) -> None:
+        for condition in self._conditions:
+            condition.check_sizes(rows, n_keys)
 
     def _pairs(
         self, rows: int, n_keys: int, offset: int, kv_len: int, first_row: int, q_heads: int | None
@@ -164,6 +209,15 @@ class Mask:
                 one = np.repeat(one, q_heads // one.shape[1], axis=1)
             allowed = allowed & one
         return allowed
+
+    def _of_rows(self, first: int, last: int) -> Mask:
+        """Of rows [first, last) of every entry alone; the positions are the call's."""
+        found = []
+        for x in self._conditions:
+            if x.kind == _LISTS and x.index.shape[2] != 1:
+                x = x._replace(index=x.index[:, :, np.arange(first, last) // x.row_block], row_block=1)
+            found.append(x)
+        return Mask(tuple(found))
 
     def _of_entry(
         self, b: int, shape: tuple[int, int, int], offset: int, kv_len: int, first_row: int = 0

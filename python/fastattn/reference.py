@@ -375,6 +375,7 @@ class _Problem:
         self.window = (None, None) if x.window is None else x.window
         if isinstance(x.mask, Mask):
             self.mask: Any = x.mask
+            x.mask._check_sizes(n_q, n_k)
         else:
             self.mask = None if x.mask is None else np.broadcast_to(np.asarray(x.mask, bool), self.score_shape)
         self.bias = None if x.bias is None else np.broadcast_to(np.asarray(x.bias), self.score_shape)

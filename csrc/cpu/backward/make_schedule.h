@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "core/entry_list.h"
 #include "core/kernel.h"
@@ -16,7 +17,10 @@ public:
     std::string describe(const TileShape& tile) const;
 
 private:
+    void find_hulls(const AttentionProblem& p, const Entry& entry, BackwardPlan& plan);
+
     EntryList<BackwardEntry> entries_;
+    std::vector<std::vector<KeyRange>> hulls_;
     BackwardSchedule backward_;
 };
 

@@ -54,13 +54,18 @@ void pack_key_block(BackwardBlock<E>& block) {
     keys.packed = true;
 }
 
-// Whether any of n rows from i on of head h attends any of the keys [first, first + keys), by ranges and lists.
-inline bool rows_attend(const AttentionProblem& p, const Entry& entry, std::int64_t h, std::int64_t i,
-                        std::int64_t n, std::int64_t first, std::int64_t keys) {
+// Whether any of n rows from i on of head h, a block, attends any of the keys [first, first + keys), by ranges
+// and lists.
+inline bool rows_attend(const AttentionProblem& p, const BackwardPlan& plan, const Entry& entry, std::int64_t h,
+                        std::int64_t i, std::int64_t n, std::int64_t first, std::int64_t keys) {
     if (n == 0) return false;
     const KeyRange range = range_of_rows(entry_keys(p, entry, i), entry_keys(p, entry, i + n - 1));
     if (range.begin >= first + keys || range.end <= first) return false;
     if (entry.lists.index == nullptr) return true;
+    if (plan.hulls != nullptr) {
+        const KeyRange& hull = plan.hulls[h * plan.hull_head + i / plan.row_block];
+        if (hull.begin >= first + keys || hull.end <= first) return false;
+    }
     RowInfo before{};
     for (std::int64_t r = i; r < i + n; ++r) {
         const RowInfo row = row_info(p, entry, r, h);
@@ -76,7 +81,7 @@ inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& pla
                               std::int64_t h, std::int64_t i, std::int64_t first, std::int64_t keys) {
     for (; i < entry.q_len; i += plan.row_block) {
         const std::int64_t left = entry.q_len - i;
-        if (rows_attend(p, entry, h, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+        if (rows_attend(p, plan, entry, h, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
     }
     return entry.q_len;
 }
@@ -167,7 +172,7 @@ bool start_rows(BackwardBlock<E>& block, std::int64_t head, std::int64_t i) {
     RowBlock& rows = block.rows;
     FlashBlock<E>& x = block.x;
     const std::int64_t left = x.entry.q_len - i, live = left < plan.row_block ? left : plan.row_block;
-    if (!rows_attend(p, x.entry, head, i, live, keys.first, keys.size)) return false;
+    if (!rows_attend(p, plan, x.entry, head, i, live, keys.first, keys.size)) return false;
     if (!keys.packed) pack_key_block<E, K, W>(block);
     static_assert(E::mr % E::scalars == 0);
     const std::int64_t padded = (live + E::mr - 1) / E::mr * E::mr;

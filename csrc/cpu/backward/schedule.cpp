@@ -109,7 +109,9 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
     bool split = false;
     for (BackwardEntry& entry : entries_.rows()) {
         const Entry& lengths = entry.lengths;
-        const BackwardPlan& plan = entry.plan = plan_of(lengths, work_of(lengths));
+        entry.plan = plan_of(lengths, work_of(lengths));
+        find_hulls(p, lengths, entry.plan);
+        const BackwardPlan& plan = entry.plan;
         entry.prepares = {all.prepare_items, ceil_div(p.q_heads * lengths.q_size, kRowsPerPreparation)};
         entry.items = {all.items, plan.items};
         entry.merges = {all.merge_items, plan.merge_items};
@@ -132,6 +134,28 @@ GradientSchedule::GradientSchedule(const BackwardProblem& problem, const TileSha
     all.entries = entries_.table();
     all.packed = p.packed();
     all.groups = split ? 1 : std::max<std::int64_t>(all.items, 1);
+}
+
+void GradientSchedule::find_hulls(const AttentionProblem& p, const Entry& entry, BackwardPlan& plan) {
+    if (entry.lists.index == nullptr || plan.row_blocks == 0) return;
+    const std::int64_t heads = entry.lists.head == 0 ? 1 : p.q_heads;
+    std::vector<KeyRange>& hulls = hulls_.emplace_back(static_cast<std::size_t>(heads * plan.row_blocks));
+    for (std::int64_t h = 0; h < heads; ++h) {
+        for (std::int64_t i = 0; i < entry.q_len; ++i) {
+            RowSpans list;
+            const KeyRange keys = row_keys(p, entry, h, i, list);
+            KeyRange& hull = hulls[static_cast<std::size_t>(h * plan.row_blocks + i / plan.row_block)];
+            if (keys.begin >= keys.end) continue;
+            if (hull.begin >= hull.end) {
+                hull = keys;
+            } else {
+                hull.begin = std::min(hull.begin, keys.begin);
+                hull.end = std::max(hull.end, keys.end);
+            }
+        }
+    }
+    plan.hulls = hulls.data();
+    plan.hull_head = heads == 1 ? 0 : plan.row_blocks;
 }
 
 std::string GradientSchedule::describe(const TileShape& tile) const {

@@ -35,6 +35,9 @@ struct BackwardPlan {
     std::int64_t weight_stride = 0;  // units of a row (of rows) of P and dS
     std::int64_t ds_stride = 0;  // units of a row of dS as the product with k takes it
     std::int64_t partial_bytes = 0;  // dq of the chunks
+    // With lists: the keys that a block of rows sees, from the first to the last; null: not known.
+    const KeyRange* hulls = nullptr;
+    std::int64_t hull_head = 0;  // stride
 };
 
 BackwardPlan plan_backward(const BackwardProblem& problem, const Entry& entry, const TileShape& tile,

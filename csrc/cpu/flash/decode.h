@@ -31,10 +31,10 @@ public:
           plan_(item_.entry->plan),
           x_(make_block<E>(p_, item_.batch, item_.entry->lengths)),
           rows_(item_.rows * item_.heads),
-          keys_(start_item<E>(call, item_, rows_, workspace, x_, at_)),
-          k_(p_.k, p_.head_dim, item_, reinterpret_cast<K*>(gathered(workspace))),
+          keys_(start(workspace)),
+          k_(p_.k, p_.head_dim, item_, reinterpret_cast<K*>(gathered(workspace)), selection_),
           v_(p_.v, p_.value_dim, item_,
-             reinterpret_cast<W*>(gathered(workspace) + gathered_key_bytes(p_, plan_))),
+             reinterpret_cast<W*>(gathered(workspace) + gathered_key_bytes(p_, plan_)), selection_),
           scores_(p_, item_, at_, k_),
           values_(x_, item_, at_, v_),
           one_row_(item_.rows == 1),
@@ -52,7 +52,7 @@ public:
         take_all_totals();
         if (!finite()) {
             // NaN or Inf in v (or in a score): again, leaving out the values that a row may not attend.
-            start_item<E>(call_, item_, rows_, workspace, x_, at_);
+            start(workspace);
             clear_output(x_, 0, rows_);
             pass(true);
             take_all_totals();
@@ -62,6 +62,23 @@ public:
     }
 
 private:
+    // The keys of the item: where it selects, numbers in the list that its rows share.
+    KeyRange start(std::byte* workspace) {
+        const KeyRange keys = start_item<E>(call_, item_, rows_, workspace, x_, at_);
+        if (!plan_.selects) return keys;
+        selection_ = Selection(x_.info[0]);
+        const std::int64_t count = selection_.count();
+        KeyRange own{item_.key_begin, item_.key_end < count ? item_.key_end : count};
+        if (own.end < own.begin) own.begin = own.end = 0;
+        for (std::int64_t r = 0; r < rows_; ++r) {
+            x_.info[r].begin = own.begin;
+            x_.info[r].end = own.end;
+            x_.info[r].spans = {};
+        }
+        x_.listed = false;
+        return own;
+    }
+
     std::byte* gathered(std::byte* workspace) const {
         return workspace + flash_offsets(p_, plan_, tile_shape<E>()).gathered;
     }
@@ -71,7 +88,10 @@ private:
         for (std::int64_t j = keys_.begin / block * block; j < keys_.end; j += block) {
             if (call_.executor.stop_requested()) return;
             const std::int64_t n = block_keys(j);
-            if (x_.listed && next_key < j) next_key = next_seen(x_.info, rows_, j, keys_.end);
+            if (x_.listed && next_key < j) {
+                look_from(x_.info, rows_, j);
+                next_key = next_seen(x_.info, rows_, j, keys_.end);
+            }
             const bool hidden = x_.listed && next_key >= j + n;
             if (!hidden && !mask_hides(p_.mask, item_.batch, x_.info, rows_, j, n))
                 attend_block(j, n, careful);
@@ -82,7 +102,7 @@ private:
     void attend_block(std::int64_t j, std::int64_t n, bool careful) {
         const int vectors = static_cast<int>((n + w - 1) / w);
         k_.go_to(j, n, item_.heads);
-        if (!one_row_)
+        if (!one_row_ && !plan_.selects)
             next_ = keys_ahead(KeyRows<W>(p_.v, item_.batch, item_.kv_head), j, p_.value_dim, n, item_.heads);
         scores_.of_block(k_.first, n, next_);
         for (std::int64_t r = 0; r < rows_; ++r) {
@@ -91,7 +111,7 @@ private:
             follow_peak(x_, r, V::reduce_max(top), at_.p + r * block, 0, 0);
             store_weights(r, s, j, vectors);
         }
-        if (!one_row_) next_ = keys_after(j);
+        if (!one_row_ && !plan_.selects) next_ = keys_after(j);
         v_.go_to(j, n, item_.heads);
         if (careful) {
             values_.add_block_carefully(v_.first, j, n);
@@ -127,7 +147,7 @@ private:
             if (next >= call_.schedule.items) return {};
             next_item = item_range(call_, next);
             item = &next_item;
-            if (!next_item.entry->plan.decode) return {};
+            if (!next_item.entry->plan.decode || next_item.entry->plan.selects) return {};
             const KeyRange keys = entry_keys(p_, next_item.entry->lengths, 0);
             j = (keys.begin > next_item.key_begin ? keys.begin : next_item.key_begin) / block * block;
             n = next_item.key_end - j < block ? next_item.key_end - j : block;
@@ -202,6 +222,7 @@ private:
     FlashBlock<E> x_;
     ItemBuffers<E> at_{};
     const std::int64_t rows_;  // of all heads
+    Selection selection_;
     const KeyRange keys_;
     DecodeKeys<K> k_;
     DecodeKeys<W> v_;

@@ -43,7 +43,7 @@ inline ItemRange item_range(const FlashCall& call, std::int64_t number) {
     x.rows = left < plan.rows_per_item ? left : plan.rows_per_item;
     x.key_begin = x.split * plan.split_keys;
     const std::int64_t end = x.key_begin + plan.split_keys, keys = place.entry->lengths.kv_len;
-    x.key_end = end < keys ? end : keys;
+    x.key_end = end < keys ? end : keys;  // with `selects` the list may end before it
     return x;
 }
 
@@ -175,8 +175,8 @@ KeyRange start_item(const FlashCall& call, const ItemRange& item, std::int64_t p
                 member = 0;
                 ++query;
             }
-            if (info.begin < item.key_begin) info.begin = item.key_begin;
-            if (info.end > item.key_end) info.end = item.key_end;
+            if (!plan.selects && info.begin < item.key_begin) info.begin = item.key_begin;
+            if (!plan.selects && info.end > item.key_end) info.end = item.key_end;
             if (info.end <= info.begin) info.begin = info.end = item.key_begin;
             x.listed = x.listed || info.spans.first != nullptr;
             if (x.elementwise) find_features(x, info);

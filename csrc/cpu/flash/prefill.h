@@ -73,6 +73,10 @@ private:
         next_ = keys_.end;
         if (large_) plan_prefetch(j + plan_.key_block);
         for (std::int64_t r = 0; r < padded_; r += E::mr) {
+            if (x_.listed && tile_of(r).next >= j + n) {
+                if (tile_of(r).next < next_) next_ = tile_of(r).next;
+                continue;
+            }
             if (call_.executor.stop_requested()) return;
             if (large_) {
                 next_k_.advance(prefetch_rows_);
@@ -179,7 +183,10 @@ private:
     template <int rows>
     void find_next(std::int64_t r, std::int64_t j) {
         TileKeys& tile = tile_of(r);
-        if (tile.next < j) tile.next = next_seen(x_.info + r, rows, j, keys_.end);
+        if (tile.next < j) {
+            look_from(x_.info + r, rows, j);
+            tile.next = next_seen(x_.info + r, rows, j, keys_.end);
+        }
         if (tile.next < next_) next_ = tile.next;
     }
 
@@ -187,7 +194,8 @@ private:
     void find_tile_keys() {
         for (std::int64_t r = 0; r < padded_; ++r) {
             TileKeys& tile = tile_of(r);
-            if (r % E::mr == 0) tile = {no_rows(x_.entry.kv_len), 0, false};
+            if (r % E::mr == 0) tile = {no_rows(x_.entry.kv_len), 0, false, false};
+            tile.listed = tile.listed || x_.info[r].spans.first != nullptr;
             add_row(tile.range, x_.info[r].begin, x_.info[r].end);
         }
     }

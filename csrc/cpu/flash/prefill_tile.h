@@ -37,7 +37,7 @@ public:
     TileColumns attend(std::int64_t r, std::int64_t j, std::int64_t n) {
         TileKeys& tile = at_.tiles[r / E::mr];
         const RowsRange range = tile.range;
-        if (seen_by(range, j, n) == Seen::none || (x_.listed && tile.next >= j + n)) return {0, 0};
+        if (seen_by(range, j, n) == Seen::none) return {0, 0};
         // Columns of the block that any row may attend.
         const std::int64_t begin = range.begin > j ? range.begin - j : 0;
         const std::int64_t end = range.end - j < n ? range.end - j : n;
@@ -45,26 +45,27 @@ public:
         // on.
         const std::int64_t start = x_.elementwise || drops_ ? E::nr : w, first = begin / start * start;
         PanelWeights<MR> weights{*this, r, j, first};
-        std::int64_t last = first, begun = first;  // columns from `begun` on wait for their product with v
+        std::int64_t last = first;
+        // Columns that have weights, but for the last ones: with lists there may be gaps.
+        TileColumns parts[kKeyBlock / E::nr + 1];
+        int part = 0;
+        parts[0].first = first;
         bool waiting = false;  // a panel has scores but no weights yet
-        for (std::int64_t c = first, width; c < end; c += width) {
-            width = E::nr - c % E::nr;
-            const std::int64_t left = end - c < width ? end - c : width;
-            const int vectors = static_cast<int>((left + w - 1) / w);
-            bool ranged = seen_by(range, j + c, vectors * w) != Seen::all;
-            if (x_.listed) {
-                const Seen seen = seen_by_rows(x_.info + r, MR, j + c, vectors * w);
-                if (seen == Seen::none) {
-                    if (begun < last) {
-                        multiply_values(r, begun, last, waiting, weights, !tile.started);
-                        tile.started = true;
-                    }
-                    waiting = false;
-                    begun = c + width;
-                    continue;
-                }
-                ranged = seen != Seen::all;
+        for (std::int64_t c = first, next; c < end; c = next) {
+            next = c + E::nr - c % E::nr;
+            std::int64_t left = end < next ? end - c : next - c;
+            bool all = false;
+            if (tile.listed) {
+                const SeenKeys seen = seen_within(x_.info + r, MR, j + c, left);
+                if (seen.begin >= seen.end) continue;
+                c += (seen.begin - j - c) / start * start;
+                left = seen.end - j - c;
+                if (c > last && parts[part].first < last) parts[part++].last = last;
+                if (c > last) parts[part].first = c;
+                all = seen.all && seen.begin == j + c && left % w == 0;
             }
+            const int vectors = static_cast<int>((left + w - 1) / w);
+            const bool ranged = tile.listed ? !all : seen_by(range, j + c, vectors * w) != Seen::all;
             last = c + vectors * w;
             if (last > end) last = (end + E::scalars - 1) / E::scalars * E::scalars;
             if (mask_hides(p_.mask, x_.batch, x_.info + r, MR, j + c, left)) {
@@ -74,9 +75,9 @@ public:
                 continue;
             }
             weights.bias_row = r;
-            weights.bias_key = j + c + width;
+            weights.bias_key = j + next;
             with_count<E::nv>(vectors, [&](auto count) {
-                score_panel<MR, decltype(count)::value>(r, j, begun, c, ranged, waiting, weights);
+                score_panel<MR, decltype(count)::value>(r, j, parts[0].first, c, ranged, waiting, weights);
             });
             waiting = true;
             weights.column = c;
@@ -84,8 +85,12 @@ public:
         }
         weights.bias_row = r + MR < padded_ ? r + MR : 0;
         weights.bias_key = j + (weights.bias_row > 0 ? first : n);
-        if (begun < last) {
-            multiply_values(r, begun, last, waiting, weights, !tile.started);
+        for (int done = 0; done < part; ++done) {
+            multiply_values(r, parts[done].first, parts[done].last, false, weights, !tile.started);
+            tile.started = true;
+        }
+        if (parts[part].first < last) {
+            multiply_values(r, parts[part].first, last, waiting, weights, !tile.started);
             tile.started = true;
         }
         return {first, last < n ? last : n};

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/mask_lists.h"
 #include "cpu/flash/make_schedule.h"
 #include "cpu/flash/workspace.h"
 
@@ -69,10 +70,14 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 
 FlashPlan plan_flash(const AttentionProblem& p, const Entry& entry, const TileShape& tile, int threads) {
     FlashPlan plan;
-    const std::int64_t keys = entry.kv_len;
+    const bool may_select = entry.lists.index != nullptr && p.weights.data == nullptr && p.dropout == 0 &&
+                            p.alibi_slopes.data == nullptr && p.bias.data == nullptr && p.mask.data == nullptr;
+    const Selected selected = may_select ? selected_keys(p, entry) : Selected{};
+    plan.selects = selected.sparse;
+    const std::int64_t keys = plan.selects ? selected.most : entry.kv_len;
     plan.rows = entry.q_len * p.group;
-    plan.decode = plan.rows <= most_decode_rows(p, keys) && p.weights.data == nullptr;
-    plan.gathers = plan.decode && (p.k.dim != 1 || p.v.dim != 1);
+    plan.decode = plan.selects || (plan.rows <= most_decode_rows(p, keys) && p.weights.data == nullptr);
+    plan.gathers = plan.decode && (plan.selects || p.k.dim != 1 || p.v.dim != 1);
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;
@@ -85,7 +90,10 @@ FlashPlan plan_flash(const AttentionProblem& p, const Entry& entry, const TileSh
     plan.key_splits = plan.split_keys > 0 ? ceil_div(keys, plan.split_keys) : 1;
     const std::int64_t section = plan.decode ? kDecodeSectionKeys : kSectionKeys;
     if (tile.unit_bytes == 4 && plan.split_keys > section) plan.section_keys = section;
-    if (plan.decode) {
+    if (plan.selects) {
+        plan.rows_per_item = std::max<std::int64_t>(p.group, 1);
+        plan.row_items = entry.q_len;
+    } else if (plan.decode) {
         plan.heads_per_item = decode_heads(p, plan, threads);
         plan.rows_per_item = std::max<std::int64_t>(plan.rows, 1);
         plan.row_items = plan.rows > 0 ? 1 : 0;
@@ -143,6 +151,7 @@ std::string describe_plan(const AttentionProblem& p, const FlashPlan& plan, cons
     text += ", tile " + std::to_string(tile.mr) + "x" + std::to_string(tile.nr);
     text += ", key block " + std::to_string(plan.key_block);
     text += ", rows per item " + std::to_string(plan.rows_per_item);
+    if (plan.selects) text += ", keys gathered by lists";
     if (plan.key_splits > 1) text += ", key splits " + std::to_string(plan.key_splits);
     if (p.weights.data != nullptr) text += ", second pass for the weights";
     return text;

@@ -30,6 +30,7 @@ struct RowInfo {
 struct TileKeys {
     RowsRange range;
     std::int64_t next;  // with lists: no row sees a key before it
+    bool listed;  // some row has a list of keys
     bool started;
 };
 

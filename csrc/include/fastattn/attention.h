@@ -249,7 +249,7 @@ struct Explanation {
     std::int64_t workspace_bytes = 0;
     std::int64_t work_items = 0;
     int threads = 0;
-    double flops = 0.0;  // 2*(D+Dv) per (row, key) pair inside causal, window and lengths
+    double flops = 0.0;  // 2*(D+Dv) per (row, key) pair inside causal, window, lengths and conditions
     double bytes = 0.0;  // inputs and outputs read or written once
     std::vector<Refusal> refused;  // every other kernel, and why it was not taken
 };

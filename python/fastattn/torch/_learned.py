@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastattn.masks import Mask
+
 # Pairs of a query and a key, of all heads together, that `softcap_gradient` holds at once, in float64.
 _PAIRS_AT_ONCE = 2**20
 _SMALL_SCALE = 2.0**-10
@@ -113,7 +115,9 @@ def _of_rows(keywords: dict[str, Any], block: slice, n_q: int, n_k: int) -> dict
     mine = {name: x for name, x in keywords.items() if name not in ("dropout", "seed", "kernel")}
     for name in ("mask", "bias"):
         x = mine.get(name)
-        if x is not None and len(x.shape) > 1 and x.shape[-2] > 1:
+        if isinstance(x, Mask):
+            mine[name] = x._of_rows(block.start, block.stop)
+        elif x is not None and len(x.shape) > 1 and x.shape[-2] > 1:
             mine[name] = x[..., block, :]
     q_len, kv_len = (
         _int64(mine[name]) if mine.get(name) is not None else n for name, n in (("q_lens", n_q), ("kv_lens", n_k))

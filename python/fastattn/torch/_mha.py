@@ -6,11 +6,13 @@ from collections.abc import Callable
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn._arguments import OPTIONS
+from fastattn.masks import Mask
 from fastattn.torch._ops import LEARNED, call
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -26,7 +28,7 @@ def mha(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | Tensor | None = None,
@@ -57,7 +59,7 @@ def mha(
         As in `fastattn.mha`. A tensor that requires grad gets one; that of softcap takes a second pass over
         the pairs, by plain operations in float64.
     q_offset : int or integer Tensor () or (B,), optional
-    mask : bool Tensor, broadcastable to (B, Hq, Sq, Sk), optional
+    mask : bool Tensor, broadcastable to (B, Hq, Sq, Sk), or a Mask of `fastattn.masks`, optional
         A padding mask (B, Sk) goes in as ``mask[:, None, None, :]``.
     bias : Tensor of q's or lse's dtype, broadcastable to (B, Hq, Sq, Sk), optional
         Its gradient is computed only where it requires one.
@@ -129,7 +131,7 @@ def mha_varlen(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | Tensor | None = None,
@@ -151,6 +153,7 @@ def mha_varlen(
     cu_q, cu_kv : integer Tensor (B + 1,)
         Entry b has the rows ``cu_q[b]:cu_q[b + 1]`` and the keys of cu_kv, by default cu_q.
     mask, bias : Tensor, broadcastable to (Hq, Tq, Tk), optional
+        mask: or a Mask of `fastattn.masks`, whose rows are the packed ones.
     q_offset, kv_lens, alibi_slopes
         Of each entry: int or (B,), (B,), (Hq,) or (B, Hq).
     layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, device, kernel
@@ -243,6 +246,9 @@ def _options(given: dict[str, Any], q: Tensor) -> dict[str, Any]:
         x = given.get(name, default)
         if x is default:
             continue
+        if name == "mask" and isinstance(x, Mask):
+            made["mask_lists"] = _words_of(x)
+            continue
         if kind == "array":
             check_side(TypeError, name, x, q)
             made[name] = x
@@ -256,6 +262,10 @@ def _options(given: dict[str, Any], q: Tensor) -> dict[str, Any]:
         else:
             made[name] = _CONVERT[kind](name, x)
     return made
+
+
+def _words_of(mask: Mask) -> Tensor:
+    return torch.as_tensor(np.array(mask._fastattn_words))
 
 
 def _seed(seed: Any, dropout: float) -> int | Tensor:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import Gradients, _core
 from fastattn._arguments import OPTIONS, names
+from fastattn.masks import Mask
 from fastattn.torch._learned import fold_scale, scale_gradient, softcap_gradient
 
 # Numbers that may be tensors instead, which are learned or change in a graph.
@@ -31,10 +32,10 @@ def _option_types() -> dict[str, str]:
 
 
 # Bounds make it `mha_varlen`.
-_BOUNDS = ("cu_q", "cu_kv")
-_ARRAYS = (*names("array"), *_BOUNDS)
+_ARRAYS = (*names("array"), "cu_q", "cu_kv")
+_MASK_LISTS = "mask_lists"  # a Mask, as int64
 _QKV = dict.fromkeys(("q", "k", "v"), "Tensor")
-_SIDES = dict.fromkeys((*_ARRAYS, *(f"{name}_tensor" for name in names("integer"))), "Tensor?")
+_SIDES = dict.fromkeys((*_ARRAYS, *(f"{name}_tensor" for name in names("integer")), _MASK_LISTS), "Tensor?")
 _OPTIONS = _option_types()
 _NUMBERS = dict.fromkeys((f"{name}_tensor" for name in LEARNED), "Tensor?")
 # The operators' arguments, all by position, with their types.
@@ -124,6 +125,8 @@ def _keywords(given: dict[str, Any]) -> dict[str, Any]:
         elif name in _INTEGERS:  # after its tensor, which counts
             # An int64 carries the seeds from 2**63 on as negative ones.
             keywords.setdefault(name, x % 2**64 if name == "seed" else x)
+        elif name == _MASK_LISTS:
+            keywords["mask"] = Mask._of_words(x.numpy())
         elif name == "q_offset_tensor":
             keywords["q_offset"] = _lend(x)
         elif name == "seed_tensor":
