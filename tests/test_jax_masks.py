@@ -1,4 +1,4 @@
-"""A Mask of fastattn.masks in fastattn.jax: the numbers and gradients of the core, under jit, grad and vmap."""
+"""A Mask of fastattn.masks in fastattn.jax: the core's numbers and gradients, under jit, grad and vmap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_is_the_call_of_numpy(name):
         out, lse = function(q, k, v)
         assert np.array_equal(np.asarray(out), want)
         assert np.array_equal(np.asarray(lse), want_lse)
-    got = jax.jit(jax.grad(lambda *x: (fj.mha(*x, mask=MASKS[name], causal=True) ** 2).sum(), (0, 1, 2)))(q, k, v)
+    got = jax.jit(jax.grad(lambda *x: (fj.mha(*x, mask=MASKS[name], causal=True) ** 2).sum(), (0, 1, 2)))(
+        q, k, v
+    )
     grads = fastattn.mha_backward(2 * want, *given, want, want_lse, mask=MASKS[name], causal=True)
     for x, grad in zip(got, grads, strict=False):
         assert np.array_equal(np.asarray(x), grad)

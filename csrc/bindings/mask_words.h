@@ -1,4 +1,5 @@
-// A Mask of fastattn.masks as it comes from Python, PyTorch's operators and XLA's programs: one array of int64.
+// A Mask of fastattn.masks as it comes from Python, PyTorch's operators and XLA's programs: one array of
+// int64.
 #pragma once
 
 #include <fastattn/attention.h>

@@ -27,8 +27,7 @@ struct DeviceEstimate {
     double cpu_seconds = 0.0, gpu_seconds = 0.0;
     bool gpu_is_faster() const noexcept { return gpu_seconds < cpu_seconds; }
 };
-DeviceEstimate estimate_devices(const AttentionProblem& problem, int threads,
-                                const DeviceSpeeds& speeds);
+DeviceEstimate estimate_devices(const AttentionProblem& problem, int threads, const DeviceSpeeds& speeds);
 std::string describe(
     const DeviceEstimate& estimate);  // "estimated 3.2 ms on the CPU, 5.1 ms on a GPU with transfers"
 

@@ -29,8 +29,8 @@ inline Entry read_entry(const AttentionProblem& p, std::int64_t b) {
     return entry;
 }
 
-// f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike. `lists` keeps
-// what the entries point to.
+// f(b, entry) for each entry that the problem tells apart: once with b = 0 where they are alike. `lists`
+// keeps what the entries point to.
 template <class F>
 void for_each_entry(const AttentionProblem& p, MaskLists& lists, F&& f) {
     if (p.batch == 0) return f(0, Entry{p.q_size, p.kv_size, 0, p.q_size, p.kv_size, 0, 0, {}});

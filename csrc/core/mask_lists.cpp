@@ -46,9 +46,10 @@ void check_index(const AttentionProblem& p, const MaskCondition& c) {
     const Index wanted[] = {p.array_batch(), heads, rows};
     for (int axis = 0; axis < 3; ++axis) {
         if (c.index.shape[axis] == wanted[axis] || c.index.shape[axis] == 1) continue;
-        const std::string of_rows =
-            std::to_string(p.q_size) + " rows" +
-            (c.row_block == 1 ? "" : " (" + std::to_string(rows) + " blocks of " + std::to_string(c.row_block) + ")");
+        const std::string of_rows = std::to_string(p.q_size) + " rows" +
+                                    (c.row_block == 1 ? ""
+                                                      : " (" + std::to_string(rows) + " blocks of " +
+                                                            std::to_string(c.row_block) + ")");
         fail("expected a Mask for " + std::to_string(p.array_batch()) + " entries, " + std::to_string(heads) +
              (c.kv_heads ? " heads of k" : " heads") + " and " + of_rows +
              ", or 1 in place of any, got one for " + shape_string(c.index));
@@ -69,18 +70,21 @@ void check_lists(const AttentionProblem& p, const MaskCondition& c) {
     const Index lists = c.starts.shape[0] - 1, spans = c.spans.shape[0];
     const Index* const starts = numbers(c.starts);
     const auto* const span = static_cast<const Span*>(c.spans.data);
-    if (lists < 0 || starts[0] < 0 || starts[lists] > spans) fail("starts beyond the intervals");
+    if (lists < 0 || starts[0] < 0) fail("expected starts (lists + 1,) from 0 on");
     for (Index n = 0; n < lists; ++n) {
-        if (starts[n + 1] < starts[n]) fail("starts of lists decrease at list " + std::to_string(n));
+        if (starts[n + 1] < starts[n] || starts[n + 1] > spans)
+            fail("expected starts that do not decrease, up to " + std::to_string(spans) + ", got " +
+                 std::to_string(starts[n + 1]) + " after list " + std::to_string(n));
         for (Index s = starts[n]; s < starts[n + 1]; ++s)
             if (span[s].begin >= span[s].end || (s > starts[n] && span[s].begin < span[s - 1].end))
-                fail("expected ascending, disjoint intervals, got another order in list " + std::to_string(n));
+                fail("expected ascending, disjoint intervals, got another order in list " +
+                     std::to_string(n));
     }
     for (Index b = 0; b < c.index.shape[0]; ++b)
         for (Index h = 0; h < c.index.shape[1]; ++h)
             for (Index i = 0; i < c.index.shape[2]; ++i) {
-                const Index n = numbers(c.index)[b * c.index.strides[0] + h * c.index.strides[1] +
-                                                 i * c.index.strides[2]];
+                const Index n = numbers(
+                    c.index)[b * c.index.strides[0] + h * c.index.strides[1] + i * c.index.strides[2]];
                 if (n < 0 || n >= lists)
                     fail("expected a list below " + std::to_string(lists) + ", got " + std::to_string(n) +
                          " for row " + std::to_string(i));
@@ -141,9 +145,9 @@ void for_spans_at(const MaskCondition& c, Index b, Index p, F f) {
     const Index past = saturating_add(p, 1);
     switch (c.kind) {
         case Kind::prefix: {
-            const Index length =
-                c.lengths.rank == 0 || c.lengths.shape[0] == 1 ? *numbers(c.lengths)
-                                                               : numbers(c.lengths)[b * c.lengths.strides[0]];
+            const Index length = c.lengths.rank == 0 || c.lengths.shape[0] == 1
+                                     ? *numbers(c.lengths)
+                                     : numbers(c.lengths)[b * c.lengths.strides[0]];
             return f(Span{0, std::max(length, past)});
         }
         case Kind::chunks: {
@@ -175,8 +179,7 @@ void add_common(std::vector<Span>& to, const Span& a, const Span& b) {
 }  // namespace
 
 void check_conditions(const AttentionProblem& p) {
-    if (p.condition_count > kMostConditions)
-        fail_integer("mask", "at most 8 conditions", p.condition_count);
+    if (p.condition_count > kMostConditions) fail_integer("mask", "at most 8 conditions", p.condition_count);
     for (Index n = 0; n < p.condition_count; ++n) check_condition(p, p.conditions[n]);
 }
 
@@ -232,12 +235,12 @@ RowLists MaskLists::make(const AttentionProblem& p, Index b, const Entry& entry)
                 }
                 row.swap(next);
             }
-            const auto last = static_cast<std::size_t>(made.starts.size() >= 2 ? *(made.starts.end() - 2) : 0);
-            const bool same = made.starts.size() >= 2 && made.spans.size() - last == row.size() &&
-                              std::equal(row.begin(), row.end(), made.spans.begin() + static_cast<Index>(last),
-                                         [](const Span& x, const Span& y) {
-                                             return x.begin == y.begin && x.end == y.end;
-                                         });
+            const auto last =
+                static_cast<std::size_t>(made.starts.size() >= 2 ? *(made.starts.end() - 2) : 0);
+            const bool same =
+                made.starts.size() >= 2 && made.spans.size() - last == row.size() &&
+                std::equal(row.begin(), row.end(), made.spans.begin() + static_cast<Index>(last),
+                           [](const Span& x, const Span& y) { return x.begin == y.begin && x.end == y.end; });
             if (!same) {
                 made.spans.insert(made.spans.end(), row.begin(), row.end());
                 made.starts.push_back(static_cast<Index>(made.spans.size()));
@@ -302,7 +305,8 @@ double count_listed_pairs(const AttentionProblem& p) {
     if (p.batch == 0) return 0.0;
     for_each_entry(p, lists, [&](Index, const Entry& entry) {
         const Index heads = entry.lists.head == 0 ? std::min<Index>(p.q_heads, 1) : p.q_heads;
-        const double each = times * static_cast<double>(p.q_heads) / static_cast<double>(std::max<Index>(heads, 1));
+        const double each =
+            times * static_cast<double>(p.q_heads) / static_cast<double>(std::max<Index>(heads, 1));
         for (Index h = 0; h < heads; ++h)
             for (Index i = 0; i < entry.q_len; ++i) {
                 RowSpans list;

@@ -29,7 +29,7 @@ class _Condition(NamedTuple):
     """What one constructor says; see `MaskCondition` of the C++ API, whose fields these are."""
 
     kind: int
-    index: Array = _NO_LIST[0]
+    which: Array = _NO_LIST[0]  # list of a row: `index` there
     starts: Array = _NO_LIST[1]
     spans: Array = _NO_LIST[2]
     lengths: Array = np.zeros((), np.int64)
@@ -45,8 +45,8 @@ class _Condition(NamedTuple):
 
     def to_words(self) -> list[Array]:
         """The fields in order, sizes in place of arrays, and then these."""
-        arrays = (self.index, self.starts, self.spans, self.lengths)
-        sizes = (*self.index.shape, self.starts.size, self.spans.shape[0], self.lengths.ndim, self.lengths.size)
+        arrays = (self.which, self.starts, self.spans, self.lengths)
+        sizes = (*self.which.shape, self.starts.size, self.spans.shape[0], self.lengths.ndim, self.lengths.size)
         head = np.array([self.kind, *sizes, *map(int, self[5:])], np.int64)
         return [head, *(np.ascontiguousarray(x, np.int64).ravel() for x in arrays)]
 
@@ -60,7 +60,8 @@ class _Condition(NamedTuple):
             arrays.append(words[at : at + size].reshape(shape))
             at += size
         flags = (bool(x) for x in head[9:12])
-        return cls(head[0], *arrays, head[8], *flags, *head[12:]), at
+        fields: Any = (head[0], *arrays, head[8], *flags, *head[12:])
+        return cls(*fields), at
 
     def to_bool(self, rows: int, n_keys: int, offset: int, kv_len: int, first_row: int) -> Array:
         """(B or 1, heads or 1, rows, n_keys), for an entry of kv_len keys whose rows begin at first_row."""
@@ -70,9 +71,11 @@ class _Condition(NamedTuple):
             allowed: Array = (j < self.lengths.reshape(-1, 1, 1, 1)) | (j <= p)
             return allowed
         if self.kind == _CHUNKS:
-            return (j // self.size == p // self.size)[None, None]
+            allowed = j // self.size == p // self.size
+            return allowed[None, None]
         if self.kind == _SINKS_WINDOW:
-            return ((j < self.keep) | ((j >= p - self.left) & (j <= p)))[None, None]
+            allowed = (j < self.keep) | ((j >= p - self.left) & (j <= p))
+            return allowed[None, None]
         edges = np.zeros((self.starts.size - 1, n_keys + 1), np.int8)
         owner = np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
         begin, end = np.clip(self.spans + (kv_len if self.from_end else 0), 0, n_keys).T
@@ -80,7 +83,7 @@ class _Condition(NamedTuple):
         np.add.at(edges, (owner, end), -1)
         lists = np.cumsum(edges[:, :-1], axis=1, dtype=np.int8).astype(bool)
         of_row = (first_row + np.arange(rows)) // self.row_block
-        picked: Array = lists[self.index[:, :, of_row if self.index.shape[2] != 1 else of_row * 0]]
+        picked: Array = lists[self.which[:, :, of_row if self.which.shape[2] != 1 else of_row * 0]]
         return picked
 
     def check_sizes(self, rows: int, n_keys: int) -> None:
@@ -90,7 +93,7 @@ class _Condition(NamedTuple):
             raise ValueError(f"Sk: the mask selects key {int(self.spans.max()) - self.size}, got {n_keys} keys")
         if not self.least_keys <= n_keys <= self.most_keys:
             raise ValueError(f"Sk: expected {self._sizes()} keys, as the mask has, got {n_keys}")
-        found = self.index.shape[2]
+        found = self.which.shape[2]
         if found != 1 and found != -(-rows // self.row_block):
             raise ValueError(f"Sq: expected rows for {found} lists of {self.row_block} rows, got {rows}")
 
@@ -197,9 +200,7 @@ class Mask:
         for condition in self._conditions:
             condition.check_sizes(rows, n_keys)
 
-    def _pairs(
-        self, rows: int, n_keys: int, offset: int, kv_len: int, first_row: int, q_heads: int | None
-    ) -> Array:
+    def _pairs(self, rows: int, n_keys: int, offset: int, kv_len: int, first_row: int, q_heads: int | None) -> Array:
         allowed: Array = np.ones((1, 1, rows, n_keys), bool)
         for condition in self._conditions:
             one = condition.to_bool(rows, n_keys, offset, kv_len, first_row)
@@ -214,14 +215,12 @@ class Mask:
         """Of rows [first, last) of every entry alone; the positions are the call's."""
         found = []
         for x in self._conditions:
-            if x.kind == _LISTS and x.index.shape[2] != 1:
-                x = x._replace(index=x.index[:, :, np.arange(first, last) // x.row_block], row_block=1)
+            if x.kind == _LISTS and x.which.shape[2] != 1:
+                x = x._replace(which=x.which[:, :, np.arange(first, last) // x.row_block], row_block=1)
             found.append(x)
         return Mask(tuple(found))
 
-    def _of_entry(
-        self, b: int, shape: tuple[int, int, int], offset: int, kv_len: int, first_row: int = 0
-    ) -> Array:
+    def _of_entry(self, b: int, shape: tuple[int, int, int], offset: int, kv_len: int, first_row: int = 0) -> Array:
         """Of entry b alone: bool (q_heads, rows, keys) = shape."""
         x = self._pairs(*shape[1:], offset, kv_len, first_row, shape[0])
         entry: Array = np.broadcast_to(x[b if x.shape[0] > 1 else 0], shape)

@@ -54,10 +54,11 @@ void pack_key_block(BackwardBlock<E>& block) {
     keys.packed = true;
 }
 
-// Whether any of n rows from i on of head h, a block, attends any of the keys [first, first + keys), by ranges
-// and lists.
-inline bool rows_attend(const AttentionProblem& p, const BackwardPlan& plan, const Entry& entry, std::int64_t h,
-                        std::int64_t i, std::int64_t n, std::int64_t first, std::int64_t keys) {
+// Whether any of n rows from i on of head h, a block, attends any of the keys [first, first + keys), by
+// ranges and lists.
+inline bool rows_attend(const AttentionProblem& p, const BackwardPlan& plan, const Entry& entry,
+                        std::int64_t h, std::int64_t i, std::int64_t n, std::int64_t first,
+                        std::int64_t keys) {
     if (n == 0) return false;
     const KeyRange range = range_of_rows(entry_keys(p, entry, i), entry_keys(p, entry, i + n - 1));
     if (range.begin >= first + keys || range.end <= first) return false;
@@ -81,7 +82,8 @@ inline std::int64_t next_rows(const AttentionProblem& p, const BackwardPlan& pla
                               std::int64_t h, std::int64_t i, std::int64_t first, std::int64_t keys) {
     for (; i < entry.q_len; i += plan.row_block) {
         const std::int64_t left = entry.q_len - i;
-        if (rows_attend(p, plan, entry, h, i, left < plan.row_block ? left : plan.row_block, first, keys)) return i;
+        if (rows_attend(p, plan, entry, h, i, left < plan.row_block ? left : plan.row_block, first, keys))
+            return i;
     }
     return entry.q_len;
 }

@@ -242,7 +242,7 @@ void find_tile(const BackwardBlock<E>& block, std::int64_t r) {
         const std::int64_t left = end - c;
         const bool outside = begin >= end || c < first || left <= 0;
         const std::int64_t n = left < E::nr ? left : E::nr;
-        const Seen seen = !listed ? Seen::all
+        const Seen seen = !listed   ? Seen::all
                           : outside ? Seen::none
                                     : seen_by_rows(block.x.info + r, rows, first_key + c, n);
         if (outside || seen == Seen::none ||

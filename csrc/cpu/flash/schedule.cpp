@@ -71,7 +71,8 @@ std::int64_t decode_heads(const AttentionProblem& p, const FlashPlan& plan, int 
 FlashPlan plan_flash(const AttentionProblem& p, const Entry& entry, const TileShape& tile, int threads) {
     FlashPlan plan;
     const bool may_select = entry.lists.index != nullptr && p.weights.data == nullptr && p.dropout == 0 &&
-                            p.alibi_slopes.data == nullptr && p.bias.data == nullptr && p.mask.data == nullptr;
+                            p.alibi_slopes.data == nullptr && p.bias.data == nullptr &&
+                            p.mask.data == nullptr;
     const Selected selected = may_select ? selected_keys(p, entry) : Selected{};
     plan.selects = selected.sparse;
     const std::int64_t keys = plan.selects ? selected.most : entry.kv_len;

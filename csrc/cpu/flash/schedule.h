@@ -57,8 +57,8 @@ struct FlashPlan {
     std::int64_t o_stride = 0;  // accumulators of an output row
     std::int64_t partial_stride = 0;  // accumulators of one partial result: m, l, rounded l, o
     bool gathers = false;  // decode: keys or values whose numbers lie apart are copied block by block
-    // Decode, an item for each query: rows have few keys, far apart, which are copied block by block. Keys, and
-    // with them blocks, splits and sections, are then numbered within the list of the row.
+    // Decode, an item for each query: rows have few keys, far apart, which are copied block by block. Keys,
+    // and with them blocks, splits and sections, are then numbered within the list of the row.
     bool selects = false;
     std::size_t per_thread_bytes = 0;
     std::size_t shared_bytes = 0;

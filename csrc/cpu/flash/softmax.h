@@ -158,7 +158,8 @@ FASTATTN_INLINE void keep_list(const RowSpans& list, std::int64_t j0, V (&x)[N])
     const std::int64_t first = j0 - list.shift;
     for (std::int64_t s = span_after(list, j0); s < list.count; ++s) {
         if (list.first[s].begin >= first + N * V::width) break;
-        const V begin = V::set1(Acc(list.first[s].begin - first)), end = V::set1(Acc(list.first[s].end - first));
+        const V begin = V::set1(Acc(list.first[s].begin - first)),
+                end = V::set1(Acc(list.first[s].end - first));
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             const V key = V::iota() + V::set1(Acc(n * V::width));

@@ -58,9 +58,9 @@ struct MaskCondition {
         sinks_window,  // j < keep or p - left <= j <= p
     };
     Kind kind = Kind::lists;
-    // List n has the intervals [starts[n], starts[n + 1]) of `spans`, ascending and disjoint; the keys of each
-    // are [begin, end). int64, all: index (B or 1, heads or 1, blocks of rows or 1), starts (lists + 1,),
-    // spans (n, 2); the last two contiguous.
+    // List n has the intervals [starts[n], starts[n + 1]) of `spans`, ascending and disjoint; the keys of
+    // each are [begin, end). int64, all: index (B or 1, heads or 1, blocks of rows or 1), starts (lists +
+    // 1,), spans (n, 2); the last two contiguous.
     TensorView index, starts, spans;
     std::int64_t row_block = 1;  // rows that have one list
     bool kv_heads = false;  // the heads of index are those of k
