@@ -53,6 +53,7 @@ struct Call {
     RunOptions options;
     Arrays arrays;
     PyRef mask_words;  // of a Mask
+    PyRef pages;  // k, v and table of keys in pages
     bool return_lse = false, return_weights = false;
 };
 
@@ -91,6 +92,21 @@ bool read_mask_lists(PyObject* mask, Call& call) {
     return true;
 }
 
+// Keys in pages: an object with (k, v, table); false for anything else. v is then that object's, too.
+bool read_pages(PyObject* keys, Call& call) {
+    if (is_ndarray(keys)) {
+        return false;
+    }
+    call.pages = optional_attribute(keys, "_fastattn_pages");
+    if (!call.pages || !PyTuple_Check(call.pages.get()) || PyTuple_GET_SIZE(call.pages.get()) != 3) {
+        return false;
+    }
+    call.params.k = call.arrays.input(PyTuple_GET_ITEM(call.pages.get(), 0), "k");
+    call.params.v = call.arrays.input(PyTuple_GET_ITEM(call.pages.get(), 1), "v");
+    call.params.block_table = call.arrays.input(PyTuple_GET_ITEM(call.pages.get(), 2), "block_table");
+    return true;
+}
+
 void read_arguments(const Arguments& arguments, Call& call) {
     AttentionParams& params = call.params;
     call.options.max_threads = thread_limit;
@@ -123,6 +139,9 @@ void read_arguments(const Arguments& arguments, Call& call) {
     }
     for (const auto& [slot, member] : kArrays) {
         const bool required = slot == kQ || slot == kK || slot == kV;  // None is then no array, not absent
+        if ((slot == kV && params.block_table.given()) || (slot == kK && read_pages(arguments[kK], call))) {
+            continue;
+        }
         if (slot == kMask && arguments.given(kMask) && read_mask_lists(arguments[kMask], call)) {
             continue;
         }
@@ -163,13 +182,15 @@ void set_shape(TensorView& view, DType dtype, int rank, const std::int64_t* shap
 bool shape_results(Call& call, bool with_out) noexcept {
     AttentionParams& params = call.params;
     const int rank = params.q.rank;
-    if (rank < 2 || rank > 4 || params.k.rank != rank || params.v.rank != rank || !is_float(params.q.dtype)) {
+    const int key_rank = params.block_table.given() ? 4 : rank;
+    if (rank < 2 || rank > 4 || params.k.rank != key_rank || params.v.rank != key_rank ||
+        !is_float(params.q.dtype)) {
         return false;
     }
     std::int64_t shape[kMaxRank] = {};
     if (with_out) {
         std::copy_n(params.q.shape, rank - 1, shape);
-        shape[rank - 1] = params.v.shape[rank - 1];
+        shape[rank - 1] = params.v.shape[key_rank - 1];
         set_shape(params.out, params.out_dtype.value_or(params.q.dtype), rank, shape);
     }
     const QAxes axes = axes_of_q(params);

@@ -62,6 +62,7 @@ BackwardProblem make_backward_problem(const BackwardParams& a, bool for_executio
     if (f.weights.given()) fail_value("weights", "expected none, the backward pass does not take them");
     BackwardProblem b;
     Arrays arrays(f.q.device);
+    if (f.block_table.given()) fail_value("k", "expected an array: there are no gradients of keys in pages");
     if (f.out_dtype) fail_value("out_dtype", "expected none, the backward pass takes out in q's dtype");
     AttentionProblem& p = b.forward = read_inputs(f, arrays);
 

@@ -39,7 +39,7 @@ void for_each_entry(const AttentionProblem& p, MaskLists& lists, F&& f) {
     for (std::int64_t b = 0; b < count; ++b) {
         Entry entry = read_entry(p, b);
         // Bounds that somebody wrote to between two of them: no two entries may write to the same place.
-        if (p.packed() && (entry.first_row < row || entry.first_key < key)) entry = {};
+        if (p.packed() && (entry.first_row < row || (entry.first_key < key && !p.paged()))) entry = {};
         if (p.packed()) {
             row = entry.first_row + entry.q_size;
             key = entry.first_key + entry.kv_size;

@@ -91,13 +91,19 @@ double count_bytes(const AttentionProblem& p) noexcept {
         if (x.data == nullptr) return 0.0;
         return static_cast<double>(item_size(x.dtype)) * count_elements({p.batch, heads}, {x.batch, x.head});
     };
+    // Of keys in pages as many as the entries have.
+    const auto key_operand = [&](const Operand& x, DType dtype, Index dim) {
+        if (!p.paged()) return operand(x, dtype, p.kv_size, p.kv_heads, dim);
+        double keys = 0.0;
+        for (Index b = 0; b < p.batch; ++b) keys += static_cast<double>(p.kv_len(b));
+        return keys * static_cast<double>(item_size(dtype)) * static_cast<double>(p.kv_heads * dim);
+    };
     const auto bounds = [&](const HeadOperand& x) {
         if (x.data == nullptr) return 0.0;
         return static_cast<double>(item_size(x.dtype)) * static_cast<double>(p.batch + 1);
     };
-    return operand(p.q, p.dtype, p.q_size, p.q_heads, p.head_dim) +
-           operand(p.k, p.k_dtype, p.kv_size, p.kv_heads, p.head_dim) +
-           operand(p.v, p.v_dtype, p.kv_size, p.kv_heads, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
+    return operand(p.q, p.dtype, p.q_size, p.q_heads, p.head_dim) + key_operand(p.k, p.k_dtype, p.head_dim) +
+           key_operand(p.v, p.v_dtype, p.value_dim) + score_bytes(p, p.mask, p.kv_size) +
            score_bytes(p, p.bias, p.kv_size) + per_head(p.alibi_slopes, p.q_heads) +
            per_head(p.sinks, p.q_heads) + per_head(p.q_lens, 1) + per_head(p.kv_lens, 1) +
            per_head(p.q_offsets, 1) + bounds(p.cu_q) + bounds(p.cu_kv) + count_result_bytes(p);

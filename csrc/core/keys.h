@@ -24,21 +24,53 @@ template <class T>
 class KeyRows {
 public:
     FASTATTN_HOST_DEVICE KeyRows(const Operand& x, std::int64_t b, std::int64_t head)
-        : first_(static_cast<const T*>(x.data) + b * x.batch + head * x.head),
+        : first_(static_cast<const T*>(x.data) + (x.pages == nullptr ? b : 0) * x.batch + head * x.head),
           key_(x.seq),
           head_(x.head),
-          number_(x.dim) {}
+          number_(x.dim),
+          pages_(x.pages == nullptr ? nullptr : x.pages + b * x.entry_pages),
+          page_(x.page),
+          page_stride_(x.batch) {}
 
     // Number 0 of key j.
-    FASTATTN_HOST_DEVICE const T* operator[](std::int64_t j) const { return first_ + j * key_; }
+    FASTATTN_HOST_DEVICE const T* operator[](std::int64_t j) const {
+        if (pages_ == nullptr) return first_ + j * key_;
+        return first_ + pages_[j / page_] * page_stride_ + j % page_ * key_;
+    }
     FASTATTN_HOST_DEVICE std::int64_t number_stride() const { return number_; }
+    FASTATTN_HOST_DEVICE std::int64_t head_stride() const { return head_; }
 
-    // As many of the keys [j, j + n) as lie one stride apart.
-    KeyRun<T> run(std::int64_t j, std::int64_t n) const { return {(*this)[j], n, key_, head_, number_}; }
+    // As many of the keys [j, j + n) as lie one stride apart; key j is there.
+    KeyRun<T> run(std::int64_t j, std::int64_t n) const {
+        if (pages_ == nullptr) return {(*this)[j], n, key_, head_, number_};
+        const std::int64_t left = page_ - j % page_;
+        return {n > 0 ? (*this)[j] : first_, n < left ? n : left, key_, head_, number_};
+    }
 
 private:
     const T* first_;
     std::int64_t key_, head_, number_;
+    const std::int64_t* pages_;
+    std::int64_t page_, page_stride_;
+};
+
+// A pointer for each of up to `most` keys from key `first` on, for packing: pages are looked up once.
+template <class T, int most>
+class KeyPointers {
+public:
+    KeyPointers(const KeyRows<T>& rows, std::int64_t first, std::int64_t n) : number_(rows.number_stride()) {
+        for (std::int64_t i = 0; i < n;) {
+            const KeyRun<T> run = rows.run(first + i, n - i);
+            const T* at = run.first;
+            for (const std::int64_t end = i + run.count; i < end; ++i, at += run.key) row_[i] = at;
+        }
+    }
+    const T* operator[](std::int64_t i) const { return row_[i]; }
+    std::int64_t number_stride() const { return number_; }
+
+private:
+    const T* row_[most];
+    std::int64_t number_;
 };
 
 // Rows from row i on, counted from 0: what packing takes, be it keys or rows of q.

@@ -68,9 +68,51 @@ void set_entries(const AttentionParams& a, AttentionProblem& p, Arrays& arrays) 
     p.batch = a.cu_q.shape[0] - 1;
     const TensorView& cu_kv = a.cu_kv.given() ? a.cu_kv : a.cu_q;
     p.cu_q = to_bounds("cu_q", a.cu_q, p, "Tq", p.q_size);
+    if (a.block_table.given()) {
+        if (a.cu_kv.given()) fail_value("cu_kv", "expected none beside pages");
+        return arrays.side_input("cu_q", a.cu_q);
+    }
     p.cu_kv = to_bounds(a.cu_kv.given() ? "cu_kv" : "cu_q", cu_kv, p, "Tk", p.kv_size);
     arrays.side_input("cu_q", a.cu_q);
     if (a.cu_kv.given()) arrays.side_input("cu_kv", a.cu_kv);
+}
+
+// Keys in pages: the table's numbers are looked at as far as the lengths reach, and trusted from then on.
+void set_pages(const AttentionParams& a, AttentionProblem& p) {
+    const TensorView& table = a.block_table;
+    if (table.dtype != DType::i64 || table.device.type != DeviceType::cpu)
+        fail_dtype("block_table", "int64 on the CPU", table.dtype);
+    if (table.rank != 2 || table.shape[0] != p.batch)
+        fail_shape("block_table", "(B, N) with B = " + std::to_string(p.batch), table);
+    if (!a.kv_lens.given())
+        fail_value("kv_lens", "expected the lengths of the entries beside pages, got none");
+    const HeadOperand lens = to_batch_operand("kv_lens", a.kv_lens, p);
+    const Index width = table.shape[1], page = p.kv_size, count = size_at(a.k, 0);
+    if (width > 1 && table.strides[1] != 1 && p.batch > 0)
+        fail_value("block_table", "expected rows in one piece, got strides");
+    if (page == 0) fail_shape("k", "pages of at least one key", a.k);
+    Index longest = 0;
+    const auto* const pages = static_cast<const Index*>(table.data);
+    for (Index b = 0; b < p.batch; ++b) {
+        const Index length = load_integer(lens.data, lens.dtype, b * lens.batch);
+        if (length < 0 || length > width * page) fail_length("kv_lens", b, length, width * page);
+        for (Index n = 0; n * page < length; ++n) {
+            const Index at = pages[b * stride_at(table, 0) + n];
+            if (at < 0 || at >= count)
+                fail_value("block_table", "expected pages below " + std::to_string(count) + ", got " +
+                                              std::to_string(at) + " for page " + std::to_string(n) +
+                                              " of entry " + std::to_string(b));
+        }
+        longest = std::max(longest, length);
+    }
+    static constexpr Index kNone = 0;
+    for (Operand* x : {&p.k, &p.v}) {
+        x->pages = pages == nullptr ? &kNone : pages;
+        x->entry_pages = stride_at(table, 0);
+        x->page = page;
+        if (count <= 1) x->batch = 0;
+    }
+    p.kv_size = longest;
 }
 
 // Where a mask or bias with the axes (B, Sk) or (B, Sq, Sk) belongs; empty for others. As it is, it would
@@ -184,23 +226,26 @@ void set_operands(const AttentionParams& a, AttentionProblem& p, const Axes& axe
     p.q_size = size_at(q, axes.seq);
     p.q_heads = size_at(q, axes.head);
     p.head_dim = size_at(q, axes.dim);
-    p.kv_size = size_at(k, axes.seq);
-    p.kv_heads = size_at(k, axes.head);
-    p.value_dim = size_at(v, axes.dim);
+    // Of pages: (P, page), whatever the axes of q are.
+    const Axes key_axes = axes_of(k.rank, a.layout);
+    const std::int64_t batch = a.block_table.given() ? size_at(k, key_axes.batch) : p.batch;
+    p.kv_size = size_at(k, key_axes.seq);
+    p.kv_heads = size_at(k, key_axes.head);
+    p.value_dim = size_at(v, key_axes.dim);
     if (p.head_dim == 0) fail_empty_dim("q", q);
-    if (size_at(k, axes.batch) != p.batch || size_at(k, axes.dim) != p.head_dim)
-        fail_operand("k", a.layout, {p.batch, kAnySize, kKvHeads, p.head_dim}, "q", q, k);
-    if (size_at(v, axes.batch) != p.batch || size_at(v, axes.seq) != p.kv_size ||
-        size_at(v, axes.head) != p.kv_heads)
-        fail_operand("v", a.layout, {p.batch, p.kv_size, p.kv_heads, kAnySize}, "k", k, v);
+    if (size_at(k, key_axes.batch) != batch || size_at(k, key_axes.dim) != p.head_dim)
+        fail_operand("k", a.layout, {batch, kAnySize, kKvHeads, p.head_dim}, "q", q, k);
+    if (size_at(v, key_axes.batch) != batch || size_at(v, key_axes.seq) != p.kv_size ||
+        size_at(v, key_axes.head) != p.kv_heads)
+        fail_operand("v", a.layout, {batch, p.kv_size, p.kv_heads, kAnySize}, "k", k, v);
     if (p.value_dim == 0) fail_empty_dim("v", v);
     // No query heads are a multiple of any number of heads; then the group has none.
     if (p.kv_heads == 0 ? p.q_heads != 0 : p.q_heads % p.kv_heads != 0)
         fail_heads(q, k, p.q_heads, p.kv_heads);
     p.group = p.kv_heads == 0 ? 1 : p.q_heads / p.kv_heads;
     p.q = to_operand(q, axes);
-    p.k = to_operand(k, axes);
-    p.v = to_operand(v, axes);
+    p.k = to_operand(k, key_axes);
+    p.v = to_operand(v, key_axes);
 }
 
 // ---- outputs ----------------------------------------------------------------------------------------
@@ -288,8 +333,13 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
     if (!a.k.given()) fail_value("k", "expected an array, got none");
     if (!a.v.given()) fail_value("v", "expected an array, got none");
     if (a.q.rank < 2 || a.q.rank > 4) fail_rank("q", "2, 3 or 4 axes", a.q);
-    if (a.k.rank != a.q.rank) fail_rank_match("k", a.q, a.k);
-    if (a.v.rank != a.q.rank) fail_rank_match("v", a.q, a.v);
+    if (a.block_table.given()) {
+        if (a.k.rank != 4) fail_rank("k", "pages with 4 axes", a.k);
+        if (a.v.rank != 4) fail_rank("v", "pages with 4 axes", a.v);
+    } else {
+        if (a.k.rank != a.q.rank) fail_rank_match("k", a.q, a.k);
+        if (a.v.rank != a.q.rank) fail_rank_match("v", a.q, a.v);
+    }
     check_float("q", a.q);
     check_same_dtype("k", a.k, a.q.dtype);
     check_same_dtype("v", a.v, a.q.dtype);
@@ -305,6 +355,7 @@ AttentionProblem read_inputs(const AttentionParams& a, Arrays& arrays) {
     p.device = a.q.device;
     set_operands(a, p, axes_of(a.q.rank, a.layout), arrays);
     set_entries(a, p, arrays);
+    if (a.block_table.given()) set_pages(a, p);
     set_numbers(a, p);
     set_optional_inputs(a, p, arrays);
     p.conditions = a.conditions.data();

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastattn import _threadpoolctl
 from fastattn._attention import Explanation, Gradients, KernelInfo, kernels
+from fastattn._cache import KVCache, mha_cached
 from fastattn._core import (
     CudaError,
     UnsupportedError,
@@ -38,6 +39,7 @@ __all__ = [
     "CudaError",
     "Explanation",
     "Gradients",
+    "KVCache",
     "KernelInfo",
     "UnsupportedError",
     "__version__",
@@ -48,6 +50,7 @@ __all__ = [
     "merge_states",
     "mha",
     "mha_backward",
+    "mha_cached",
     "mha_varlen",
     "mha_varlen_backward",
     "reference",

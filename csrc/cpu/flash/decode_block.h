@@ -68,25 +68,20 @@ struct DecodeKeys {
 
     DecodeKeys(const Operand& x, std::int64_t dim, const ItemRange& item, T* copy, const Selection& selection)
         : rows_(x, item.batch, item.kv_head), dim_(dim), copy_(copy), selection_(selection) {
-        const KeyRun<T> run = rows_.run(0, 0);
+        const KeyRun<T> run = rows_.run(0, 0);  // its strides alone
         selects_ = item.entry->plan.selects;
-        copies_ = selects_ || run.number != 1;
+        copies_ = selects_ || run.number != 1 || !decodes_in_pages(x);
         seq = copies_ ? dim : run.key;
         head = copies_ ? kDecodeBlock * dim : run.head;
     }
 
     void go_to(std::int64_t j, std::int64_t n, std::int64_t heads) {
         if (selects_) return gather(j, n);
-        const KeyRun<T> run = rows_.run(j, n);
-        first = run.first;
+        first = rows_[j];
         if (!copies_) return;
-        for (std::int64_t h = 0; h < heads; ++h) {
-            for (std::int64_t d = 0; d < dim_; ++d) {
-                for (std::int64_t i = 0; i < n; ++i)
-                    copy_[h * head + i * seq + d] = first[h * run.head + i * run.key + d * run.number];
-            }
-        }
-        first = copy_;
+        const T* row[kDecodeBlock];
+        for (std::int64_t i = 0; i < n; ++i) row[i] = rows_[j + i];
+        copy(row, n, heads);
     }
 
 private:
@@ -100,12 +95,21 @@ private:
             for (std::int64_t b = 0; b < dim_ * static_cast<std::int64_t>(sizeof(T)); b += kLineBytes)
                 fetch_line(at + b);
         });
+        copy(row, n, 1);
+    }
+
+    // n rows of the first head, and of those after it, where a block is read.
+    void copy(const T* const (&row)[kDecodeBlock], std::int64_t n, std::int64_t heads) {
+        const std::int64_t number = rows_.number_stride();
         for (std::int64_t i = 0; i < n; ++i) {
-            T* const to = copy_ + i * dim_;
-            if (rows_.number_stride() == 1) {
-                std::memcpy(to, row[i], static_cast<std::size_t>(dim_) * sizeof(T));
-            } else {
-                for (std::int64_t d = 0; d < dim_; ++d) to[d] = row[i][d * rows_.number_stride()];
+            for (std::int64_t h = 0; h < heads; ++h) {
+                const T* const from = row[i] + h * rows_.head_stride();
+                T* const to = copy_ + h * head + i * seq;
+                if (number == 1) {
+                    std::memcpy(to, from, static_cast<std::size_t>(dim_) * sizeof(T));
+                } else {
+                    for (std::int64_t d = 0; d < dim_; ++d) to[d] = from[d * number];
+                }
             }
         }
         first = copy_;

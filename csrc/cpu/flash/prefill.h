@@ -154,11 +154,13 @@ private:
     // Keys [j, j + n), less the panels before the first that anybody attends.
     void pack_block(std::int64_t j, std::int64_t n) {
         const std::int64_t skip = keys_.begin > j ? (keys_.begin - j) / E::nr * E::nr : 0, left = n - skip;
-        pack_keys<E>(at_.k + skip * d_units_, RowsFrom{k_, j + skip}, left, p_.head_dim);
+        pack_keys<E>(at_.k + skip * d_units_, KeyPointers<K, kKeyBlock>(k_, j + skip, left), left,
+                     p_.head_dim);
         const std::int64_t padded = (n + E::nr - 1) / E::nr * E::nr;
         tile_.set_value_units(padded / E::scalars);
-        has_bad_ = pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip, RowsFrom{v_, j + skip},
-                                  left, (left + w - 1) / w * w, padded, p_.value_dim);
+        has_bad_ = pack_values<E>(at_.v + skip / E::scalars * E::nr, at_.bad + skip,
+                                  KeyPointers<W, kKeyBlock>(v_, j + skip, left), left, (left + w - 1) / w * w,
+                                  padded, p_.value_dim);
     }
 
     void pack_queries() {

@@ -78,7 +78,8 @@ FlashPlan plan_flash(const AttentionProblem& p, const Entry& entry, const TileSh
     const std::int64_t keys = plan.selects ? selected.most : entry.kv_len;
     plan.rows = entry.q_len * p.group;
     plan.decode = plan.selects || (plan.rows <= most_decode_rows(p, keys) && p.weights.data == nullptr);
-    plan.gathers = plan.decode && (plan.selects || p.k.dim != 1 || p.v.dim != 1);
+    plan.gathers = plan.decode && (plan.selects || p.k.dim != 1 || p.v.dim != 1 || !decodes_in_pages(p.k) ||
+                                   !decodes_in_pages(p.v));
     plan.q_stride = round_up(ceil_div(p.head_dim, tile.scalars), tile.width);
     plan.o_stride = round_up(p.value_dim, tile.width);
     plan.partial_stride = plan.o_stride + kPartialHeader;

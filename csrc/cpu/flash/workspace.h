@@ -17,6 +17,9 @@ inline bool heads_side_by_side(const Operand& x) {
     return size(x.head) < size(x.seq);
 }
 
+// Whether a block of decode lies in one page, where keys lie in pages.
+inline bool decodes_in_pages(const Operand& x) { return x.pages == nullptr || x.page % kDecodeBlock == 0; }
+
 // What a row of an item stands for: its query and head, the keys that causal, window and lengths leave it,
 // and where its bias and mask begin (elements from the array's, for key 0).
 struct RowInfo {

@@ -13,6 +13,7 @@
 namespace fastattn::cuda {
 
 inline const char* refuses_conditions(const AttentionProblem& p) noexcept {
+    if (p.paged()) return "reads keys in one piece, not in pages";
     return p.condition_count > 0 ? "takes masks as bool arrays (a Mask: its to_bool(Sq, Sk))" : nullptr;
 }
 

@@ -97,6 +97,10 @@ struct AttentionParams {
     // entries where it stands alone or before Hq, and the axes of mask, bias and results are (Hq,Tq,Tk);
     // q_lens and weights must not be given.
     TensorView cu_q, cu_kv;
+    // Keys in pages: k, v (P,page,Hkv,D) and (P,page,Hkv,Dv) in the layout, table (B,N) of int64: entry b has
+    // its keys in the pages table[b, 0], table[b, 1], ..., kv_lens[b] of them. kv_lens must be given, cu_kv
+    // must not; Sk is the longest entry's. Nobody writes to the table during a call. On the CPU, forward.
+    TensorView block_table;
     std::optional<double> softcap;
     double dropout = 0.0;
     std::uint64_t seed = 0;
@@ -109,7 +113,10 @@ struct AttentionParams {
 // elements. Absent optional arrays have data == nullptr.
 struct Operand {
     void* data = nullptr;
-    std::int64_t batch = 0, seq = 0, head = 0, dim = 0;
+    std::int64_t batch = 0, seq = 0, head = 0, dim = 0;  // batch: from page to page where keys lie in pages
+    // Key j of entry b is row j % page of page pages[b * entry_pages + j / page].
+    const std::int64_t* pages = nullptr;
+    std::int64_t entry_pages = 0, page = 0;
 };
 // An array over (batch, head, query, key); broadcast axes have stride 0.
 struct ScoreOperand {
@@ -157,6 +164,7 @@ struct AttentionProblem {
     std::int64_t condition_count = 0;
 
     bool packed() const noexcept { return cu_q.data != nullptr; }
+    bool paged() const noexcept { return k.pages != nullptr; }
     // Entries that the arrays have an axis for.
     std::int64_t array_batch() const noexcept { return packed() ? 1 : batch; }
     // Where the rows and keys of an entry begin and end in the arrays, padding too.
