@@ -75,3 +75,25 @@ def test_refusals():
         fj.mha_varlen(q, k, v, CU_Q.astype(np.float32))
     with pytest.raises(Exception, match="cu_q: expected bounds that do not decrease"):
         jax.block_until_ready(fj.mha_varlen(q, k, v, CU_Q[::-1].copy(), CU_KV))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_unrounded_results(packed):
+    q, k, v = arrays(jnp.bfloat16)
+    bounds = (CU_Q, CU_KV) if packed else ()
+
+    def attend(q, k, v, **kw):
+        return (fj.mha_varlen if packed else fj.mha)(q, k, v, *bounds, causal=True, **kw)
+
+    plain = attend(q, k, v)
+    for function in (attend, jax.jit(attend, static_argnames="out_dtype")):
+        out = function(q, k, v, out_dtype="float32")
+        assert out.dtype == np.float32
+        assert np.array_equal(np.asarray(out.astype(jnp.bfloat16)), np.asarray(plain))
+        assert not np.array_equal(np.asarray(out), np.asarray(plain.astype(np.float32)))
+    got = jax.grad(lambda *x: attend(*x, out_dtype=jnp.float32).sum(), (0, 1, 2))(q, k, v)
+    want = jax.grad(lambda *x: attend(*x).astype(np.float32).sum(), (0, 1, 2))(q, k, v)
+    for x, y in zip(got, want, strict=True):
+        assert np.array_equal(np.asarray(x), np.asarray(y))
+    with pytest.raises(TypeError, match="out_dtype: expected bfloat16 or float32, got float64"):
+        attend(q, k, v, out_dtype="float64")

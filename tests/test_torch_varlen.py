@@ -107,3 +107,29 @@ def test_refusals():
     cap = torch.tensor(3.0, requires_grad=True)
     with pytest.raises(NotImplementedError, match="softcap: there is no gradient of it for packed entries"):
         ft.mha_varlen(q, k, v, cu_q, cu_kv, softcap=cap).sum().backward()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_unrounded_results(packed):
+    q, k, v = tensors(torch.bfloat16)
+
+    def attend(**kw):
+        if packed:
+            return ft.mha_varlen(q, k, v, *bounds(), causal=True, **kw)
+        return ft.mha(q, k, v, causal=True, **kw)
+
+    out = attend(out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    plain = attend()
+    assert torch.equal(out.to(torch.bfloat16), plain)
+    assert not torch.equal(out, plain.float())
+    dout = torch.randn_like(plain)
+    got = torch.autograd.grad(out, (q, k, v), dout.float())
+    want = torch.autograd.grad(plain, (q, k, v), dout)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    compiled = torch.compile(lambda: attend(out_dtype=torch.float32), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(), out)
+    with pytest.raises(TypeError, match="out_dtype: expected bfloat16 or float32, got float64"):
+        attend(out_dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"out_dtype: expected a torch.dtype, got str"):
+        attend(out_dtype="float32")

@@ -201,7 +201,8 @@ DType to_float_dtype(const Arguments& arguments, Slot slot) {
     const char* found = PyUnicode_Check(text.get()) ? PyUnicode_AsUTF8(text.get()) : nullptr;
     if (found != nullptr) {
         std::string_view name = found;
-        if (const std::size_t dot = name.rfind('.'); dot != std::string_view::npos) {
+        if (const std::size_t dot = name.rfind('.');
+            dot != std::string_view::npos && !PyUnicode_Check(object)) {
             name.remove_prefix(dot + 1);
         }
         for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16}) {

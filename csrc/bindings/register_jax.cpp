@@ -202,6 +202,9 @@ void read_call(const CallFrame& frame, BackwardParams& params, RunOptions& optio
     attributes.scalar<std::int64_t>("window_left", kS64, f.window_left);
     attributes.scalar<std::int64_t>("window_right", kS64, f.window_right);
     options.kernel = attributes.text("kernel");
+    const std::string_view out_dtype = attributes.text("out_dtype");
+    for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16})
+        if (out_dtype == dtype_name(dtype)) f.out_dtype = dtype;
     options.device = "cpu";  // where XLA's buffers are; the program was compiled for it
     set_arrays(params, attributes.text("operands"), frame.arguments);
     set_arrays(params, attributes.text("results"), frame.results);

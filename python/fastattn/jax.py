@@ -56,6 +56,7 @@ class _Settings(NamedTuple):
 
     attributes: tuple[tuple[str, Any], ...]  # of the call of the handler; what is None is absent
     layout: str
+    out_dtype: str | None
     dropout: float
     finite_lse: bool  # of what is kept for the gradients
 
@@ -81,6 +82,7 @@ def mha(
     seed: Any = 0,
     return_lse: bool = False,
     return_weights: bool = False,
+    out_dtype: Any = None,
     kernel: str | None = None,
 ) -> Any:
     """`fastattn.mha` for JAX, differentiable once in q, k, v, bias, alibi_slopes and sinks.
@@ -111,6 +113,8 @@ def mha(
         compilation.
     return_lse, return_weights : bool
         As in `fastattn.mha`.
+    out_dtype : dtype, optional
+        As in `fastattn.mha`; the gradient of out is rounded to q's dtype.
 
     Returns
     -------
@@ -152,6 +156,7 @@ def mha_varlen(
     dropout: float = 0.0,
     seed: Any = 0,
     return_lse: bool = False,
+    out_dtype: Any = None,
     kernel: str | None = None,
 ) -> Any:
     """`fastattn.mha_varlen` for JAX: packed entries, differentiable as `mha`.
@@ -166,7 +171,7 @@ def mha_varlen(
         mask: or a Mask of `fastattn.masks`, whose rows are the packed ones.
     q_offset, kv_lens, alibi_slopes
         Of each entry: (B,), (B,) and (Hq,) or (B,Hq).
-    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, kernel
+    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, out_dtype, kernel
         As in `mha`.
 
     Returns
@@ -196,7 +201,7 @@ def _attend(given: dict[str, Any]) -> Any:
     arrays = {name: _as_array(name, given[name]) for name in _INPUTS if given[name] is not None or name in "qkv"}
     if q_offset is not None:
         arrays["q_offset"] = _offset(q_offset)
-    settings = {name: given[name] for name in (*_STATIC, "return_lse", "return_weights")}
+    settings = {name: given[name] for name in (*_STATIC, "return_lse", "return_weights", "out_dtype")}
     for name, value in settings.items():
         if isinstance(value, jax.core.Tracer):
             raise TypeError(
@@ -214,7 +219,8 @@ def _attend(given: dict[str, Any]) -> Any:
     if dropout > 0:
         arrays["seed"] = words
     config: Any = jax.config  # in part without types
-    known = _Settings(_attributes(settings), layout, float(dropout), bool(config.jax_debug_infs))
+    out_dtype = None if given["out_dtype"] is None else np.dtype(given["out_dtype"]).name
+    known = _Settings(_attributes(settings), layout, out_dtype, float(dropout), bool(config.jax_debug_infs))
     names = ("out", *("lse",) * bool(return_lse), *("weights",) * bool(return_weights))
     results = _mha(known, names, arrays)
     return results if len(results) > 1 else results[0]
@@ -232,6 +238,8 @@ def _attributes(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
                 made[f"{name}_{side}"] = None if bound is None else np.int64(min(int(bound), 2**63 - 1))
         elif value is not None:
             made[name] = value if kind == "text" else np.bool_(value) if kind == "flag" else np.float64(float(value))
+    if settings.get("out_dtype") is not None:
+        made["out_dtype"] = np.dtype(settings["out_dtype"]).name
     return tuple((name, value) for name, value in made.items() if value is not None)
 
 
@@ -352,6 +360,9 @@ def _attention_bwd(settings: _Settings, names: tuple[str, ...], residuals: Any, 
     shapes = {name: x.shape for name, x in _result_types(settings, ("out", "lse"), full).items()}
     rows = {"out": out, "lse": lse, "dout": jnp.zeros_like(out), **given}
     rows = {name: x.reshape(shapes[name.removeprefix("d")]) for name, x in rows.items()}
+    if settings.out_dtype is not None:  # the backward pass takes q's
+        rows |= {name: rows[name].astype(full["q"].dtype) for name in ("out", "dout")}
+        settings = _without_out_dtype(settings)
     side = tuple("d" + name for name in sorted(wanted))
     gradients = _call(_BACKWARD, settings, ("dq", "dk", "dv", *side), {**full, **rows})
     # Zeros that nobody reads where no gradient is wanted: jax 0.6 to 0.8 want one pytree always.
@@ -366,6 +377,10 @@ def _attention_bwd(settings: _Settings, names: tuple[str, ...], residuals: Any, 
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+def _without_out_dtype(settings: _Settings) -> _Settings:
+    return settings._replace(attributes=tuple(x for x in settings.attributes if x[0] != "out_dtype"), out_dtype=None)
 
 
 # ---- axes -------------------------------------------------------------------------------------------
@@ -389,7 +404,7 @@ def _result_types(settings: _Settings, names: tuple[str, ...], operands: _Arrays
     rows = (*q.shape[:-3], q.shape[head], q.shape[seq])
     stats = np.float64 if q.dtype == np.float64 else np.float32
     types = {
-        "out": _Struct((*q.shape[:-1], v.shape[-1]), q.dtype),
+        "out": _Struct((*q.shape[:-1], v.shape[-1]), settings.out_dtype or q.dtype),
         "lse": _Struct(rows, stats),
         "weights": _Struct((*rows, k.shape[seq]), stats),
     }

@@ -39,6 +39,7 @@ def mha(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    out_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     kernel: str | None = None,
 ) -> Any:
@@ -71,11 +72,14 @@ def mha(
         that ``torch.manual_seed`` repeats it. A tensor makes a compiled function draw anew without being
         compiled anew.
     return_lse, return_weights : bool
+    out_dtype : torch.dtype, optional
+        float32 for q of 16 bits: out is not rounded, for `fastattn.merge_states`. Its gradient is rounded to
+        q's dtype.
 
     Returns
     -------
     out : Tensor
-        q's dtype, device and layout, contiguous; its last axis is Dv.
+        q's dtype (or out_dtype), device and layout, contiguous; its last axis is Dv.
     lse : Tensor (B, Hq, Sq), only with ``return_lse``
         float64 for float64, else float32.
     weights : Tensor (B, Hq, Sq, Sk), only with ``return_weights``
@@ -115,7 +119,8 @@ def mha(
         "q": q, "k": k, "v": v, "layout": layout, "scale": scale, "causal": causal, "window": window,
         "q_offset": q_offset, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
         "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "dropout": dropout, "seed": seed,
-        "return_lse": return_lse, "return_weights": return_weights, "device": device, "kernel": kernel,
+        "return_lse": return_lse, "return_weights": return_weights, "out_dtype": out_dtype, "device": device,
+        "kernel": kernel,
     })  # fmt: skip
 
 
@@ -140,6 +145,7 @@ def mha_varlen(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     kernel: str | None = None,
 ) -> Any:
@@ -156,7 +162,7 @@ def mha_varlen(
         mask: or a Mask of `fastattn.masks`, whose rows are the packed ones.
     q_offset, kv_lens, alibi_slopes
         Of each entry: int or (B,), (B,), (Hq,) or (B, Hq).
-    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, device, kernel
+    layout, scale, causal, window, softcap, sinks, dropout, seed, return_lse, out_dtype, device, kernel
         As in `mha`. A softcap that requires grad is refused in the backward pass.
 
     Returns
@@ -179,7 +185,8 @@ def mha_varlen(
         "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_kv": cu_kv, "layout": layout, "scale": scale,
         "causal": causal, "window": window, "q_offset": q_offset, "mask": mask, "bias": bias,
         "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks, "kv_lens": kv_lens,
-        "dropout": dropout, "seed": seed, "return_lse": return_lse, "device": device, "kernel": kernel,
+        "dropout": dropout, "seed": seed, "return_lse": return_lse, "out_dtype": out_dtype, "device": device,
+        "kernel": kernel,
     })  # fmt: skip
 
 
@@ -197,6 +204,10 @@ def _attend(function: Callable[..., Any], given: dict[str, Any]) -> Any:
             made[name] = x
     return_lse, return_weights = given["return_lse"], given.get("return_weights", False)
     made |= {"q": q, "k": k, "v": v, "return_weights": _flag("return_weights", return_weights)}
+    if (dtype := given["out_dtype"]) is not None:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"out_dtype: expected a torch.dtype, got {type(dtype).__name__}")
+        made["out_dtype"] = dtype
     out, lse, weights = call(made)
     if not (return_lse or return_weights):
         return out

@@ -39,7 +39,7 @@ _SIDES = dict.fromkeys((*_ARRAYS, *(f"{name}_tensor" for name in names("integer"
 _OPTIONS = _option_types()
 _NUMBERS = dict.fromkeys((f"{name}_tensor" for name in LEARNED), "Tensor?")
 # The operators' arguments, all by position, with their types.
-_FORWARD = {**_QKV, **_SIDES, **_OPTIONS, "return_weights": "bool", **_NUMBERS}
+_FORWARD = {**_QKV, **_SIDES, **_OPTIONS, "return_weights": "bool", "out_dtype": "ScalarType?", **_NUMBERS}
 _BACKWARD = {
     "dout": "Tensor", "dlse": "Tensor?", **_QKV, "out": "Tensor", "lse": "Tensor", **_SIDES, **_OPTIONS,
     "need_dbias": "bool", **_NUMBERS, **dict.fromkeys((f"need_d{name}" for name in LEARNED), "bool"),
@@ -48,7 +48,7 @@ _BACKWARD = {
 _TAIL = {name: "None" if name in _NUMBERS else "False" for name in list(_BACKWARD)[-2 * len(LEARNED) :]}
 _DEFAULTS: dict[str, Any] = {**dict.fromkeys(_FORWARD), "return_weights": False}
 _DEFAULTS |= {x.name: x.default for x in OPTIONS if x.name in _OPTIONS}
-_PLAIN = frozenset((*names("text", "number", "flag"), "return_weights", "need_dbias"))
+_PLAIN = frozenset((*names("text", "number", "flag"), "return_weights", "out_dtype", "need_dbias"))
 _INTEGERS = names("integer")
 _WINDOW = ("window_left", "window_right")
 # The forward's arguments from `_N_TENSORS` to `_N_PLAIN` are no tensors.
@@ -155,6 +155,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     given = _given(_BACKWARD, args)
     dout, dlse, q, k, v, out, lse = args[:7]
+    dout, out = dout.to(q.dtype), out.to(q.dtype)  # of an out_dtype
     keywords = _keywords(given)
     need_dbias = keywords.pop("need_dbias")
     dscale = dsoftcap = None
@@ -189,14 +190,16 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _named(_FORWARD, args)
     q, k, v = given["q"], given["k"], given["v"]
-    if q.dim() not in (2, 3, 4) or not q.dim() == k.dim() == v.dim():
-        raise ValueError(f"q, k, v: expected one rank of 2, 3 or 4, got {q.dim()}, {k.dim()}, {v.dim()}")
+    ranks = (3,) if given["cu_q"] is not None else (2, 3, 4)
+    if q.dim() not in ranks or not q.dim() == k.dim() == v.dim():
+        expected = " or ".join(map(str, ranks))
+        raise ValueError(f"q, k, v: expected one rank of {expected}, got {q.dim()}, {k.dim()}, {v.dim()}")
     bshd = q.dim() > 2 and given["layout"] == "bshd"
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if bshd else q.shape[:-1]  # without the axes q lacks
     n_k = k.shape[-3] if bshd else k.shape[-2]
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
-        q.new_empty((*q.shape[:-1], v.shape[-1])),
+        q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=given["out_dtype"] or q.dtype),
         q.new_empty(rows, dtype=stats),
         q.new_empty((*rows, n_k), dtype=stats) if given["return_weights"] else q.new_empty((0,)),
     )
