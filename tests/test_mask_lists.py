@@ -316,6 +316,25 @@ def test_memory_of_documents():
     assert held < 2 * 65_536 * 8 // 1024
 
 
+def test_no_rows_no_keys():
+    for Sq, Sk in ((0, 5), (3, 0), (0, 0)):
+        q, k, v = qkv(np.float32, B=2, Sq=Sq, Sk=Sk, Hq=4, Hkv=2)
+        made_of_nothing = {
+            "blocks": masks.blocks(np.ones((2, 4, -(-Sq // 4), 1), bool), 4),
+            "keys": masks.keys(np.full((2, 2, Sq, 3), -1)),
+            "no keys": masks.keys(np.zeros((2, 2, Sq, 0), int)),
+            "tail": masks.tail(np.ones((2, 1, Sq, 4), bool)),
+            "no tail": masks.tail(np.ones((1, 4, Sq, 0), bool)),
+            "documents": masks.documents(np.zeros((2, Sq), int), np.zeros((2, Sk), int)),
+            "tree": masks.tree(np.arange(Sq) - 1),
+            "ranges": masks.ranges(np.zeros((2, 4, Sq, 1, 2), int)),
+        }
+        for name, mask in made_of_nothing.items():
+            allowed = np.broadcast_to(mask.to_bool(Sq, Sk, q_heads=4), (2, 4, Sq, Sk))
+            want = fastattn.mha(q, k, v, mask=allowed)
+            assert np.array_equal(fastattn.mha(q, k, v, mask=mask), want), name
+
+
 def test_pickle_copy_and_repr():
     mask = masks.documents([0, 0, 1]) & masks.sinks_window(1, 1)
     for other in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask), copy.copy(mask)):

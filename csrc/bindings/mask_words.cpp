@@ -1,5 +1,6 @@
 #include "bindings/mask_words.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
@@ -27,15 +28,16 @@ public:
         view.rank = static_cast<int>(shape.size());
         std::int64_t size = 1;
         int axis = 0;
+        const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
         for (const std::int64_t n : shape) {
-            if (n < 0 || (n != 0 && size > left_ / n)) fail();
-            size *= n;
+            if (n < 0 || (!empty && n > 0 && size > left_ / n)) fail();
+            size = empty ? 0 : size * n;
             view.shape[axis++] = n;
         }
         std::int64_t stride = 1;
         while (--axis >= 0) {
             view.strides[axis] = stride;
-            stride *= view.shape[axis];
+            stride *= empty ? 1 : view.shape[axis];
         }
         view.data = take(size);
         view.readonly = true;

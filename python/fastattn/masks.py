@@ -563,7 +563,7 @@ def _runs(x: Array) -> tuple[Array, Array]:
     end = np.nonzero(flat == -1)[1]
     count = np.bincount(row, minlength=flat.shape[0])
     most = int(count.max(initial=0))
-    place = np.arange(row.size) - np.repeat(np.r_[0, np.cumsum(count)[:-1]], count)
+    place = np.arange(row.size) - np.repeat(np.cumsum(count) - count, count)
     result = []
     for numbers in (begin, end):
         y = np.zeros((flat.shape[0], most), np.int64)
