@@ -353,6 +353,40 @@ def test_threads_append_fork_free_and_attend():
     assert cache.tokens_free == 4000
 
 
+def test_an_interrupt_takes_the_append_back(monkeypatch):
+    cache, ids, _whole = filled([20, 33], np.float32, 16, window=(8, None))
+    k, v = (np.stack([x, x]) for x in keys_of(40, np.float32, 9))
+    before = snapshot(cache)
+    for name in ("_write", "_pages_of"):
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                mha_cached(normal((2, 40, HQ, D), np.float32, 1), cache, k=k, v=v)
+        assert snapshot(cache) == before
+    mha_cached(normal((2, 40, HQ, D), np.float32, 1), cache, k=k, v=v)
+    assert cache.lengths[ids].tolist() == [60, 73]
+
+
+def test_a_sequence_that_a_running_call_appends_to_refuses_changes():
+    cache, ids, _ = filled([20, 5], np.float32, 16)
+    cache._busy.add(int(ids[0]))
+    for change in (
+        cache.fork,
+        cache.free,
+        lambda one: cache.truncate(one, 1),
+        lambda one: cache.compact(one, [0]),
+    ):
+        with pytest.raises(ValueError, match="ids: a running call of mha_cached appends to 0"):
+            change(ids[0])
+    with pytest.raises(ValueError, match="appends to 0"):
+        cache.reorder(ids)
+    cache.fork(ids[1])
+
+
 class Machine(RuleBasedStateMachine):
     """A cache against lists of keys."""
 

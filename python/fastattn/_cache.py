@@ -191,7 +191,7 @@ class KVCache:
         """
         n = _size("n", n, 0)
         with self._lock:
-            one = int(self._ids([id])[0])
+            one = int(self._ids([id], change=True)[0])
             size = int(self._lengths[one])
             length = size if length is None else _size("length", length, 0)
             if length > size:
@@ -593,18 +593,33 @@ class _Appended:
         unused = np.unique(gone[(cache._uses[gone] == np.bincount(gone, minlength=cache._uses.size)[gone])])
         if cache._running:
             unused = unused[:0]
-        taken = cache._take(total, unused.size)
-        reused = unused[: total - taken.size]
-        self.saved = [(pool, reused, pool[reused]) for pool in (cache._k, cache._v)] if reused.size else []
-        self.before = (rows.copy(), old.copy(), cache._base[which].copy(), cache._written[which].copy())
-        self.taken, self.reused = taken, reused
-        pages = iter(np.r_[taken, reused].tolist())
-        self.left = []  # uses that end with the commit
-        rows = rows.copy()
-        rows[expired] = -1
-        self.left.append(gone[~np.isin(gone, reused)])
-        cache._uses[reused] = 0
-        for b in range(which.size):
+        before = (rows.copy(), old.copy(), cache._base[which].copy(), cache._written[which].copy())
+        self.before = before
+        self.saved: list[tuple[Array, Array, Array]] = []
+        self.left = [gone]  # uses that end with the commit
+        self.taken, self.reused = cache._take(total, unused.size), unused[:0]
+        try:
+            reused = unused[: total - self.taken.size]
+            self.saved = [(pool, reused, pool[reused]) for pool in (cache._k, cache._v)] if reused.size else []
+            self.reused = reused
+            rows = rows.copy()
+            rows[expired] = -1
+            self._place(rows, old, first, last, copies)
+            self._fill(rows, old, sizes, k, v, bounds)
+            cache._table[which] = rows
+            cache._lengths[which] = new
+            cache._base[which] = bases
+            cache._written[which] = False
+        except BaseException:  # an interrupt
+            self.undo()
+            raise
+
+    def _place(self, rows: Array, old: Array, first: Array, last: Array, copies: Array) -> None:
+        """The pages that are written, in the rows of the table."""
+        cache, page = self.cache, self.cache._page
+        pages = iter(np.r_[self.taken, self.reused].tolist())
+        self.left = [self.left[0][~np.isin(self.left[0], self.reused)]]
+        for b in range(self.which.size):
             if copies[b]:
                 source, to = int(rows[b, first[b]]), next(pages)
                 used = int(old[b] % page)
@@ -614,21 +629,19 @@ class _Appended:
                 rows[b, first[b]] = to
             for n in range(int(-(-old[b] // page)), int(last[b])):
                 rows[b, n] = next(pages)
-        cache._uses[taken] = 1
-        cache._uses[reused] = 1
-        single = which.size > 1 and bool(np.all(sizes == 1))
-        if single:
-            places = rows[np.arange(which.size), first]
+        cache._uses[self.taken] = 1
+        cache._uses[self.reused] = 1
+
+    def _fill(self, rows: Array, old: Array, sizes: Array, k: Array, v: Array, bounds: Array) -> None:
+        cache, page = self.cache, self.cache._page
+        if self.which.size > 1 and bool(np.all(sizes == 1)):
+            places = rows[np.arange(self.which.size), old // page]
             cache._k[places, old % page] = k[bounds[:-1]]
             cache._v[places, old % page] = v[bounds[:-1]]
-        else:
-            for b in range(which.size):
-                mine = slice(bounds[b], bounds[b + 1])
-                cache._write(rows[b], int(old[b]), k[mine], v[mine])
-        cache._table[which] = rows
-        cache._lengths[which] = new
-        cache._base[which] = bases
-        cache._written[which] = False
+            return
+        for b in range(self.which.size):
+            mine = slice(bounds[b], bounds[b + 1])
+            cache._write(rows[b], int(old[b]), k[mine], v[mine])
 
     def _expired(self, old: Array, sizes: Array, rows: Array) -> tuple[Array, Array]:
         """Which pages the windows of the next rows have left behind, and where what stays begins."""
