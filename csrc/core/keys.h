@@ -11,6 +11,13 @@
 namespace fastattn {
 namespace {
 
+// CUDA's kernels refuse keys in pages, and their registers are counted.
+#if defined(__CUDACC__)
+inline constexpr bool kKeysInPages = false;
+#else
+inline constexpr bool kKeysInPages = true;
+#endif
+
 // Keys one stride apart.
 template <class T>
 struct KeyRun {
@@ -24,17 +31,18 @@ template <class T>
 class KeyRows {
 public:
     FASTATTN_HOST_DEVICE KeyRows(const Operand& x, std::int64_t b, std::int64_t head)
-        : first_(static_cast<const T*>(x.data) + (x.pages == nullptr ? b : 0) * x.batch + head * x.head),
+        : first_(static_cast<const T*>(x.data) + (kKeysInPages && x.pages != nullptr ? 0 : b) * x.batch +
+                 head * x.head),
           key_(x.seq),
           head_(x.head),
           number_(x.dim),
-          pages_(x.pages == nullptr ? nullptr : x.pages + b * x.entry_pages),
+          pages_(kKeysInPages && x.pages != nullptr ? x.pages + b * x.entry_pages : nullptr),
           page_(x.page),
           page_stride_(x.batch) {}
 
     // Number 0 of key j.
     FASTATTN_HOST_DEVICE const T* operator[](std::int64_t j) const {
-        if (pages_ == nullptr) return first_ + j * key_;
+        if (!kKeysInPages || pages_ == nullptr) return first_ + j * key_;
         return first_ + pages_[j / page_] * page_stride_ + j % page_ * key_;
     }
     FASTATTN_HOST_DEVICE std::int64_t number_stride() const { return number_; }
