@@ -113,13 +113,14 @@ def test_of_packed_entries():
 
 def test_of_tensors():
     torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
     outs = [torch.randn(2, 5, 3, 8, dtype=torch.bfloat16) for _ in range(2)]
     lses = [torch.randn(2, 3, 5) for _ in range(2)]
     out, lse = fastattn.merge_states(outs, lses)
     assert out.dtype == torch.bfloat16
     w = torch.softmax(torch.stack(lses), 0).transpose(-1, -2)[..., None]
     assert torch.allclose(out.float(), (torch.stack(outs).float() * w).sum(0), atol=2e-2)
-    assert torch.allclose(lse, torch.logsumexp(torch.stack(lses), 0))
+    assert torch.allclose(lse, torch.logsumexp(torch.stack(lses), 0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(DTYPES))

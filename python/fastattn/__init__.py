@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from fastattn import _threadpoolctl
 from fastattn._attention import Explanation, Gradients, KernelInfo, kernels
-from fastattn._cache import KVCache, mha_cached
 from fastattn._core import (
     CudaError,
     UnsupportedError,
@@ -28,12 +27,14 @@ from fastattn._core import (
 from fastattn._merge import merge_states
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from typing import Any
 
     from fastattn import jax as jax
     from fastattn import masks as masks
     from fastattn import reference as reference
     from fastattn import torch as torch
+    from fastattn._cache import KVCache as KVCache
+    from fastattn._cache import mha_cached as mha_cached
 
 __all__ = [
     "CudaError",
@@ -60,10 +61,15 @@ __all__ = [
 _threadpoolctl.register()
 
 # Modules, imported when first used, and what each needs beside NumPy.
+_OF_CACHE = ("KVCache", "mha_cached")  # need NumPy, which `import fastattn` leaves alone
 _ON_DEMAND = {"jax": "jax", "masks": None, "reference": None, "torch": "torch"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _OF_CACHE:
+        from fastattn import _cache
+
+        return getattr(_cache, name)
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
