@@ -69,7 +69,8 @@ def test_opcheck(name):
     detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     out, lse, _ = torch.ops.fastattn.mha.default(*detached)
     for dlse, need_dbias in ((None, False), (torch.ones_like(lse), True)):
-        backward = (torch.ones_like(out), dlse, *detached[:3], out, lse, *detached[3:-1], need_dbias)
+        shared = detached[3 : list(_ops._FORWARD).index("return_weights")]
+        backward = (torch.ones_like(out), dlse, *detached[:3], out, lse, *shared, need_dbias)
         torch.library.opcheck(torch.ops.fastattn.mha_backward.default, backward)
 
 

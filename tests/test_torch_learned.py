@@ -245,7 +245,8 @@ def test_opcheck(which):
     detached = [x.detach() if isinstance(x, Tensor) else x for x in forward]
     out, lse, _ = torch.ops.fastattn.mha.default(*detached)
     needed = [x is not None for x in which]
-    backward = (torch.ones_like(out), None, *detached[:3], out, lse, *detached[3:-3], False)
+    shared = detached[3 : list(_ops._FORWARD).index("return_weights")]
+    backward = (torch.ones_like(out), None, *detached[:3], out, lse, *shared, False)
     torch.library.opcheck(torch.ops.fastattn.mha_backward.default, (*backward, *detached[-2:], *needed))
 
 
